@@ -1,0 +1,167 @@
+"""From a config to the parts: data, views, encoder, loss, optimiser. The only file that knows them all."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from contrast.config import Config
+from contrast.data import Data, open_data
+from contrast.data.loader import StepSampler
+from contrast.losses import LOSSES
+from contrast.models import Encoder, ImageInputs, SeriesInputs, build_encoder
+from contrast.registry import InputError
+from contrast.seeding import derived
+from contrast.train.optimizers import OPTIMIZERS, Optimizer
+from contrast.views.views import Views, build_views
+
+TINY = 40
+"""Images up to this height and width, in pixels, get the small network; without an accelerator, up to 96."""
+SEEN = 400_000
+"""Samples that a run of budget "auto" sees at most, where time allows."""
+MINUTES = 5
+"""How long a run of budget "auto" takes at most without an accelerator."""
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """Everything that a run is made of, built and checked.
+
+    Args:
+        config: what was asked for, "auto" filled in.
+        data: all splits.
+        views: makes the views of a batch.
+        encoder: backbone and head.
+        loss: the loss, any `nn.Module` of LOSSES.
+        optimizer: how to step.
+        picked: dotted key -> what "auto" became.
+    """
+
+    config: Config
+    data: Data
+    views: Views
+    encoder: Encoder
+    loss: torch.nn.Module
+    optimizer: Optimizer
+    picked: Mapping[str, Any]
+
+    def sampler(self, start: int = 0) -> StepSampler:
+        """Give the batches of the training set from step `start` on."""
+        assert isinstance(self.config.batch_size, int)
+        return StepSampler(len(self.data.train), self.config.batch_size, seed=self.config.seed, start=start)
+
+
+def read_data(config: Config) -> Data:
+    """Open the data set of a config.
+
+    Raises:
+        InputError: where none is named, or it cannot be read.
+    """
+    settings = dataclasses.asdict(config.data)
+    settings.pop("workers")
+    if not settings["source"]:
+        raise InputError("data.source is missing: name the data, a path or one of `contrast list data`.")
+    source = settings.pop("source")
+    return open_data(source, **settings, seed=config.seed)
+
+
+def build(config: Config, data: Data) -> Experiment:
+    """Make every part of an experiment for this data; "auto" becomes what suits the data.
+
+    Raises:
+        InputError: naming the key, for parts that do not fit the data or each other.
+    """
+    config, picked = pick(config, data)
+    views = build_views(config.views, data.shape, data.kind)
+    encoder = build_encoder_for(config, data, views)
+    torch.manual_seed(derived(config.seed, "loss"))
+    loss = LOSSES.build(config.loss, where="loss", samples=len(data.train))
+    optimizer = OPTIMIZERS.build(config.optimizer, where="optimizer")
+    experiment = Experiment(config, data, views, encoder, loss, optimizer, picked)
+    experiment.sampler()
+    return experiment
+
+
+def build_encoder_for(config: Config, data: Data, views: Views, *, pretrained: bool = True) -> Encoder:
+    """Make the encoder as it is before training: the same weights for the same seed.
+
+    Args:
+        config: with everything picked.
+        data: gives shape and statistics.
+        views: their shape is what the backbone reads.
+        pretrained: whether `encoder.backbone.pretrained` counts; False starts from random weights all the same.
+    """
+    settings = config.encoder
+    backbone: dict[str, Any] = (
+        dict(settings.backbone) if isinstance(settings.backbone, Mapping) else {"name": settings.backbone}
+    )
+    if not pretrained:
+        backbone["pretrained"] = False
+    inputs = (
+        ImageInputs(data.value_range, data.mean, data.std)
+        if data.kind == "image"
+        else SeriesInputs(data.mean, data.std)
+    )
+    shape = views.output_shapes(data.shape)[0]
+    torch.manual_seed(derived(config.seed, "weights"))
+    return build_encoder(
+        backbone,
+        settings.head,
+        shape=shape,
+        kind=data.kind,
+        inputs=inputs,
+        predictor=settings.predictor,
+        momentum=settings.momentum,
+    )
+
+
+def pick(config: Config, data: Data) -> tuple[Config, dict[str, Any]]:
+    """Give the config with every "auto" but the budget's filled in, and what was filled in."""
+    picked: dict[str, Any] = {}
+    views = config.views
+    if views == "auto" or (isinstance(views, Mapping) and views["name"] == "auto"):
+        given = {key: value for key, value in views.items() if key != "name"} if isinstance(views, Mapping) else {}
+        picked["views"] = {"name": _recipe(data), **given}
+    backbone = config.encoder.backbone
+    if backbone == "auto":
+        picked["encoder.backbone"] = {"name": _backbone(data)}
+    if config.batch_size == "auto":
+        if len(data.train) < 4:
+            raise InputError(f"{data.source} has {len(data.train)} training items; contrast needs 4 or more.")
+        picked["batch_size"] = 2 ** int(math.log2(min(256, len(data.train) // 2)))
+    encoder = replace(config.encoder, backbone=picked.get("encoder.backbone", backbone))
+    config = replace(
+        config,
+        views=picked.get("views", views),
+        encoder=encoder,
+        batch_size=picked.get("batch_size", config.batch_size),
+    )
+    return config, picked
+
+
+def pick_steps(experiment: Experiment, seconds_per_step: float) -> int:
+    """Give the steps of budget "auto": up to 400,000 samples, and five minutes where there is no accelerator."""
+    sampler = experiment.sampler()
+    steps = max(min(SEEN // sampler.batch_size, 400 * sampler.steps_per_epoch), 10 * sampler.steps_per_epoch)
+    if not torch.cuda.is_available():
+        steps = min(steps, int(60 * MINUTES / seconds_per_step))
+    magnitude: int = 10 ** max(int(math.log10(max(steps, 1))) - 1, 0)
+    return int(max(steps // magnitude * magnitude, 20))
+
+
+def _recipe(data: Data) -> str:
+    if data.kind == "series":
+        return "series"
+    return "small_images" if data.shape[0] == 1 and max(data.shape[1:]) <= TINY else "simclr"
+
+
+def _backbone(data: Data) -> str:
+    if data.kind == "series":
+        return "resnet1d"
+    small = TINY if torch.cuda.is_available() else 96
+    return "small_conv" if max(data.shape[1:]) <= small else "timm:resnet18"

@@ -1,0 +1,148 @@
+"""What every reader hands over: items with names and columns, not yet labelled, split or grouped."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+
+from contrast.data.dataset import Array, Items
+from contrast.registry import InputError, nearest
+
+SPLIT_WORDS = {
+    "train": "train",
+    "training": "train",
+    "test": "test",
+    "testing": "test",
+    "val": "validation",
+    "valid": "validation",
+    "validation": "validation",
+    "dev": "validation",
+    "unlabelled": "unlabelled",
+    "unlabeled": "unlabelled",
+}
+LABEL_WORDS = ("target", "label", "class", "targets", "labels", "y", "class_label", "category")
+
+
+@dataclass
+class Collection:
+    """Everything of a source, in one row of items over all its splits.
+
+    Args:
+        kind: what an item is.
+        items: how the raw input is read.
+        shape: of one item, (C, H, W) or (C, L).
+        names: what each item is called.
+        columns: one array an item each, "" or NaN where unknown.
+        label: the column that holds the labels unless the person names another.
+        classes: names for labels that are whole numbers from 0.
+        split: (N,) text, the official split: train, validation, test or unlabelled.
+        notes: sentences for the person.
+    """
+
+    kind: Literal["image", "series"]
+    items: Items
+    shape: tuple[int, ...]
+    names: Sequence[str]
+    columns: dict[str, Array] = field(default_factory=dict)
+    label: str | None = None
+    classes: tuple[str, ...] = ()
+    split: Array | None = None
+    notes: list[str] = field(default_factory=list)
+
+
+def pick_column(columns: dict[str, Array], name: str, *, key: str, source: str) -> Array:
+    """Give the column called `name`, or raise an InputError that lists what there is."""
+    if name in columns:
+        return columns[name]
+    known = f"It has: {', '.join(columns)}." if columns else "It has no columns."
+    raise InputError(f"data.{key}: {source} has no column '{name}'.{nearest(name, columns)} {known}")
+
+
+def number_members(values: Array) -> tuple[Array, list[str]]:
+    """Give (N,) int64 numbers, equal for equal values and -1 where the value is missing, and what each is called."""
+    known = ~_missing(values)
+    found, numbers = np.unique(values[known], return_inverse=True)
+    order = _natural_order(found)
+    rank = np.empty(len(found), dtype=np.int64)
+    rank[order] = np.arange(len(found))
+    codes = np.full(len(values), -1, dtype=np.int64)
+    codes[known] = rank[numbers]
+    return codes, [_plain(found[index]) for index in order]
+
+
+def number_labels(values: Array, classes: Sequence[str], *, where: str) -> tuple[Array, tuple[str, ...], str]:
+    """Give targets (N,) int64 (-1 = none), the names of the classes and a note (or "").
+
+    Whole numbers follow `classes` where that is given. A label of -1 counts as none where two other classes exist.
+    """
+    note = ""
+    if np.issubdtype(values.dtype, np.floating):
+        observed = values[np.isfinite(values)]
+        if np.any(observed != np.floor(observed)):
+            value = observed[observed != np.floor(observed)][0]
+            raise InputError(
+                f"{where} must hold classes, whole numbers or words; got the number {value:g}. "
+                "Cut a measured quantity into classes first, or name another column with target=."
+            )
+    if np.issubdtype(values.dtype, np.number) and np.any(values == -1):
+        others = np.unique(values[~_missing(values) & (values != -1)])
+        if len(others) >= 2 and np.all(others >= 0):
+            note = f"{where}: {int(np.sum(values == -1))} items with the label -1 count as unlabelled."
+            values = np.where(values == -1, np.nan, values.astype(np.float64))
+    codes, found = number_members(values)
+    if not classes:
+        return codes, tuple(found), note
+    if all(name.isdigit() and int(name) < len(classes) for name in found):
+        numbers = np.array([int(name) for name in found] + [-1], dtype=np.int64)
+        return numbers[codes], tuple(classes), note
+    if set(found) <= set(classes):
+        numbers = np.array([classes.index(name) for name in found] + [-1], dtype=np.int64)
+        return numbers[codes], tuple(classes), note
+    stranger = next(name for name in found if not (name.isdigit() and int(name) < len(classes)))
+    raise InputError(
+        f"{where}: 'classes' names {len(classes)} classes, so labels must be 0 to {len(classes) - 1} or those names; "
+        f"got {stranger}. Correct one of the two arrays."
+    )
+
+
+def as_text(values: Iterable[object]) -> Array:
+    """Give text, "" where a value is missing."""
+    return np.array([_plain(value) for value in values], dtype=str)
+
+
+def official_split(values: Array) -> Array | None:
+    """Give the split that a column's words name (missing = train), or None where they are other words."""
+    words = [str(value).strip().lower() for value in values]
+    named = {word for word in words if word}
+    if not named or not named <= set(SPLIT_WORDS) or len({SPLIT_WORDS[word] for word in named}) < 2:
+        return None
+    return np.array([SPLIT_WORDS[word] if word else "train" for word in words], dtype=str)
+
+
+def _missing(values: Array) -> Array:
+    if np.issubdtype(values.dtype, np.floating):
+        return np.asarray(np.isnan(values))
+    if values.dtype.kind == "U":
+        return np.asarray(values == "")
+    return np.zeros(len(values), dtype=bool)
+
+
+def _natural_order(found: Array) -> Array:
+    """Sort "10" behind "9" where all are numbers."""
+    if found.dtype.kind == "U":
+        try:
+            return np.argsort(found.astype(np.float64), kind="stable")
+        except ValueError:
+            pass
+    return np.arange(len(found))
+
+
+def _plain(value: object) -> str:
+    if value is None or (isinstance(value, float | np.floating) and np.isnan(value)):
+        return ""
+    if isinstance(value, float | np.floating) and float(value).is_integer():
+        return str(int(value))
+    return str(value).strip()

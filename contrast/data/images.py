@@ -1,0 +1,375 @@
+"""Pixels: what files and arrays of any depth, size and number of channels become."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections import Counter
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar, cast
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+from contrast.data.dataset import Array, ArrayItems, Items, file_identity
+from contrast.registry import InputError
+
+IMAGE_ENDINGS = (
+    ".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".pgm", ".ppm", ".pbm", ".pnm", ".jp2",
+)  # fmt: skip
+CACHE_BYTES = 2 * 10**9
+DEFAULT_SIZE, LARGEST_AS_IT_IS = 224, 256
+
+_ORIENTATION = 0x0112
+_DEPTHS = {"I": "uint16", "I;16": "uint16", "I;16B": "uint16", "I;16L": "uint16", "I;16N": "uint16", "F": "float32"}
+_GREY = ("1", "L", "LA", "La", *_DEPTHS)
+_LUMA = (0.299, 0.587, 0.114)
+
+Result = TypeVar("Result")
+
+
+class Header(NamedTuple):
+    """What a file says of itself before its pixels are decoded."""
+
+    width: int
+    height: int
+    channels: int
+    depth: str
+    pages: int
+
+
+class Form(NamedTuple):
+    """What every image becomes: (channels, height, width) of one depth; `pages` are stacked as channels."""
+
+    channels: int
+    height: int
+    width: int
+    depth: str
+    pages: int
+
+
+@dataclass(frozen=True, eq=False)
+class FileItems:
+    """Images that are decoded each time they are read, being too many for the memory.
+
+    Args:
+        paths: the files.
+        names: what they are called.
+        form: what each becomes.
+    """
+
+    paths: Sequence[Path]
+    names: Sequence[str]
+    form: Form
+
+    def read(self, rows: Array) -> Tensor:
+        """Give the raw batch of the files at `rows`."""
+        return torch.from_numpy(np.stack([self._decode(int(row)) for row in rows]))
+
+    def identity(self, row: int) -> bytes:
+        """Give the file's name and size."""
+        return file_identity(self.paths[row], self.names[row])
+
+    def content(self, row: int) -> bytes:
+        """Give the file's bytes."""
+        return self.paths[row].read_bytes()
+
+    def _decode(self, row: int) -> Array:
+        try:
+            with Image.open(self.paths[row]) as image:
+                return decode(image, self.form)
+        except Exception as error:
+            raise InputError(f"{self.paths[row]}: the image cannot be decoded ({error}).") from error
+
+
+def open_files(
+    paths: Sequence[Path], names: Sequence[str], *, size: int | None, channels: int | None, source: str
+) -> tuple[Items, tuple[int, int, int], list[str]]:
+    """Give the images of files, decoded once into memory where they fit, their shape (C, H, W), and notes.
+
+    Raises:
+        InputError: for files that are broken or do not fit together.
+    """
+    headers = _for_all(lambda row: read_header(paths[row]), len(paths), names, source=source, doing="opening images")
+    form, notes = choose_form(headers, names, size=size, channels=channels, source=source)
+    if len(paths) * form.channels * form.height * form.width * np.dtype(form.depth).itemsize > CACHE_BYTES:
+        _for_all(lambda row: _check_whole(paths[row]), len(paths), names, source=source, doing="checking images")
+        notes.append("The images are too many to keep in memory; they are read from their files again and again.")
+        return FileItems(paths, names, form), form[:3], notes
+
+    cache = np.empty((len(paths), *form[:3]), dtype=form.depth)
+
+    def keep(row: int) -> None:
+        with Image.open(paths[row]) as image:
+            cache[row] = decode(image, form)
+
+    _for_all(keep, len(paths), names, source=source, doing="reading images")
+    return ArrayItems(cache), form[:3], notes
+
+
+def open_images(
+    open_image: Callable[[int], Image.Image],
+    names: Sequence[str],
+    *,
+    size: int | None,
+    channels: int | None,
+    source: str,
+) -> tuple[Items, tuple[int, int, int], list[str]]:
+    """Give images that another library opens, decoded into memory, their shape (C, H, W), and notes."""
+    headers = [_header(open_image(row)) for row in range(len(names))]
+    form, notes = choose_form(headers, names, size=size, channels=channels, source=source)
+    cache = np.empty((len(names), *form[:3]), dtype=form.depth)
+    for row in range(len(names)):
+        cache[row] = decode(open_image(row), form)
+    return ArrayItems(cache), form[:3], notes
+
+
+def read_header(path: Path) -> Header:
+    """Give what an image file says of itself; its pixels stay undecoded."""
+    with warnings.catch_warnings(), Image.open(path) as image:
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        return _header(image)
+
+
+def choose_form(
+    headers: Sequence[Header], names: Sequence[str], *, size: int | None, channels: int | None, source: str
+) -> tuple[Form, list[str]]:
+    """Give the one form that images of these headers become, and notes that say what that does to them."""
+    notes = []
+    depths = {header.depth for header in headers}
+    if len(depths) > 1:
+        first = {header.depth: name for header, name in reversed(list(zip(headers, names, strict=True)))}
+        found = " and ".join(f"{depth} ({first[depth]})" for depth in sorted(depths))
+        raise InputError(f"{source}: expected images of one depth; got {found}. Convert them to one.")
+    pages = {header.pages for header in headers}
+    if len(pages) > 1:
+        raise InputError(
+            f"{source}: expected the same number of pages in every image; got {sorted(pages)}. Separate them."
+        )
+    found_channels = Counter(header.channels for header in headers)
+    most = max(found_channels)
+    if len(found_channels) > 1:
+        # Beside colour without transparency, transparency carries nothing that all images have.
+        most = min(most, 3)
+        counts = ", ".join(f"{count} with {number}" for number, count in sorted(found_channels.items()))
+        notes.append(f"Images differ in channels ({counts}); all become {channels or most}.")
+    channels_out = channels or most
+    if channels_out not in (1, 3, 4) and channels_out != most:
+        raise InputError(f"data.channels: images of {source} have {most} channels; got {channels_out}. Leave it out.")
+    if next(iter(pages)) > 1 and channels_out != most:
+        raise InputError(f"data.channels: the {most} pages of each image are its channels; got {channels_out}.")
+
+    sizes = Counter((header.height, header.width) for header in headers)
+    height, width = next(iter(sizes))
+    if size is None and len(sizes) == 1 and max(height, width) <= LARGEST_AS_IT_IS:
+        return Form(channels_out, height, width, *_depth(headers)), notes
+    shorter = sorted(min(shape) for shape in sizes.elements())
+    side = size or min(DEFAULT_SIZE, shorter[len(shorter) // 2])
+    if set(sizes) != {(side, side)}:
+        smallest, largest = min(sizes, key=min), max(sizes, key=max)
+        told = f"{smallest[1]} x {smallest[0]}"
+        told += f" to {largest[1]} x {largest[0]}" if smallest != largest else ""
+        notes.append(
+            f"Images of {told} pixels (width x height): each is "
+            f"resized so that its shorter side is {side} and cropped in the centre to {side} x {side}."
+        )
+    return Form(channels_out, side, side, *_depth(headers)), notes
+
+
+def decode(image: Image.Image, form: Form) -> Array:
+    """Give the pixels of an opened image in `form`, (C, H, W)."""
+    if image.format == "JPEG":
+        # The decoder halves large images on the way, down to twice the wanted size, which saves most of its time.
+        image.draft(None, (2 * form.width, 2 * form.height))
+    frames = []
+    for page in range(form.pages):
+        if form.pages > 1:
+            image.seek(page)
+        frames.append(_pixels(image, form))
+    return np.concatenate(frames)
+
+
+def arrange_array(x: Array, *, size: int | None, channels: int | None, where: str) -> tuple[Array, list[str]]:
+    """Give an array of images as (N, C, H, W) uint8, uint16 or float32, and notes.
+
+    Args:
+        x: (N, H, W), (N, C, H, W) or (N, H, W, C), whole numbers, true or false, or finite floats.
+        size: shorter side to resize to, None = as it is.
+        channels: number of channels to convert to, None = as it is.
+        where: what the array is called, for messages.
+    """
+    notes = []
+    if x.ndim == 3:
+        x = x[:, None]
+    elif _channels_last(x.shape[1:]):
+        notes.append(f"{where}: the last axis holds the {x.shape[-1]} channels.")
+        x = x.transpose(0, 3, 1, 2)
+    x = _plain_depth(x, where)
+    if channels is not None and channels != x.shape[1]:
+        x = _convert_channels(x, channels)
+    if size is not None and x.shape[2:] != (size, size):
+        notes.append(
+            f"{where}: images of {x.shape[3]} x {x.shape[2]} pixels (width x height) are resized so that the shorter "
+            f"side is {size} and cropped in the centre to {size} x {size}."
+        )
+        x = np.concatenate([_resize(x[start : start + 256], size) for start in range(0, len(x), 256)])
+    return np.ascontiguousarray(x), notes
+
+
+def value_range(least: Any, greatest: Any) -> tuple[float, float]:
+    """Give the values that become 0 and 1, for the extremes of uint16 or float32 images.
+
+    Whole numbers: 0 and the smallest 2**b - 1 that holds them, since cameras fill 10, 12 or 14 of 16 bits. Floats: 0
+    and 1 where they lie within, else the extremes.
+    """
+    if isinstance(greatest, np.integer):
+        return 0.0, float(2 ** max(int(greatest).bit_length(), 1) - 1)
+    if least >= 0 and greatest <= 1:
+        return 0.0, 1.0
+    return float(least), float(greatest) if greatest > least else float(least) + 1.0
+
+
+def _header(image: Image.Image) -> Header:
+    width, height = image.size
+    if image.getexif().get(_ORIENTATION, 1) >= 5:
+        width, height = height, width
+    pages = getattr(image, "n_frames", 1) if image.format == "TIFF" else 1
+    if image.mode in _GREY:
+        channels = pages
+    elif image.mode == "RGBA" and pages == 1:
+        channels = 4
+    else:
+        channels, pages = 3, 1
+    return Header(width, height, channels, _DEPTHS.get(image.mode, "uint8"), pages)
+
+
+def _depth(headers: Sequence[Header]) -> tuple[str, int]:
+    return headers[0].depth, headers[0].pages
+
+
+def _pixels(image: Image.Image, form: Form) -> Array:
+    bands = 1 if form.pages > 1 else form.channels
+    if image.getexif().get(_ORIENTATION, 1) != 1:
+        image = ImageOps.exif_transpose(image)
+    if form.depth == "uint8":
+        image = image.convert({1: "L", 3: "RGB", 4: "RGBA"}[bands])
+    else:
+        # Pillow resizes 16 bits only as floats.
+        values = np.asarray(image)
+        if form.depth == "uint16" and (values.min() < 0 or values.max() > 65535):
+            raise ValueError(f"values reach {values.min()} to {values.max()}, more than 16 bits hold")
+        image = Image.fromarray(values.astype(np.float32))
+    if image.size != (form.width, form.height):
+        image = ImageOps.fit(image, (form.width, form.height), method=Image.Resampling.BILINEAR)
+    values = np.asarray(image)
+    if form.depth == "uint16":
+        values = np.clip(np.rint(values), 0, 65535).astype(np.uint16)
+    if values.ndim == 2:
+        return np.repeat(values[None], bands, axis=0)
+    return values.transpose(2, 0, 1)
+
+
+def _check_whole(path: Path) -> None:
+    """Raise where a file ends too early; PNG and JPEG are only decoded when their end mark is not in its place."""
+    with path.open("rb") as file:
+        start = file.read(2)
+        file.seek(max(path.stat().st_size - 64, 0))
+        end = file.read()
+    if (start == b"\x89P" and b"IEND" in end) or (start == b"\xff\xd8" and b"\xff\xd9" in end):
+        return
+    with Image.open(path) as image:
+        image.load()
+
+
+def _for_all(
+    read: Callable[[int], Result], count: int, names: Sequence[str], *, source: str, doing: str
+) -> list[Result]:
+    """Give read(row) for all rows, by threads; every row that fails is counted and the first named in one error."""
+    from tqdm import tqdm
+
+    broken: list[tuple[str, Exception]] = []
+
+    def attempt(row: int) -> Result | None:
+        try:
+            return read(row)
+        except Exception as error:  # a broken file makes a decoder raise nearly anything; all of it is told below
+            broken.append((names[row], error))
+            return None
+
+    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+        # Only a terminal gets the bar, and only when it takes longer than two seconds.
+        results = list(tqdm(pool.map(attempt, range(count)), total=count, desc=doing, disable=None, delay=2))
+    if broken:
+        name, error = min(broken, key=lambda pair: pair[0])
+        files = "1 file is" if len(broken) == 1 else f"{len(broken)} files are"
+        raise InputError(
+            f"{source}: expected {count} whole images; {files} broken, {'' if len(broken) == 1 else 'the first '}"
+            f"'{name}' ({_reason(error)}). Replace or remove what is broken."
+        )
+    return cast(list[Result], results)
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, UnidentifiedImageError):
+        return "no image that can be read"
+    return str(error).strip().rstrip(".") or type(error).__name__
+
+
+def _channels_last(shape: tuple[int, ...]) -> bool:
+    first, middle, last = shape
+    if first <= 4 < last:
+        return False
+    return last <= 4 or last < min(first, middle)
+
+
+def _plain_depth(x: Array, where: str) -> Array:
+    if x.dtype == bool:
+        return x.astype(np.uint8) * np.uint8(255)
+    if x.dtype in (np.uint8, np.uint16):
+        return x
+    if np.issubdtype(x.dtype, np.integer):
+        if x.min() >= 0 and x.max() <= 65535:
+            return x.astype(np.uint8 if x.max() <= 255 else np.uint16)
+        return x.astype(np.float32)
+    x = x.astype(np.float32)
+    finite = np.isfinite(x).reshape(len(x), -1).all(axis=1)
+    if not finite.all():
+        raise InputError(
+            f"{where}: expected finite pixels; {int((~finite).sum())} images hold NaN or infinite values, the first is "
+            f"number {int(np.argmin(finite))}. Replace those values."
+        )
+    return x
+
+
+def _convert_channels(x: Array, channels: int) -> Array:
+    found = x.shape[1]
+    if found == 1:
+        return np.repeat(x, channels, axis=1)
+    if channels == 1 and found in (3, 4):
+        grey = np.tensordot(np.array(_LUMA, dtype=np.float32), x[:, :3], axes=(0, 1))[:, None]
+        return grey if x.dtype == np.float32 else np.rint(grey).astype(x.dtype)
+    if channels == 3 and found == 4:
+        return x[:, :3]
+    raise InputError(
+        f"data.channels: {found} channels cannot become {channels}; grey and colour become each other. Leave it out."
+    )
+
+
+def _resize(x: Array, size: int) -> Array:
+    height, width = x.shape[2:]
+    scale = size / min(height, width)
+    resized_to = (max(round(height * scale), size), max(round(width * scale), size))
+    values: Tensor = torch.nn.functional.interpolate(
+        torch.from_numpy(x.astype(np.float32)), resized_to, mode="bilinear", antialias=True, align_corners=False
+    )
+    top, left = (resized_to[0] - size) // 2, (resized_to[1] - size) // 2
+    resized: Array = values[:, :, top : top + size, left : left + size].numpy()
+    if x.dtype == np.float32:
+        return resized
+    limit: Any = np.iinfo(x.dtype).max
+    return np.clip(np.rint(resized), 0, limit).astype(x.dtype)

@@ -1,0 +1,153 @@
+"""InfoNCE: one softmax over everyone else, in all the forms that the field gives it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from contrast import distributed
+from contrast.embeddings import concatenate, gather_all
+from contrast.losses.pair_loss import LOSSES, Extra, PairLoss
+from contrast.pairs import Pairs, two_sided
+
+LARGEST_SCALE = 100.0
+"""A learned 1 / temperature stays below this, as in CLIP."""
+
+
+@LOSSES.register("info_nce", aliases=("nt_xent", "simclr", "supcon", "sup_con", "moco", "moco_v2", "moco_v3", "clip"))
+class InfoNCE(PairLoss):
+    r"""Each anchor is to tell its positives from everyone else: NT-Xent, SupCon, MoCo, CLIP.
+
+    .. math:: \ell_i = \log \sum_{j \in A(i)} e^{s_{ij} / \tau} - \frac{1}{|P(i)|} \sum_{p \in P(i)} s_{ip} / \tau
+
+    with P(i) the positives and A(i) the positives and negatives of anchor i, s the cosine similarity. The method is a
+    matter of who the candidates are:
+
+    ============================ =====================================================================================
+    NT-Xent (SimCLR)             `InfoNCE()(z_a, z_b)`
+    SupCon                       `InfoNCE()(z_a, z_b, group=labels)`
+    MoCo v2                      `InfoNCE(candidates="memory")(q_a, targets=(None, k_b), sample=index, extra=[queue])`
+    MoCo v3, mean of both sides  `InfoNCE(candidates="across")(q_a, q_b, targets=(k_a, k_b))`
+    CLIP                         `InfoNCE(candidates="across", learn_temperature=True)(z_image, z_text)`
+    ============================ =====================================================================================
+
+    Where an anchor has several positives p, the others stand
+
+    ========= ================================================================== =====================================
+    outside   log sum_A e^{s/tau} - mean_p s_p / tau                              SupCon, mean outside the logarithm
+    inside    log sum_A e^{s/tau} - log sum_p e^{s_p/tau}                         all positives inside one logarithm
+    alone     mean_p [ log(e^{s_p/tau} + sum_neg e^{s/tau}) - s_p / tau ]         in no denominator but their own
+    ========= ================================================================== =====================================
+
+    Args:
+        temperature: tau > 0, divides the cosine similarity.
+        learn_temperature: learn log(1 / tau) from that start; 1 / tau stays at or below 100.
+        candidates: "all": every view of everyone; "across": only another view than the anchor's, one softmax a target
+            view where there are targets; "memory": the negatives of `extra` only.
+        positives: where the other positives stand: "outside", "inside" or "alone".
+
+    Raises:
+        ValueError: for a temperature that is not positive, or below 0.01 where it is learned.
+
+    Source: van den Oord et al. 2018, arXiv:1807.03748; Chen et al. 2020 (SimCLR), arXiv:2002.05709; Khosla et al. 2020
+    (SupCon), arXiv:2004.11362; He et al. 2019 (MoCo), arXiv:1911.05722; Radford et al. 2021 (CLIP), arXiv:2103.00020.
+    """
+
+    def __init__(
+        self,
+        temperature: float = 0.1,
+        learn_temperature: bool = False,
+        candidates: Literal["all", "across", "memory"] = "all",
+        positives: Literal["outside", "inside", "alone"] = "outside",
+    ) -> None:
+        super().__init__()
+        if not (temperature > 0 and math.isfinite(temperature)):
+            raise ValueError(f"temperature must be a positive number; got {temperature}.")
+        if learn_temperature and temperature < 1 / LARGEST_SCALE:
+            raise ValueError(f"a learned temperature starts at {1 / LARGEST_SCALE} or above; got {temperature}.")
+        if candidates not in ("all", "across", "memory"):
+            raise ValueError(f"candidates is 'all', 'across' or 'memory'; got {candidates!r}.")
+        if positives not in ("outside", "inside", "alone"):
+            raise ValueError(f"positives is 'outside', 'inside' or 'alone'; got {positives!r}.")
+        self.temperature = temperature
+        self.candidates = candidates
+        self.positives = positives
+        self.log_scale = nn.Parameter(torch.tensor(-math.log(temperature))) if learn_temperature else None
+
+    def pairs(
+        self,
+        *views: Tensor,
+        targets: Sequence[Tensor | None] | None = None,
+        sample: Tensor | None = None,
+        group: Tensor | None = None,
+        reference: Tensor | None = None,
+        extra: Sequence[Extra] = (),
+    ) -> Sequence[Pairs]:
+        """Say who meets whom, by `candidates`."""
+        if self.candidates == "memory" and not extra:
+            raise ValueError("candidates='memory' takes its negatives from extra=[queue]; none was given.")
+        if self.candidates != "across":
+            return super().pairs(*views, targets=targets, sample=sample, group=group, reference=reference, extra=extra)
+        own, twins = self.embed(views, targets, sample, group, reference)
+        extras = self.extras(extra, own)
+        if twins:
+            numbers = [view for view, target in enumerate(targets or ()) if target is not None]
+            keys = list(zip(numbers, gather_all(twins), strict=True))
+            return [
+                Pairs(query, (key, *extras), across=True, views=1)
+                for view, query in enumerate(own)
+                for number, key in keys
+                if number != view
+            ]
+        if len(own) == 2:
+            return [two_sided(own[0], own[1], extra=extras)]
+        return [Pairs(concatenate(own), (*gather_all(own), *extras), across=True, views=len(own))]
+
+    def per_anchor(self, pairs: Pairs) -> Tensor:
+        """Give log of the denominator minus log of the numerator."""
+        scale = self.scale()
+        memory = self.candidates == "memory"
+        if self.positives == "alone":
+            repel = pairs.logsumexp(scale, over="remembered" if memory else "negative")
+            return pairs.softplus_sum(-scale, repel, over="positive") / pairs.count("positive").clamp(min=1)
+        if memory:
+            denominator = torch.logaddexp(
+                pairs.logsumexp(scale, over="remembered"), pairs.logsumexp(scale, over="positive")
+            )
+        else:
+            denominator = pairs.logsumexp(scale, over="all")
+        if self.positives == "inside":
+            return denominator - pairs.logsumexp(scale, over="positive")
+        return denominator - pairs.mean(over="positive") * scale
+
+    def scale(self) -> float | Tensor:
+        """Give 1 / tau."""
+        if self.log_scale is None:
+            return 1 / self.temperature
+        bounded: Tensor = _AtMost.apply(self.log_scale.exp(), LARGEST_SCALE)
+        return distributed.shared(bounded)
+
+    def measure(self, pairs: Pairs) -> dict[str, Tensor]:
+        """Give the similarities, and the temperature where it is learned."""
+        measured = super().measure(pairs)
+        if self.log_scale is not None:
+            measured["temperature"] = 1 / self.log_scale.detach().exp().clamp(max=LARGEST_SCALE)
+        return measured
+
+
+class _AtMost(torch.autograd.Function):
+    """x, at most a bound; above it only a gradient that leads back passes, so that x cannot stay stuck there."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bound: float) -> Tensor:
+        ctx.save_for_backward(x > bound)
+        return x.clamp(max=bound)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        (above,) = ctx.saved_tensors
+        return torch.where(above, gradients[0].clamp(min=0), gradients[0]), None

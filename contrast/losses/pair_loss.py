@@ -1,0 +1,290 @@
+"""What every loss over pairs shares: identities, the gather, valid rows and the global mean."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import ClassVar, Literal, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from contrast import distributed
+from contrast.embeddings import PADDING, REMEMBERED, Embeddings, concatenate, gather_all, normalise, unknown_samples
+from contrast.pairs import Pairs, all_pairs
+from contrast.registry import Registry
+
+LOSSES = Registry("loss")
+"""Every loss by name."""
+
+BLOCK = 1024
+"""Anchors at a time for a loss that reads the similarities themselves."""
+
+
+@runtime_checkable
+class Source(Protocol):
+    """Where more candidates come from: a queue, a bank, retrieved negatives."""
+
+    def candidates(self, anchor: Embeddings) -> Embeddings:
+        """Give the candidates for these anchors; the same on every process."""
+
+
+Extra = Tensor | Embeddings | Source
+
+
+class PairLoss(nn.Module):
+    """A loss that is one pure function of each anchor's row.
+
+    A subclass writes `per_anchor`; identities, gathering over processes, valid rows and the mean are done here.
+    `loss(z_a, z_b)` takes two or more views; on every process it returns the mean over the valid anchors of all
+    processes, and its gradient is the share that DistributedDataParallel's averaging completes.
+
+    Attributes:
+        needs_positive: an anchor without a positive is left out of the mean.
+        needs_negative: an anchor without a negative is left out of the mean.
+        normalise: whether embeddings are given unit length first.
+        reads_similarity: whether `per_anchor` reads `pairs.similarity`; it is then called for blocks of anchors, and
+            again in the backward pass.
+    """
+
+    needs_positive: ClassVar[bool] = True
+    needs_negative: ClassVar[bool] = False
+    normalise: ClassVar[bool] = True
+    reads_similarity: ClassVar[bool] = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._last: list[Pairs] = []
+
+    def per_anchor(self, pairs: Pairs) -> Tensor:
+        """Give each anchor's loss: (N,), or (N, R) or (H, N), of which the mean over R or H is taken.
+
+        It must be pure, let row i depend on anchor i and the candidates only, and be finite for every input.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must say what it is per anchor: def per_anchor(self, pairs).")
+
+    def forward(
+        self,
+        *views: Tensor,
+        targets: Sequence[Tensor | None] | None = None,
+        sample: Tensor | None = None,
+        group: Tensor | None = None,
+        reference: Tensor | None = None,
+        extra: Extra | Sequence[Extra] = (),
+        reduction: Literal["mean", "none"] = "mean",
+    ) -> Tensor:
+        """Give the loss of these views.
+
+        Args:
+            *views: (N, D) each, or (H, N, D) for H heads, any floating type; row i of every view is the same sample.
+            targets: momentum keys or stop-gradient projections, (N, D) each: targets[v] is view v's twin, None where
+                there is none. They become the candidates, and never those of their own view.
+            sample: (N,) int64 >= 0, indices in the data set; without them every row is a new sample.
+            group: (N,) int64, equal = positives (labels); without it only the views of one sample are positives.
+            reference: (N, R), a frozen tower's embeddings of the samples.
+            extra: more candidates, the same on every process: memories, `Embeddings`, or plain (K, D) negatives.
+            reduction: "mean", or "none" for the local anchors' rows, view after view (with one softmax a target view:
+                as many rows for each anchor).
+
+        Returns:
+            The mean over the valid anchors of all processes, (); or this process's rows, (V N,).
+
+        Raises:
+            ValueError: where shapes or lengths do not fit, or (on the CPU) an embedding is not finite.
+        """
+        if reduction not in ("mean", "none"):
+            raise ValueError(f"reduction is 'mean' or 'none'; got {reduction!r}.")
+        self._check(views, targets)
+        extras = [extra] if isinstance(extra, Tensor | Embeddings | Source) else list(extra)
+        with torch.autocast(views[0].device.type, enabled=False):
+            prepared = self.pairs(
+                *views, targets=targets, sample=sample, group=group, reference=reference, extra=extras
+            )
+            anchors = [pairs.anchor for pairs in prepared]
+            rows = self.combine([self.rows(pairs) for pairs in prepared], anchors)
+            valid = torch.cat([self._valid(pairs) for pairs in prepared])
+            row = torch.where(valid, torch.cat(list(rows)), 0)
+            self._last = [_detached(pairs) for pairs in prepared]
+            return global_mean(row, valid) if reduction == "mean" else row
+
+    def pairs(
+        self,
+        *views: Tensor,
+        targets: Sequence[Tensor | None] | None = None,
+        sample: Tensor | None = None,
+        group: Tensor | None = None,
+        reference: Tensor | None = None,
+        extra: Sequence[Extra] = (),
+    ) -> Sequence[Pairs]:
+        """Say who meets whom; by default every view meets every view, or every target of another view."""
+        own, twins = self.embed(views, targets, sample, group, reference)
+        extras = self.extras(extra, own)
+        if not twins:
+            return [all_pairs(*own, extra=extras)]
+        return [Pairs(concatenate(own), (*gather_all(twins), *extras), across=True, views=len(twins))]
+
+    def embed(
+        self,
+        views: Sequence[Tensor],
+        targets: Sequence[Tensor | None] | None = None,
+        sample: Tensor | None = None,
+        group: Tensor | None = None,
+        reference: Tensor | None = None,
+    ) -> tuple[list[Embeddings], list[Embeddings]]:
+        """Give the views and the targets as embeddings with identities, of unit length where the loss wants that."""
+        count, device = views[0].shape[-2], views[0].device
+        sample = unknown_samples(count, device) if sample is None else _identity("sample", sample, count, device)
+        group = sample if group is None else _identity("group", group, count, device)
+        if reference is not None:
+            reference = normalise(reference.detach())
+
+        def made(z: Tensor, view: int) -> Embeddings:
+            z = normalise(z) if self.normalise else z.to(torch.promote_types(z.dtype, torch.float32))
+            return Embeddings(z, sample, group, torch.full_like(sample, view), reference)
+
+        own = [made(z, view) for view, z in enumerate(views)]
+        twins = [made(z, view) for view, z in enumerate(targets or ()) if z is not None]
+        return own, twins
+
+    def extras(self, extra: Sequence[Extra], own: Sequence[Embeddings]) -> list[Embeddings]:
+        """Give further candidates as embeddings: what memories hold, plain (K, D) tensors as remembered strangers."""
+        return [self._extra(source, own) for source in extra]
+
+    def _extra(self, source: Extra, own: Sequence[Embeddings]) -> Embeddings:
+        if isinstance(source, Tensor):
+            if source.ndim not in (2, 3) or not source.is_floating_point():
+                raise ValueError(f"a plain extra is a floating (K, D) tensor; got {_described(source)}.")
+            sample = unknown_samples(source.shape[-2], source.device)
+            z = normalise(source) if self.normalise else source
+            made = Embeddings(z, sample, sample, torch.full_like(sample, REMEMBERED))
+        elif isinstance(source, Embeddings):
+            made = source
+        elif isinstance(source, Source):
+            made = source.candidates(concatenate(own))
+        else:
+            raise ValueError(
+                f"extra takes (K, D) tensors, Embeddings and memories, which have candidates(anchor); "
+                f"got {_described(source)}."
+            )
+        if made.z.shape[-1] != own[0].z.shape[-1]:
+            raise ValueError(
+                f"extra candidates have as many dimensions as the views, {own[0].z.shape[-1]}; got {made.z.shape[-1]}."
+            )
+        if made.z.device.type == "cpu" and not torch.isfinite(made.z).all():
+            raise ValueError("extra candidates hold values that are not finite (NaN or inf).")
+        return replace(made, z=made.z.to(own[0].z.dtype))
+
+    def rows(self, pairs: Pairs) -> Tensor:
+        """Give each anchor's loss, (N,): `per_anchor` once, or block by block where it reads similarities."""
+        if not self.reads_similarity or len(pairs) <= BLOCK:
+            return self._row(pairs)
+        blocks = (pairs.block(slice(start, start + BLOCK)) for start in range(0, len(pairs), BLOCK))
+        return torch.cat(
+            [checkpoint(self._row, block, use_reentrant=False, preserve_rng_state=False) for block in blocks]
+        )
+
+    def _row(self, pairs: Pairs) -> Tensor:
+        row = self.per_anchor(pairs)
+        if row.ndim == 1:
+            return row
+        return row.mean(dim=0) if pairs.anchor.z.ndim == 3 and row.shape[-1] == len(pairs) else row.mean(dim=1)
+
+    def combine(self, rows: Sequence[Tensor], anchors: Sequence[Embeddings]) -> Sequence[Tensor]:  # noqa: ARG002
+        """Change the rows by statistics over anchors, once a call; (N,) for each Pairs. Here: as they are."""
+        return rows
+
+    @torch.no_grad()
+    def measure(self, pairs: Pairs) -> dict[str, Tensor]:
+        """Give what is worth logging about these pairs; it fills `metrics` when that is read."""
+        valid = self._valid(pairs)
+        mass = valid.sum().clamp(min=1)
+        measured = {"anchors": valid.sum().to(pairs.anchor.z.dtype)}
+        for over in ("positive", "negative"):
+            mean, count = pairs.mean(over), pairs.count(over)
+            if mean.ndim == 2:
+                mean = mean.mean(dim=0)
+            measured[f"{over}_similarity"] = torch.where(valid, mean, 0).sum() / mass
+            measured[f"{over}s"] = torch.where(valid, count if count.ndim == 1 else count[0], 0).sum() / mass
+        return measured
+
+    @property
+    def metrics(self) -> dict[str, Tensor]:
+        """Detached measurements of the last call on this process, averaged over its `Pairs`; {} before the first."""
+        measured = [self.measure(pairs) for pairs in self._last]
+        return {name: torch.stack([one[name] for one in measured]).mean() for name in (measured[0] if measured else ())}
+
+    def end_epoch(self) -> None:
+        """Close an epoch; a loss that keeps statistics by epoch turns them over here."""
+
+    def _valid(self, pairs: Pairs) -> Tensor:
+        valid = pairs.anchor.view != PADDING
+        for needed, over in ((self.needs_positive, "positive"), (self.needs_negative, "negative")):
+            if needed:
+                count = pairs.count(over)  # type: ignore[arg-type]
+                valid = valid & ((count if count.ndim == 1 else count.amax(dim=0)) > 0)
+        return valid
+
+    def _check(self, views: Sequence[Tensor], targets: Sequence[Tensor | None] | None) -> None:
+        name = type(self).__name__
+        if not views:
+            raise ValueError(f"{name} takes one tensor a view: loss(z_a, z_b).")
+        if isinstance(targets, Tensor):
+            raise ValueError(f"{name}: targets is a sequence, one for each view: targets=(k_a, k_b); got one tensor.")
+        if len(views) == 1 and not targets:
+            raise ValueError(f"{name} got one view and no targets; give it two views, loss(z_a, z_b), or targets=.")
+        if len(views) == 1 and all(target is None for target in (targets or ())[1:]):
+            raise ValueError(
+                f"{name}: targets[v] is the twin of view v and never its candidate; the only view needs the target of "
+                "another one: targets=(None, k_b)."
+            )
+        named = [(f"view {index}", z) for index, z in enumerate(views)]
+        named += [(f"target {index}", z) for index, z in enumerate(targets or ()) if z is not None]
+        for what, z in named:
+            if not isinstance(z, Tensor) or not z.is_floating_point() or z.ndim not in (2, 3):
+                raise ValueError(f"{name}: {what} must be a floating (N, D) or (H, N, D) tensor; got {_described(z)}.")
+            if z.shape != views[0].shape:
+                raise ValueError(
+                    f"{name}: every view and target has the same shape, row i the same sample; "
+                    f"{named[0][0]} is {tuple(views[0].shape)} and {what} is {tuple(z.shape)}."
+                )
+            if z.device.type == "cpu" and not torch.isfinite(z).all():
+                raise ValueError(f"{name}: {what} holds values that are not finite (NaN or inf); look at the encoder.")
+
+
+def global_mean(rows: Tensor, valid: Tensor) -> Tensor:
+    """Give the mean of the valid rows of all processes, () ; 0 where there is none anywhere.
+
+    Each process sends back W / N_valid times the sum of its own rows, which the averaging of gradients over W
+    processes turns into the gradient of the global mean.
+
+    Args:
+        rows: (n,) this process's rows, 0 where invalid.
+        valid: (n,) bool.
+    """
+    world = distributed.world_size()
+    if world == 1:
+        return rows.sum() / valid.sum().clamp(min=1)
+    own = rows.sum()
+    sums = distributed.total(torch.stack([own.detach().double(), valid.sum().double()]))
+    count = sums[1].clamp(min=1)
+    share = own * (world / count).to(own.dtype)
+    return (sums[0] / count).to(own.dtype) + (share - share.detach())
+
+
+def _identity(name: str, values: Tensor, count: int, device: torch.device) -> Tensor:
+    if not isinstance(values, Tensor) or values.shape != (count,) or values.is_floating_point() or values.is_complex():
+        raise ValueError(
+            f"{name} must be a tensor of ({count},) whole numbers, one a row of a view; got {_described(values)}."
+        )
+    return values.to(device=device, dtype=torch.int64)
+
+
+def _detached(pairs: Pairs) -> Pairs:
+    return Pairs(
+        pairs.anchor.detach(), [part.detach() for part in pairs.candidates], pairs.across, pairs.views, pairs.rules
+    )
+
+
+def _described(z: object) -> str:
+    return f"{z.dtype} of shape {tuple(z.shape)}" if isinstance(z, Tensor) else type(z).__name__

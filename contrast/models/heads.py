@@ -1,0 +1,92 @@
+"""What turns features into the embeddings that a loss compares; thrown away after pretraining."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from contrast.registry import Registry
+
+HEADS = Registry("head")
+
+
+@HEADS.register("none", aliases=["identity"])
+def none() -> nn.Module:
+    """Give the features themselves, (N, F) -> (N, F)."""
+    return nn.Identity()
+
+
+@HEADS.register("linear")
+def linear(width: int, out: int = 128, bias: bool = True) -> nn.Module:
+    """Give one linear map, (N, width) -> (N, out)."""
+    _check_positive(width=width, out=out)
+    return nn.Linear(width, out, bias)
+
+
+@HEADS.register("mlp", aliases=["projection", "projector", "predictor"])
+def mlp(
+    width: int,
+    hidden: int | None = None,
+    out: int = 128,
+    layers: int = 2,
+    batch_norm: bool = True,
+    last_batch_norm: bool = False,
+) -> nn.Module:
+    """Give linear maps with ReLU between them, (N, width) -> (N, out).
+
+    Args:
+        width: of the features; filled in by the run.
+        hidden: width of the inner layers; None: as the features.
+        out: width of the embeddings.
+        layers: how many linear maps; 1 is a linear head.
+        batch_norm: between each linear map and its ReLU.
+        last_batch_norm: after the last map too, without scale and shift, as in SimSiam and MoCo v3.
+    """
+    hidden = width if hidden is None else hidden
+    _check_positive(width=width, hidden=hidden, out=out, layers=layers)
+    parts: list[nn.Module] = []
+    for layer in range(layers - 1):
+        parts.append(nn.Linear(width if layer == 0 else hidden, hidden, bias=not batch_norm))
+        if batch_norm:
+            parts.append(nn.BatchNorm1d(hidden))
+        parts.append(nn.ReLU(inplace=True))
+    parts.append(nn.Linear(width if layers == 1 else hidden, out, bias=not last_batch_norm))
+    if last_batch_norm:
+        parts.append(nn.BatchNorm1d(out, affine=False))
+    return nn.Sequential(*parts)
+
+
+@HEADS.register("multi_head")
+class MultiHead(nn.Module):
+    """Several heads side by side, (N, width) -> (H, N, out): each compares by criteria of its own, as in AMCL.
+
+    Args:
+        width: of the features; filled in by the run.
+        heads: H.
+        hidden, out, layers, batch_norm: of each head, as in `mlp`.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        heads: int = 4,
+        hidden: int | None = None,
+        out: int = 128,
+        layers: int = 2,
+        batch_norm: bool = True,
+    ) -> None:
+        super().__init__()
+        _check_positive(heads=heads)
+        self.heads = nn.ModuleList(mlp(width, hidden, out, layers, batch_norm) for _ in range(heads))
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Give the embeddings (H, N, out)."""
+        return torch.stack([cast(Tensor, head(features)) for head in self.heads])
+
+
+def _check_positive(**numbers: int) -> None:
+    for name, number in numbers.items():
+        if number < 1:
+            raise ValueError(f"{name} of a head must be 1 or more; got {number}.")

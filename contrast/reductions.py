@@ -1,0 +1,204 @@
+"""The row reductions of `Pairs`: what is asked (one small class each) and the dense road that answers.
+
+The dense road holds the similarities as one matrix. It is the reference for every other road and the right one for
+small sizes. Whatever the road, a row without candidates gives 0 (a log-sum-exp: `finfo.min / 2`) and no gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from contrast.pairs import Pairs
+
+Relation = Literal["positive", "negative", "remembered", "all"]
+"""Which candidates count; "remembered" are the negatives that come from a memory, "all" = positive + negative."""
+
+PairValue = float | Tensor | nn.Module
+"""A number; a tensor that spans at most one of N and M: (N, 1), (1, M) or (H, 1, 1); or a PairFunction, a module
+`(anchor, candidate) -> (n, m)` or `(H, n, m)` on two `Embeddings`, evaluated a tile at a time."""
+
+
+@dataclass(frozen=True, eq=False)
+class LogSumExp:
+    """log sum_j exp(scale * s_ij + log_weight_ij)."""
+
+    scale: PairValue
+    over: Relation
+    among: Tensor | None = None
+    log_weight: PairValue | None = None
+    above: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Mean:
+    """sum_j w_ij s_ij / sum_j w_ij; w = 1, or (<u_i, u_j> + 1) / 2 of the reference vectors for "reference"."""
+
+    over: Relation
+    among: Tensor | None = None
+    weight: PairValue | Literal["reference"] | None = None
+    above: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class SoftMean:
+    """sum_j p_ij s_ij with p = softmax_j(scale * s_ij), which takes no gradient where `detach` says so."""
+
+    scale: PairValue
+    over: Relation
+    among: Tensor | None = None
+    detach: bool = False
+    above: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class SoftplusSum:
+    """sum_j log(1 + exp(scale * s_ij + bias_i))."""
+
+    scale: PairValue
+    bias: float | Tensor
+    over: Relation
+    among: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Kth:
+    """The k-th largest s_ij (the smallest where there are fewer), without gradient; k: a number or (N,)."""
+
+    k: int | Tensor
+    over: Relation
+    among: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Count:
+    """How many candidates count, int64."""
+
+    over: Relation
+    among: Tensor | None = None
+    above: Tensor | None = None
+
+
+Reduction = LogSumExp | Mean | SoftMean | SoftplusSum | Kth | Count
+
+
+def reduce(pairs: Pairs, reductions: Sequence[Reduction]) -> tuple[Tensor, ...]:
+    """Give each reduction of each anchor's row, (N,) or (H, N), from one computation of the similarities."""
+    similarity = pairs.similarity
+    return tuple(_DENSE[type(reduction)](pairs, similarity, reduction) for reduction in reductions)
+
+
+def topk(pairs: Pairs, k: int, over: Relation, among: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Give the k largest similarities of each row, with gradient, and the positions of their candidates.
+
+    Where a row has fewer than k, its last values are 0 and their positions -1.
+    """
+    similarity, counts = pairs.similarity, _counting(pairs, over, among)
+    short = max(k - similarity.shape[-1], 0)
+    eligible = F.pad(similarity.masked_fill(~counts, -torch.inf), (0, short), value=-torch.inf)
+    values, positions = eligible.topk(k, dim=-1)
+    missing = values == -torch.inf
+    return values.masked_fill(missing, 0), positions.masked_fill(missing, -1)
+
+
+def _logsumexp(pairs: Pairs, similarity: Tensor, asked: LogSumExp) -> Tensor:
+    logits = _value(asked.scale, pairs, similarity) * similarity
+    if asked.log_weight is not None:
+        logits = logits + _value(asked.log_weight, pairs, similarity)
+    counts = _counting(pairs, asked.over, asked.among, similarity, asked.above)
+    logits = logits.masked_fill(~counts, -torch.inf)
+    empty = (logits == -torch.inf).all(dim=-1)
+    logits = logits.masked_fill(empty.unsqueeze(-1), 0)
+    nothing = torch.finfo(similarity.dtype).min / 2
+    return _logsumexp_rows(logits).masked_fill(empty, nothing)
+
+
+def _logsumexp_rows(logits: Tensor) -> Tensor:
+    return torch.logsumexp(logits, dim=-1) if logits.shape[-1] else logits.sum(dim=-1)
+
+
+def _mean(pairs: Pairs, similarity: Tensor, asked: Mean) -> Tensor:
+    counts = _counting(pairs, asked.over, asked.among, similarity, asked.above)
+    if asked.weight is None:
+        weight = counts.to(similarity.dtype)
+    elif isinstance(asked.weight, str):
+        weight = pairs.reference_weight.masked_fill(~counts, 0)
+    else:
+        weight = torch.as_tensor(_value(asked.weight, pairs, similarity), dtype=similarity.dtype).where(counts, 0)
+    mass = weight.sum(dim=-1)
+    return (weight * similarity).sum(dim=-1) / mass.where(mass != 0, 1)
+
+
+def _soft_mean(pairs: Pairs, similarity: Tensor, asked: SoftMean) -> Tensor:
+    logits = _value(asked.scale, pairs, similarity) * similarity
+    counts = _counting(pairs, asked.over, asked.among, similarity, asked.above)
+    logits = logits.masked_fill(~counts, -torch.inf)
+    logits = logits.masked_fill(~counts.any(dim=-1, keepdim=True), 0)
+    weight = torch.softmax(logits, dim=-1).masked_fill(~counts, 0)
+    return ((weight.detach() if asked.detach else weight) * similarity).sum(dim=-1)
+
+
+def _softplus_sum(pairs: Pairs, similarity: Tensor, asked: SoftplusSum) -> Tensor:
+    bias = asked.bias.unsqueeze(-1) if isinstance(asked.bias, Tensor) and asked.bias.ndim else asked.bias
+    logits = _value(asked.scale, pairs, similarity) * similarity + bias
+    # torch calls softplus(x) x above the threshold; its default of 20 loses digits in float64.
+    return F.softplus(logits, threshold=40).masked_fill(~_counting(pairs, asked.over, asked.among), 0).sum(dim=-1)
+
+
+def _kth(pairs: Pairs, similarity: Tensor, asked: Kth) -> Tensor:
+    counts = _counting(pairs, asked.over, asked.among)
+    ordered = similarity.detach().masked_fill(~counts, -torch.inf).sort(dim=-1, descending=True).values
+    found = counts.sum(dim=-1)
+    k = torch.as_tensor(asked.k, device=similarity.device)
+    position = (torch.minimum(k, found) - 1).clamp(min=0).expand(ordered.shape[:-1])
+    if not ordered.shape[-1]:
+        return ordered.sum(dim=-1)
+    return ordered.gather(-1, position.unsqueeze(-1)).squeeze(-1).masked_fill(found == 0, 0)
+
+
+def _count(pairs: Pairs, similarity: Tensor, asked: Count) -> Tensor:
+    return _counting(pairs, asked.over, asked.among, similarity, asked.above).sum(dim=-1)
+
+
+_DENSE: dict[type, Callable[..., Tensor]] = {
+    LogSumExp: _logsumexp,
+    Mean: _mean,
+    SoftMean: _soft_mean,
+    SoftplusSum: _softplus_sum,
+    Kth: _kth,
+    Count: _count,
+}
+
+
+def _counting(
+    pairs: Pairs,
+    over: Relation,
+    among: Tensor | None,
+    similarity: Tensor | None = None,
+    above: Tensor | None = None,
+) -> Tensor:
+    """Give (N, M) or (H, N, M) bool: the candidates that count."""
+    counts = pairs.relation(over)
+    if among is not None:
+        counts = counts & among
+    if above is not None and similarity is not None:
+        counts = counts & (similarity >= above.unsqueeze(-1))
+    return counts
+
+
+def _value(value: PairValue, pairs: Pairs, similarity: Tensor) -> float | Tensor:
+    if isinstance(value, nn.Module):
+        tiles: list[Tensor] = [value(pairs.anchor, part) for part in pairs.candidates]
+        return torch.cat(tiles, dim=-1).to(similarity.dtype)
+    if isinstance(value, Tensor) and value.ndim >= 2 and value.shape[-2] > 1 and value.shape[-1] > 1:
+        raise ValueError(
+            f"a scale, weight or log_weight spans at most one of N and M: (N, 1), (1, M) or (H, 1, 1); got the shape "
+            f"{tuple(value.shape)}. For a value of each pair give a PairFunction, a module (anchor, candidate) -> tile."
+        )
+    return value

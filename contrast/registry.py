@@ -1,0 +1,211 @@
+"""Names for parts: a decorator and a name, and the constructor's signature as the schema."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import typing
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from types import NoneType, UnionType
+from typing import Any, Literal, TypeVar, Union
+
+Part = TypeVar("Part", bound=Callable[..., Any])
+
+
+class InputError(ValueError):
+    """What a person typed or handed over is wrong; the message is one clear sentence."""
+
+
+def nearest(word: str, words: Iterable[str]) -> str:
+    """Give " Did you mean 'x'?" for the most similar of `words`, or nothing where none is similar."""
+    known = {other.lower(): other for other in words}
+    similar = difflib.get_close_matches(word.lower(), list(known), n=1, cutoff=0.6)
+    return f" Did you mean '{known[similar[0]]}'?" if similar else ""
+
+
+class Registry(Mapping[str, Callable[..., Any]]):
+    """The parts of one kind by name: losses, backbones, heads, views.
+
+    Args:
+        kind: what the parts are, as messages call it ("loss").
+    """
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+        self._parts: dict[str, Callable[..., Any]] = {}
+        self._aliases: dict[str, str] = {}
+
+    def register(self, name: str, *, aliases: Sequence[str] = ()) -> Callable[[Part], Part]:
+        """Give the decorator that enters a class or function under `name`.
+
+        An alias is a signpost, not a second name: whoever types it is told the right one.
+        """
+
+        def enter(part: Part) -> Part:
+            if name in self._parts:
+                raise InputError(f"two parts want to be the {self.kind} '{name}'; give one of them another name.")
+            self._parts[name] = part
+            self._aliases.update({_plain(alias): name for alias in (name, *aliases)})
+            return part
+
+        return enter
+
+    def __getitem__(self, name: str) -> Callable[..., Any]:
+        """Give the part called `name`; an unknown name raises an InputError that says the nearest one."""
+        if name in self._parts:
+            return self._parts[name]
+        if (right := self._aliases.get(_plain(name))) is not None:
+            raise InputError(f"the {self.kind} '{name}' is called '{right}' here.")
+        raise InputError(
+            f"there is no {self.kind} '{name}'.{nearest(name, self._parts)} Known: {', '.join(sorted(self._parts))}."
+        )
+
+    def __contains__(self, name: object) -> bool:
+        """Tell whether a part has this very name; aliases do not count."""
+        return name in self._parts
+
+    def __iter__(self) -> Iterator[str]:
+        """Walk over the names in alphabetical order."""
+        return iter(sorted(self._parts))
+
+    def __len__(self) -> int:
+        """Count the parts."""
+        return len(self._parts)
+
+    def build(self, part: str | Mapping[str, Any], *, where: str = "", **facts: Any) -> Any:
+        """Make a part from its name, or from {"name": ..., its constructor's arguments}.
+
+        Args:
+            part: a name or a mapping, as it stands in a config.
+            where: the key of the config, for messages ("loss").
+            **facts: what only the run knows; each fills the constructor's parameter of that name, where there is one
+                and `part` does not give it.
+
+        Raises:
+            InputError: for an unknown name or argument, a wrong type, or a value that the constructor refuses.
+        """
+        where = where or self.kind
+        name, arguments = self.check(part, where=where)
+        build = self[name]
+        known = inspect.signature(build).parameters
+        filled = {key: value for key, value in facts.items() if key in known and key not in arguments}
+        try:
+            return build(**filled, **arguments)
+        except InputError:
+            raise
+        except (ValueError, TypeError) as error:
+            raise InputError(f"{where} '{name}': {error}") from error
+
+    def check(self, part: str | Mapping[str, Any], *, where: str) -> tuple[str, dict[str, Any]]:
+        """Give the name and the arguments of a part once both fit its signature, without building it."""
+        if isinstance(part, str):
+            part = {"name": part}
+        if not isinstance(part, Mapping) or not isinstance(part.get("name"), str):
+            raise InputError(f"{where} must be a name or a mapping with a name, {{name: ..., ...}}; got {part!r}.")
+        arguments = {str(key): value for key, value in part.items() if key != "name"}
+        try:
+            build = self[part["name"]]
+        except InputError as error:
+            raise InputError(f"{where}: {error}") from None
+        checked = check_arguments(build, arguments, where=where, owner=f"{self.kind} '{part['name']}'")
+        return part["name"], checked
+
+
+def schema(build: Callable[..., Any]) -> dict[str, tuple[Any, Any]]:
+    """Give each argument's annotation and default (`inspect.Parameter.empty` where it has none)."""
+    target = build.__init__ if inspect.isclass(build) else build
+    hints = typing.get_type_hints(target)
+    open_ended = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+    return {
+        name: (hints.get(name, Any), parameter.default)
+        for name, parameter in inspect.signature(build).parameters.items()
+        if parameter.kind not in open_ended
+    }
+
+
+def check_arguments(
+    build: Callable[..., Any], arguments: Mapping[str, Any], *, where: str, owner: str
+) -> dict[str, Any]:
+    """Give `arguments` as the signature of `build` wants them, or raise an InputError that names the key."""
+    known = schema(build)
+    accepts_any = any(p.kind is p.VAR_KEYWORD for p in inspect.signature(build).parameters.values())
+    checked = {}
+    for key, value in arguments.items():
+        if key not in known:
+            if accepts_any:
+                checked[key] = value
+                continue
+            takes = f"It takes: {', '.join(known)}." if known else "It takes no arguments."
+            raise InputError(f"{where}.{key}: {owner} has no such argument.{nearest(key, known)} {takes}")
+        checked[key] = convert(value, known[key][0], where=f"{where}.{key}")
+    return checked
+
+
+def convert(value: Any, annotation: Any, *, where: str) -> Any:
+    """Give `value` as the annotated type (an int where a float is wanted becomes one), or raise an InputError."""
+    fits, converted = _fit(value, annotation)
+    if not fits:
+        raise InputError(f"{where} must be {describe(annotation)}; got {value!r} ({type(value).__name__}).")
+    return converted
+
+
+def _fit(value: Any, annotation: Any) -> tuple[bool, Any]:
+    origin, inner = typing.get_origin(annotation), typing.get_args(annotation)
+    if annotation is Any:
+        return True, value
+    if origin in (Union, UnionType):
+        return next(((True, fitted) for option in inner for fits, fitted in [_fit(value, option)] if fits), (False, 0))
+    if origin is Literal:
+        return any(value == option and type(value) is type(option) for option in inner), value
+    if annotation in (None, NoneType):
+        return value is None, value
+    if annotation is float:
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        return number, float(value) if number else value
+    if annotation is int:
+        return isinstance(value, int) and not isinstance(value, bool), value
+    if origin is tuple and inner and inner[-1] is not Ellipsis:
+        if not isinstance(value, list | tuple) or len(value) != len(inner):
+            return False, value
+        parts = [_fit(item, kind) for item, kind in zip(value, inner, strict=True)]
+        return all(fits for fits, _ in parts), tuple(item for _, item in parts)
+    if origin in (list, tuple, Sequence):
+        if not isinstance(value, list | tuple):
+            return False, value
+        parts = [_fit(item, inner[0] if inner else Any) for item in value]
+        kind = list if origin is list else tuple
+        return all(fits for fits, _ in parts), kind(item for _, item in parts)
+    if origin in (dict, Mapping):
+        return isinstance(value, Mapping), value
+    kind = origin or annotation
+    return not inspect.isclass(kind) or isinstance(value, kind), value
+
+
+def describe(annotation: Any) -> str:
+    """Say an annotation in words: "a number", "one of all, across", "a whole number or nothing"."""
+    origin, inner = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin in (Union, UnionType):
+        return " or ".join(dict.fromkeys(describe(option) for option in inner))
+    if origin is Literal:
+        return "one of " + ", ".join(str(option) for option in inner)
+    words = {
+        int: "a whole number",
+        float: "a number",
+        bool: "true or false",
+        str: "text",
+        NoneType: "nothing (null)",
+        None: "nothing (null)",
+    }
+    if annotation in words:
+        return words[annotation]
+    if origin is tuple and inner and inner[-1] is not Ellipsis:
+        return f"a list of {len(inner)}: " + ", ".join(describe(kind) for kind in inner)
+    if origin in (list, tuple, Sequence):
+        return "a list" + (f" of {describe(inner[0])}" if inner and inner[0] is not Any else "")
+    if origin in (dict, Mapping):
+        return "a mapping"
+    return f"a {getattr(annotation, '__name__', annotation)}"
+
+
+def _plain(name: str) -> str:
+    return "".join(character for character in name.lower() if character.isalnum())

@@ -1,0 +1,1 @@
+"""The LightningModule, what happens beside it, and the folder of a run."""

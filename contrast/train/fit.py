@@ -1,0 +1,136 @@
+"""Trains an experiment in its run's folder, from the start or from where it stopped."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import lightning
+import torch
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from contrast.data.dataset import Data
+from contrast.data.loader import StepSampler, training_loader
+from contrast.train.callbacks import Checkpoints, OnlineProbe, Recorder, StopOnSignal
+from contrast.train.module import Pretraining
+from contrast.train.run_folder import RunFolder
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How training ended.
+
+    Args:
+        finished: False where a signal stopped it before the budget was spent.
+        step: optimiser steps taken, over all parts of the run.
+        seconds: of training, over all parts of the run.
+        main: whether this is the process that goes on to evaluate; the others are done.
+        processes: how many trained together.
+        device: what trained.
+        precision: Lightning's word for it.
+    """
+
+    finished: bool
+    step: int
+    seconds: float
+    main: bool
+    processes: int
+    device: str
+    precision: str
+
+
+def fit(
+    module: Pretraining,
+    data: Data,
+    sampler: StepSampler,
+    run: RunFolder,
+    *,
+    resume: bool = False,
+    trainer: Mapping[str, Any] | None = None,
+    tensorboard: bool = True,
+    workers: int = 0,
+    probe_every: int | None = None,
+    probe_items: int = 1000,
+    quiet: bool = False,
+) -> Outcome:
+    """Train until the budget is spent or a signal comes, and leave a checkpoint either way.
+
+    Args:
+        module: what to train.
+        data: the training set.
+        sampler: the batches, from the step on at which training starts.
+        run: where everything is written.
+        resume: whether to take up the run's last checkpoint.
+        trainer: further arguments of Lightning's Trainer.
+        tensorboard: whether to log there.
+        workers: processes that read items ahead.
+        probe_every: steps between two online probes; None: twenty a run.
+        probe_items: items on either side of the online probe; 0: no probe.
+        quiet: whether to leave the progress bar out.
+    """
+    budget = module.budget
+    log_every = max(1, (budget.steps or 20 * module.steps_per_epoch) // 200)
+    recorder = Recorder(run, every=log_every, quiet=quiet)
+    signals = StopOnSignal()
+    callbacks: list[lightning.Callback] = [recorder]
+    if probe_items:
+        every = probe_every or max(1, (budget.steps or 20 * module.steps_per_epoch) // 20)
+        callbacks.append(OnlineProbe(data, recorder, every=every, items=probe_items))
+    callbacks += [Checkpoints(run), signals]
+    made = _trainer(run, callbacks, budget.steps, dict(trainer or {}), tensorboard=tensorboard)
+    run.checkpoint.parent.mkdir(parents=True, exist_ok=True)
+    made.fit(
+        module,
+        training_loader(data.train, sampler, workers=workers),
+        ckpt_path=run.checkpoint if resume else None,
+        weights_only=True if resume else None,
+    )
+    return Outcome(
+        finished=module.progress >= 1,
+        step=module.global_step,
+        seconds=module.elapsed,
+        main=made.is_global_zero,
+        processes=made.world_size,
+        device=torch.cuda.get_device_name() if module.device.type == "cuda" else module.device.type,
+        precision=str(made.precision),
+    )
+
+
+def _trainer(
+    run: RunFolder,
+    callbacks: list[lightning.Callback],
+    steps: int | None,
+    further: dict[str, Any],
+    *,
+    tensorboard: bool,
+) -> lightning.Trainer:
+    """Make Lightning's Trainer; what it prints about itself is left out."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    logging.getLogger("lightning.fabric").setLevel(logging.ERROR)
+    for quiet in (".*num_workers.*", ".*does not have many workers.*", ".*`IterableDataset`.*", ".*sync_dist.*"):
+        warnings.filterwarnings("ignore", quiet)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="lightning.*")
+    logger = TensorBoardLogger(save_dir=run.path, name="", version="tensorboard") if tensorboard else False
+    settings: dict[str, Any] = {
+        "accelerator": "auto",
+        "devices": 1,
+        "precision": "bf16-mixed" if torch.cuda.is_available() else "32-true",
+        "deterministic": "warn" if torch.cuda.is_available() else None,
+        **further,
+    }
+    return lightning.Trainer(
+        max_steps=steps or -1,
+        max_epochs=-1,
+        callbacks=callbacks,
+        logger=logger,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,
+        log_every_n_steps=1,
+        **settings,
+    )

@@ -1,0 +1,119 @@
+"""One LightningModule for every method: views, encoder, loss."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import lightning
+import torch
+from torch import Tensor, nn
+
+from contrast import distributed
+from contrast.data.dataset import Batch
+from contrast.models.batch_norm import synchronise
+from contrast.models.encoder import Encoder
+from contrast.seeding import derived
+from contrast.train.budget import Budget
+from contrast.train.optimizers import Optimizer
+from contrast.views.views import Views
+
+
+class Pretraining(lightning.LightningModule):
+    """Pretrains an encoder: random views of a batch, their embeddings, one loss.
+
+    Every random number of a step comes from the seed, the step and the process alone, so that a stopped run goes on
+    as if it had never stopped.
+
+    Args:
+        encoder: backbone and head, with its momentum twin and predictor where the method has them.
+        loss: any loss of the registry.
+        views: makes the views of a batch on its device.
+        optimizer: how to step.
+        budget: where the schedule ends.
+        steps_per_epoch: whole batches of an epoch.
+        seed: decides every view and every dropout.
+    """
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        loss: nn.Module,
+        views: Views,
+        optimizer: Optimizer,
+        budget: Budget,
+        *,
+        steps_per_epoch: int,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.loss = loss
+        self.views = views
+        self.optimizer = optimizer
+        self.budget = budget
+        self.steps_per_epoch = steps_per_epoch
+        self.seed = seed
+        self.seconds = 0.0
+        self._since = time.monotonic()
+
+    @property
+    def progress(self) -> float:
+        """The share of the budget that is spent, in [0, 1]."""
+        return self.budget.progress(self.global_step, self.elapsed)
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds of training, over all parts of a resumed run."""
+        return self.seconds + time.monotonic() - self._since
+
+    @property
+    def epoch(self) -> float:
+        """How many times the training set was seen."""
+        return self.global_step / self.steps_per_epoch
+
+    def configure_model(self) -> None:
+        """Synchronise batch normalisation where several processes train together."""
+        if distributed.world_size() > 1:
+            synchronise(self.encoder)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """Give the optimiser over encoder and loss."""
+        return self.optimizer.build([self.encoder, self.loss])
+
+    def on_fit_start(self) -> None:
+        """Start the clock."""
+        self._since = time.monotonic()
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:  # noqa: ARG002
+        """Seed the step and set its learning rate."""
+        torch.manual_seed(self.step_seed("dropout"))
+        for group in self.trainer.optimizers[0].param_groups:
+            group["lr"] = self.optimizer.learning_rate(self.budget.progress(self.global_step + 0.5, self.elapsed))
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:  # noqa: ARG002
+        """Give the loss of one batch."""
+        generator = torch.Generator(self.device).manual_seed(self.step_seed("views"))
+        views = self.views(self.encoder.prepare(batch.x), generator)
+        out = self.encoder(views)
+        loss: Tensor = self.loss(*out.z, targets=out.targets, sample=batch.sample, group=batch.group)
+        return loss
+
+    def on_train_batch_end(self, outputs: Tensor | Mapping[str, Any] | None, batch: Batch, batch_idx: int) -> None:  # noqa: ARG002
+        """Move the momentum twin; close an epoch of the loss."""
+        self.encoder.update_twin(self.progress)
+        if self.global_step % self.steps_per_epoch == 0:
+            self.loss.end_epoch()  # type: ignore[operator]
+
+    def step_seed(self, purpose: str) -> int:
+        """Give the seed of this step for this process; another purpose, another seed."""
+        return derived(self.seed, purpose, self.global_step, distributed.rank())
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the seconds, for budgets in hours."""
+        checkpoint["contrast_seconds"] = self.elapsed
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take the seconds up again."""
+        self.seconds = float(checkpoint["contrast_seconds"])

@@ -1,0 +1,107 @@
+"""A few timed steps on copies, before a run: does everything fit together, how long, how much memory."""
+
+from __future__ import annotations
+
+import copy
+import statistics
+import time
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from contrast.data.dataset import Data
+from contrast.data.loader import StepSampler
+from contrast.models.encoder import Encoder
+from contrast.registry import InputError
+from contrast.seeding import derived
+from contrast.train.optimizers import Optimizer
+from contrast.views.views import Views
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """What a few steps showed.
+
+    Args:
+        seconds_per_step: the median, after the first.
+        peak_bytes: memory of the process (CPU) or of the device (CUDA) at its highest.
+        loss: the last loss.
+        originals: (n, ...) the first prepared items of a batch.
+        views: their views.
+        sample_names: what these items are called.
+    """
+
+    seconds_per_step: float
+    peak_bytes: int
+    loss: float
+    originals: Tensor
+    views: list[Tensor]
+    sample_names: list[str]
+
+
+def rehearse(
+    encoder: Encoder,
+    loss: nn.Module,
+    views: Views,
+    optimizer: Optimizer,
+    data: Data,
+    sampler: StepSampler,
+    *,
+    steps: int = 3,
+    shown: int = 8,
+    device: torch.device | None = None,
+) -> Rehearsal:
+    """Train copies of encoder and loss for some steps and forget them; random state and originals stay untouched.
+
+    Raises:
+        InputError: where views, encoder and loss do not fit together, or the loss is not finite.
+    """
+    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    encoder, loss = copy.deepcopy(encoder).to(device).train(), copy.deepcopy(loss).to(device).train()
+    stepper = optimizer.build([encoder, loss])
+    seconds, value = [], float("nan")
+    batches = iter(sampler)
+    originals, drawn, positions = torch.empty(0), [], [0]
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    with torch.random.fork_rng():
+        torch.manual_seed(derived(sampler.seed, "rehearsal"))
+        for step in range(steps):
+            start = time.perf_counter()
+            positions = next(batches)
+            batch = data.train.__getitems__(positions)
+            x = encoder.prepare(batch.x.to(device))
+            generator = torch.Generator(device).manual_seed(derived(sampler.seed, "rehearsal", step))
+            drawn = views(x, generator)
+            originals = x
+            out = encoder(drawn)
+            try:
+                total = loss(*out.z, targets=out.targets, sample=batch.sample.to(device), group=batch.group.to(device))
+            except ValueError as error:
+                raise InputError(f"loss: {error}") from error
+            stepper.zero_grad()
+            total.backward()
+            stepper.step()
+            value = total.item()
+            seconds.append(time.perf_counter() - start)
+    if value != value:
+        raise InputError("the loss is NaN after a few steps on this data; look at the values with `contrast check`.")
+    return Rehearsal(
+        statistics.median(seconds[1:] or seconds),
+        _peak_bytes(device),
+        value,
+        originals[:shown].cpu(),
+        [view[:shown].cpu() for view in drawn],
+        [data.train.names[position] for position in positions[:shown]],
+    )
+
+
+def _peak_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    import resource
+    import sys
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,1 @@
+"""The tests of contrast; they mirror the package."""

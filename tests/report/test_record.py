@@ -1,0 +1,34 @@
+import pytest
+
+from contrast.report.record import duration, flat, memory, moment, read_record
+
+
+def test_the_latest_value_of_a_step_counts_and_steps_ascend(tmp_path):
+    lines = ['{"step": 5, "loss": 3.0}', '{"step": 1, "loss": 9.0}', '{"step": 5, "loss": 2.0}', '{"step": 6, "lo']
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
+    step, loss = read_record(tmp_path).series("loss")
+    assert step.tolist() == [1, 5]
+    assert loss.tolist() == [9.0, 2.0]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"),
+    [(0.5, "0.5 s"), (48.4, "48 s"), (59.7, "1 min 0 s"), (252, "4 min 12 s"), (12_000, "3 h 20 min")],
+)
+def test_durations_are_said_in_two_units(seconds, said):
+    assert duration(seconds) == said
+
+
+@pytest.mark.parametrize(("count", "said"), [(512, "512 bytes"), (734_003_200, "700 MiB"), (2**30 * 1.5, "1.5 GiB")])
+def test_memory_is_said_in_one_unit(count, said):
+    assert memory(count) == said
+
+
+def test_a_heartbeat_is_a_date():
+    assert moment(0) == "1970-01-01 00:00 UTC"
+    assert moment("noon") == "noon"
+    assert moment(None) == ""
+
+
+def test_nested_settings_become_dotted_and_nothing_is_left_out_but_none():
+    assert list(flat({"a": {"b": [1, 2], "c": None}, "d": False})) == [("a.b", "1, 2"), ("d", "False")]

@@ -1,0 +1,182 @@
+"""The registry: names, checked arguments, and sentences for what is wrong."""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import pytest
+
+from contrast.registry import InputError, Registry, check_arguments, nearest
+
+
+@pytest.fixture
+def tools():
+    registry = Registry("tool")
+
+    @registry.register("hammer", aliases=("mallet", "Sledge-Hammer"))
+    class Hammer:
+        def __init__(
+            self,
+            weight: float = 1.0,
+            count: int = 1,
+            soft: bool = False,
+            head: Literal["round", "flat"] = "round",
+            colour: str | None = None,
+            sizes: Sequence[float] = (),
+            corner: tuple[int, int] = (0, 0),
+            nails: list[int] | None = None,
+            samples: int = 0,
+        ) -> None:
+            if weight < 0:
+                raise ValueError("weight must be 0 or more")
+            self.given = dict(locals())
+
+    @registry.register("saw")
+    def saw(teeth: int, samples: int = 0) -> tuple[str, int, int]:
+        return ("saw", teeth, samples)
+
+    @registry.register("anything")
+    def anything(**options: object) -> dict[str, object]:
+        return options
+
+    return registry
+
+
+def given(tools, **arguments):
+    return tools.build({"name": "hammer", **arguments}).given
+
+
+def test_names_are_walked_in_alphabetical_order(tools):
+    assert list(tools) == ["anything", "hammer", "saw"]
+    assert len(tools) == 3
+    assert "saw" in tools
+    assert "mallet" not in tools
+
+
+@pytest.mark.parametrize("typed", ["mallet", "MALLET", "sledge_hammer", "SledgeHammer", "Hammer", "HAMMER"])
+def test_an_alias_or_another_spelling_is_answered_with_the_right_name(tools, typed):
+    with pytest.raises(InputError, match=f"the tool '{typed}' is called 'hammer' here"):
+        tools[typed]
+
+
+@pytest.mark.parametrize(("typed", "meant"), [("hamer", "hammer"), ("swa", "saw"), ("HAMER", "hammer")])
+def test_a_misspelt_name_is_answered_with_the_nearest(tools, typed, meant):
+    with pytest.raises(InputError, match=f"there is no tool '{typed}'. Did you mean '{meant}'"):
+        tools[typed]
+
+
+def test_a_strange_name_is_answered_with_all_names(tools):
+    with pytest.raises(InputError, match=r"there is no tool 'xyz'\. Known: anything, hammer, saw\."):
+        tools["xyz"]
+
+
+def test_two_parts_cannot_share_a_name(tools):
+    with pytest.raises(InputError, match="two parts want to be the tool 'saw'"):
+        tools.register("saw")(dict)
+
+
+def test_nearest_is_silent_where_nothing_is_near():
+    assert nearest("qqq", ["hammer"]) == ""
+    assert nearest("Hamer", ["hammer"]) == " Did you mean 'hammer'?"
+
+
+def test_a_bare_name_is_short_for_a_mapping_with_that_name(tools):
+    assert tools.build("hammer").given["weight"] == 1.0
+    assert tools.build({"name": "saw", "teeth": 3}) == ("saw", 3, 0)
+
+
+@pytest.mark.parametrize("part", [3, None, ["hammer"], {"weight": 1}, {"name": 3}])
+def test_a_part_without_a_name_is_refused(tools, part):
+    with pytest.raises(InputError, match=r"tool must be a name or a mapping with a name"):
+        tools.build(part)
+
+
+def test_a_whole_number_becomes_a_float_where_a_float_is_wanted(tools):
+    weight = given(tools, weight=2)["weight"]
+    assert weight == 2.0
+    assert isinstance(weight, float)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("weight", "heavy", "a number"),
+        ("weight", True, "a number"),
+        ("weight", None, "a number"),
+        ("count", True, "a whole number"),
+        ("count", 1.0, "a whole number"),
+        ("count", "1", "a whole number"),
+        ("soft", 1, "true or false"),
+        ("soft", "true", "true or false"),
+        ("head", "square", "one of round, flat"),
+        ("head", True, "one of round, flat"),
+        ("colour", 3, "text or nothing"),
+        ("sizes", 3.0, "a list of a number"),
+        ("sizes", "34", "a list of a number"),
+        ("sizes", [1.0, "x"], "a list of a number"),
+        ("corner", [1], "a list of 2"),
+        ("corner", [1, 2, 3], "a list of 2"),
+        ("corner", [1, 2.5], "a list of 2"),
+        ("nails", [1, True], "a list of a whole number or nothing"),
+    ],
+)
+def test_a_wrong_type_is_named_with_its_key(tools, key, value, words):
+    with pytest.raises(InputError) as caught:
+        tools.build({"name": "hammer", key: value}, where="loss")
+    assert str(caught.value).startswith(f"loss.{key} must be {words}")
+    assert f"got {value!r}" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "kept"),
+    [
+        ("count", 3, 3),
+        ("soft", True, True),
+        ("head", "flat", "flat"),
+        ("colour", None, None),
+        ("colour", "red", "red"),
+        ("sizes", [1, 2.5], (1.0, 2.5)),
+        ("corner", [1, 2], (1, 2)),
+        ("nails", (1, 2), [1, 2]),
+        ("nails", None, None),
+    ],
+)
+def test_a_right_type_arrives(tools, key, value, kept):
+    assert given(tools, **{key: value})[key] == kept
+    assert type(given(tools, **{key: value})[key]) is type(kept)
+
+
+def test_a_misspelt_argument_is_answered_with_the_nearest_and_all(tools):
+    with pytest.raises(InputError) as caught:
+        tools.build({"name": "hammer", "wieght": 1.0}, where="loss")
+    said = str(caught.value)
+    assert said.startswith("loss.wieght: tool 'hammer' has no such argument. Did you mean 'weight'?")
+    assert "It takes: weight, count, soft" in said
+
+
+def test_an_unknown_part_is_named_with_its_key(tools):
+    with pytest.raises(InputError, match=r"^encoder\.tool: there is no tool 'hamer'"):
+        tools.build("hamer", where="encoder.tool")
+
+
+def test_what_a_constructor_refuses_is_named_with_the_key(tools):
+    with pytest.raises(InputError, match=r"^encoder\.tool 'hammer': weight must be 0 or more"):
+        tools.build({"name": "hammer", "weight": -1}, where="encoder.tool")
+    with pytest.raises(InputError, match=r"^tool 'saw': .*teeth"):
+        tools.build("saw")
+
+
+def test_facts_fill_what_the_signature_has_and_the_part_does_not_give(tools):
+    assert tools.build({"name": "saw", "teeth": 2}, samples=7, classes=3) == ("saw", 2, 7)
+    assert tools.build({"name": "saw", "teeth": 2, "samples": 5}, samples=7) == ("saw", 2, 5)
+
+
+def test_a_part_with_open_arguments_takes_any(tools):
+    assert tools.build({"name": "anything", "depth": 3}) == {"depth": 3}
+
+
+def test_check_arguments_leaves_the_given_mapping_alone():
+    def part(sizes: tuple[float, ...] = ()) -> None: ...
+
+    typed = {"sizes": [1, 2]}
+    assert check_arguments(part, typed, where="x", owner="y") == {"sizes": (1.0, 2.0)}
+    assert typed == {"sizes": [1, 2]}
