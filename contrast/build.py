@@ -102,11 +102,6 @@ def build_encoder_for(config: Config, data: Data, views: Views, *, pretrained: b
     )
     if not pretrained:
         backbone["pretrained"] = False
-    inputs = (
-        ImageInputs(data.value_range, data.mean, data.std)
-        if data.kind == "image"
-        else SeriesInputs(data.mean, data.std)
-    )
     shape = views.output_shapes(data.shape)[0]
     torch.manual_seed(derived(config.seed, "weights"))
     return build_encoder(
@@ -114,10 +109,17 @@ def build_encoder_for(config: Config, data: Data, views: Views, *, pretrained: b
         settings.head,
         shape=shape,
         kind=data.kind,
-        inputs=inputs,
+        inputs=inputs_of(data),
         predictor=settings.predictor,
         momentum=settings.momentum,
     )
+
+
+def inputs_of(data: Data) -> ImageInputs | SeriesInputs:
+    """Give what prepares raw data of this set for views and backbone."""
+    if data.kind == "image":
+        return ImageInputs(data.value_range, data.mean, data.std)
+    return SeriesInputs(data.mean, data.std)
 
 
 def pick(config: Config, data: Data) -> tuple[Config, dict[str, Any]]:

@@ -28,13 +28,28 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command and give its exit status: 0 done, 1 failed, 2 wrong input, 130 stopped by the user and saved."""
-    arguments = sys.argv[1:] if arguments is None else list(arguments)
-    _talk()
+    """Run the command and give its exit status: 0 done, 1 failed, 2 wrong input, 130 stopped by the user and saved."""
+
+    def command() -> int:
+        words, left = _parser().parse_known_args(sys.argv[1:] if arguments is None else list(arguments))
+        # argparse ends a list of words at the first flag; the words behind it are left over.
+        if unknown := [word for word in left if word.startswith("-")] or (left if not hasattr(words, "words") else []):
+            raise InputError(
+                f"`contrast {words.command}` does not take {unknown[0]}; see `contrast {words.command} --help`."
+            )
+        if left:
+            words.words = [*words.words, *left]
+        return int(words.run(words) or DONE)
+
+    return answer(command)
+
+
+def answer(command: Callable[[], int]) -> int:
+    """Run a program and give its exit status; what goes wrong becomes one sentence on standard error."""
+    voice = _talk()
     signal.signal(signal.SIGTERM, _interrupt)
     try:
-        words = _parser().parse_args(arguments)
-        return int(words.run(words) or DONE)
+        return command()
     except InputError as error:
         return _say(error, WRONG_INPUT)
     except KeyboardInterrupt:
@@ -47,13 +62,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         return _say(f"{error.strerror or error}: {error.filename or ''}".rstrip(": "), FAILED)
     except Exception as error:
-        from contrast.api import Stopped, TrainingFailure
+        from contrast.runs import Stopped
+        from contrast.train.callbacks import TrainingFailure
 
         if isinstance(error, Stopped):
             return _say(error, STOPPED)
         if isinstance(error, TrainingFailure):
             return _say(error, FAILED)
         raise
+    finally:
+        logging.getLogger("contrast").removeHandler(voice)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -99,26 +117,25 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _pretrain(words: argparse.Namespace) -> None:
-    from contrast import api
+    from contrast import runs
 
     loaded, name = _experiment(words.words)
-    run = api.run(loaded, out=words.out, name=name)
-    _print_run(run)
+    _print_run(runs.start(loaded, out=words.out, name=name))
 
 
 def _resume(words: argparse.Namespace) -> None:
-    from contrast import api
+    from contrast import runs
 
     for word in words.words:
         _need_setting(word)
-    _print_run(api.resume(words.run_folder, words.words))
+    _print_run(runs.resume(words.run_folder, words.words))
 
 
 def _check(words: argparse.Namespace) -> None:
-    from contrast import api
+    from contrast.checking import check
 
     loaded, _ = _experiment(words.words)
-    print(api.check(loaded, out=words.out))
+    print(check(loaded, out=words.out))
 
 
 def _evaluate(words: argparse.Namespace) -> None:
@@ -269,12 +286,13 @@ def _first_comment(file: Path) -> str:
     return first.lstrip("# ") if first.startswith("#") else ""
 
 
-def _talk() -> None:
+def _talk() -> logging.Handler:
     """Send what the package says about its progress to standard error."""
     logger = logging.getLogger("contrast")
-    if not logger.handlers:
-        logger.addHandler(logging.StreamHandler(sys.stderr))
+    voice = logging.StreamHandler(sys.stderr)
+    logger.addHandler(voice)
     logger.setLevel(logging.INFO)
+    return voice
 
 
 def _interrupt(number: int, frame: Any) -> NoReturn:  # noqa: ARG001

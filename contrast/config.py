@@ -182,9 +182,10 @@ def part(key: str, value: Any) -> Any:
     if value is None or value == "auto" or (isinstance(value, Mapping) and value.get("name") == "auto"):
         if value is None and key != "encoder.predictor":
             raise InputError(f"{key} must be a name or {{name: ..., ...}}; got nothing.")
-        if isinstance(value, Mapping) and len(value) > 1:
-            raise InputError(f"{key}: 'auto' takes no arguments; give {key}.name: one of {', '.join(registry)}.")
-        return value if value is None else "auto"
+        taken = ["name", "count"] if key == "views" else ["name"]
+        if isinstance(value, Mapping) and (odd := [name for name in value if name not in taken]):
+            raise InputError(f"{key}.{odd[0]}: 'auto' does not take it; give {key}.name, one of {', '.join(registry)}.")
+        return value if value is None or (isinstance(value, Mapping) and len(value) > 1) else "auto"
     if key == "views" and isinstance(value, list | tuple):
         return _operations(key, value)
     if key == "encoder.backbone":
@@ -395,12 +396,12 @@ def _first_line(error: Exception) -> str:
     return " ".join(str(error).split())[:300]
 
 
-def in_words(value: Any) -> str:
-    """Say a value as it stands in YAML on one line."""
+def in_words(value: Any, *, whole: bool = False) -> str:
+    """Say a value as it stands in YAML on one line; a part without arguments by its name, unless `whole`."""
     if isinstance(value, Mapping):
-        if set(value) == {"name"}:
+        if set(value) == {"name"} and not whole:
             return str(value["name"])
-        return "{" + ", ".join(f"{key}: {in_words(one)}" for key, one in value.items()) + "}"
+        return "{" + ", ".join(f"{key}: {in_words(one, whole=whole)}" for key, one in value.items()) + "}"
     if isinstance(value, list | tuple):
-        return "[" + ", ".join(in_words(one) for one in value) + "]"
+        return "[" + ", ".join(in_words(one, whole=whole) for one in value) + "]"
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

@@ -55,7 +55,9 @@ def test_gather_puts_rows_in_rank_order_and_sums_what_everyone_sends_back(proces
         for (shape, sizes), (everyone, gradient) in answer.items():
             rows = [float(other) + row / 10 for other in range(world) for row in range(sizes[other])]
             assert everyone.shape == (len(rows), *shape)
-            assert torch.allclose(everyone.reshape(len(rows), everyone[:1].numel()).t()[:1].flatten(), torch.tensor(rows).double())
+            assert torch.allclose(
+                everyone.reshape(len(rows), everyone[:1].numel()).t()[:1].flatten(), torch.tensor(rows).double()
+            )
             start, senders = sum(sizes[:rank]), sum(range(1, world + 1))
             expected = torch.arange(start + 1.0, start + sizes[rank] + 1).double() * senders
             assert gradient.shape == (sizes[rank], *shape)
@@ -90,7 +92,11 @@ def identified(rank, world):
     index = torch.arange(size) + 100 * rank
     views = [
         Embeddings(
-            torch.randn(2, size, 3), index, index % 3, torch.full_like(index, view), torch.full((size, 2), rank + view / 10)
+            torch.randn(2, size, 3),
+            index,
+            index % 3,
+            torch.full_like(index, view),
+            torch.full((size, 2), rank + view / 10),
         )
         for view in range(2)
     ]

@@ -28,7 +28,9 @@ def test_normalised_rows_have_unit_length_in_float32_or_better(dtype):
     assert unit.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     for row, original in zip(unit.tolist(), z.tolist(), strict=True):
         length = math.sqrt(math.fsum(value * value for value in original))
-        assert row == pytest.approx([value / length for value in original], rel=3e-7 if dtype != torch.float64 else 1e-15)
+        assert row == pytest.approx(
+            [value / length for value in original], rel=3e-7 if dtype != torch.float64 else 1e-15
+        )
 
 
 @pytest.mark.parametrize("size", [1e-30, 1e-12, 1e12, 1e30])
@@ -82,7 +84,11 @@ def test_slicing_takes_z_and_identity_together(index, heads):
 
 @pytest.mark.parametrize("heads", [None, 2])
 def test_concatenate_keeps_the_order(heads):
-    parts = [embeddings(3, heads=heads, start=0), embeddings(0, heads=heads, start=7), embeddings(2, heads=heads, start=5)]
+    parts = [
+        embeddings(3, heads=heads, start=0),
+        embeddings(0, heads=heads, start=7),
+        embeddings(2, heads=heads, start=5),
+    ]
     whole = concatenate(parts)
     assert whole.sample.tolist() == [0, 1, 2, 5, 6]
     assert whole.view.tolist() == [20, 21, 22, 25, 26]

@@ -1,6 +1,7 @@
 """Who is whose positive, and every row reduction, against plain loops over single pairs in float64."""
 
 import math
+import random
 from dataclasses import dataclass, replace
 
 import pytest
@@ -34,28 +35,29 @@ class Scene:
 
 @st.composite
 def scenes(draw):
-    sizes = st.sampled_from([0, 1, 2, 3, 4, 4, 4])
-    generator = torch.Generator().manual_seed(draw(st.integers(0, 10**6)))
-    heads = draw(st.sampled_from([None, None, 2]))
+    """Draw a seed alone: a scene drawn number by number is mostly empty."""
+    seed = draw(st.integers(0, 10**6))
+    dice, generator = random.Random(seed), torch.Generator().manual_seed(seed)
+    heads = dice.choice([None, None, 2])
 
     def part(count, views):
         def some(options):
-            return torch.tensor(draw(st.lists(st.sampled_from(options), min_size=count, max_size=count))).long()
+            return torch.tensor(dice.choices(options, k=count)).long()
 
         shape = (count, DIMS) if heads is None else (heads, count, DIMS)
         z = torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_()
-        return Embeddings(z, some([0, 1, 2, 3]), some([0, 1, 2]), some(views))
+        return Embeddings(z, some(range(6)), some([0, 1, 2]), some(views))
 
-    anchor = part(draw(sizes), [0, 1, PADDING])
-    first = part(draw(sizes), [0, 1, PADDING])
-    second = part(draw(sizes), [REMEMBERED, 0, 2, PADDING])
-    pairs = Pairs(anchor, (first, second), across=draw(st.booleans()))
-    if draw(st.booleans()):
+    anchor = part(dice.choice([0, 1, 3, 4, 4, 5, 5, 5]), [0, 1, 0, 1, 0, 1, PADDING])
+    first = part(dice.choice([0, 1, 5, 6, 7, 7, 8, 8]), [0, 1, 0, 1, 0, 1, PADDING])
+    second = part(dice.choice([0, 1, 5, 6, 7, 7, 8, 8]), [REMEMBERED, REMEMBERED, REMEMBERED, 0, 2, PADDING])
+    pairs = Pairs(anchor, (first, second), across=dice.random() < 0.3)
+    if dice.random() < 0.4:
         pairs = pairs.ignoring(near, torch.rand(len(anchor), generator=generator, dtype=torch.float64) - 0.5)
     width = len(first) + len(second)
-    among = torch.rand(width, generator=generator) < 0.7 if draw(st.booleans()) else None
-    rows = (len(anchor),) if heads is None or draw(st.booleans()) else (heads, len(anchor))
-    above = torch.randn(rows, generator=generator, dtype=torch.float64) - 1 if draw(st.booleans()) else None
+    among = torch.rand(width, generator=generator) < 0.8 if dice.random() < 0.4 else None
+    rows = (len(anchor),) if heads is None or dice.random() < 0.5 else (heads, len(anchor))
+    above = torch.randn(rows, generator=generator, dtype=torch.float64) - 2 if dice.random() < 0.4 else None
     return Scene(pairs, heads, among, above, generator)
 
 
@@ -185,14 +187,14 @@ def a_value(scene, form):
     def pair(h, i, j):
         part, row = candidates(scene.pairs)[j]
         inner = sum(
-            w * a * b
-            for w, a, b in zip(leaf, single(scene.pairs.anchor, h, i), single(part, h, row), strict=True)
+            w * a * b for w, a, b in zip(leaf, single(scene.pairs.anchor, h, i), single(part, h, row), strict=True)
         )
         return 1 + inner + int(part.group[row]) / 10
 
     return Learned(leaf), pair, (leaf,)
 
 
+every_relation = pytest.mark.parametrize("over", OVER)
 FORMS = st.sampled_from(["number", "learned number", "per anchor", "per candidate", "per head", "pair function"])
 
 
@@ -208,7 +210,8 @@ def test_each_candidate_stands_to_an_anchor_as_the_table_says(scene):
                     assert bool(tile[i, j]) == (kind(scene.pairs, i, j, similarity) in KINDS[over])
 
 
-@given(scene=scenes(), over=st.sampled_from(OVER), scale=FORMS, weight=st.one_of(st.none(), FORMS))
+@every_relation
+@given(scene=scenes(), scale=FORMS, weight=st.one_of(st.none(), FORMS))
 def test_logsumexp_equals_loops(scene, over, scale, weight):
     given_scale, scale_of, first = a_value(scene, scale)
     log_weight, weight_of, second = (None, lambda h, i, j: 0.0, ()) if weight is None else a_value(scene, weight)
@@ -220,7 +223,8 @@ def test_logsumexp_equals_loops(scene, over, scale, weight):
     assert_same(scene, found, collected(scene, values), *first, *second)
 
 
-@given(scene=scenes(), over=st.sampled_from(OVER), weight=st.one_of(st.none(), FORMS))
+@every_relation
+@given(scene=scenes(), weight=st.one_of(st.none(), FORMS))
 def test_mean_equals_loops(scene, over, weight):
     given_weight, weight_of, learned = (None, lambda h, i, j: 1.0, ()) if weight is None else a_value(scene, weight)
     found = scene.pairs.mean(over, among=scene.among, weight=given_weight, above=scene.above)
@@ -231,7 +235,8 @@ def test_mean_equals_loops(scene, over, weight):
     assert_same(scene, found, collected(scene, values), *learned)
 
 
-@given(scene=scenes(), over=st.sampled_from(OVER))
+@every_relation
+@given(scene=scenes())
 def test_mean_weighted_by_references_equals_loops(scene, over):
     def with_reference(embeddings):
         u = torch.randn(len(embeddings), 2, generator=scene.generator, dtype=torch.float64)
@@ -245,13 +250,17 @@ def test_mean_weighted_by_references_equals_loops(scene, over):
         weights = {}
         for j, _ in row:
             part, place = candidates(scene.pairs)[j]
-            inner = sum(float(a) * float(b) for a, b in zip(scene.pairs.anchor.reference[i], part.reference[place], strict=True))
+            inner = sum(
+                float(a) * float(b) for a, b in zip(scene.pairs.anchor.reference[i], part.reference[place], strict=True)
+            )
             weights[j] = (inner + 1) / 2
         values[h, i] = sum(weights[j] * s for j, s in row) / sum(weights.values()) if row else 0.0
     assert_same(scene, found, collected(scene, values))
 
 
-@given(scene=scenes(), over=st.sampled_from(OVER), scale=FORMS, detach=st.booleans())
+@every_relation
+@given(scene=scenes(), scale=FORMS)
+@pytest.mark.parametrize("detach", [False, True])
 def test_soft_mean_equals_loops(scene, over, scale, detach):
     given_scale, scale_of, learned = a_value(scene, scale)
     found = scene.pairs.soft_mean(given_scale, over, among=scene.among, detach=detach, above=scene.above)
@@ -263,7 +272,8 @@ def test_soft_mean_equals_loops(scene, over, scale, detach):
     assert_same(scene, found, collected(scene, values), *learned)
 
 
-@given(scene=scenes(), over=st.sampled_from(OVER), scale=FORMS, bias=st.sampled_from(["number", "anchor", "head"]))
+@every_relation
+@given(scene=scenes(), scale=FORMS, bias=st.sampled_from(["number", "anchor", "head"]))
 def test_softplus_sum_equals_loops(scene, over, scale, bias):
     given_scale, scale_of, learned = a_value(scene, scale)
     scene.above = None
@@ -282,7 +292,8 @@ def test_softplus_sum_equals_loops(scene, over, scale, bias):
     assert_same(scene, found, collected(scene, values), *learned)
 
 
-@given(scene=scenes(), over=st.sampled_from(OVER), k=st.integers(1, 12))
+@every_relation
+@given(scene=scenes(), k=st.integers(1, 12))
 def test_topk_equals_sorted_loops(scene, over, k):
     found, positions = scene.pairs.topk(k, over, among=scene.among)
     walked = walk(scene, over)
@@ -298,7 +309,8 @@ def test_topk_equals_sorted_loops(scene, over, k):
         assert_same(scene, found[..., place], collected(scene, values))
 
 
-@given(scene=scenes(), over=st.sampled_from(OVER), each=st.booleans(), data=st.data())
+@every_relation
+@given(scene=scenes(), each=st.booleans(), data=st.data())
 def test_kth_equals_sorted_loops(scene, over, each, data):
     count = len(scene.pairs)
     ks = data.draw(st.lists(st.integers(1, 9), min_size=count, max_size=count)) if each else [3] * count
@@ -311,7 +323,8 @@ def test_kth_equals_sorted_loops(scene, over, each, data):
     torch.testing.assert_close(found, collected(scene, values))
 
 
-@given(scene=scenes(), over=st.sampled_from(OVER))
+@every_relation
+@given(scene=scenes())
 def test_count_equals_loops(scene, over):
     found = scene.pairs.count(over, among=scene.among, above=scene.above)
     values = {where: float(len(row)) for where, row in walk(scene, over, above=True).items()}
@@ -443,7 +456,9 @@ def test_backward_inside_autocast_keeps_full_precision():
 def test_all_pairs_lets_every_view_meet_every_view_and_the_extras():
     index = torch.arange(2)
     a, b = (Embeddings(torch.randn(2, DIMS), index, index, index * 0 + view) for view in range(2))
-    queue = Embeddings(torch.randn(3, DIMS), index.new_tensor([7, 0, 8]), index.new_tensor([7, 0, 1]), torch.full((3,), -1))
+    queue = Embeddings(
+        torch.randn(3, DIMS), index.new_tensor([7, 0, 8]), index.new_tensor([7, 0, 1]), torch.full((3,), -1)
+    )
     pairs = all_pairs(a, b, extra=[queue])
     assert pairs.views == 2
     #                                a0 a1 b0 b1 q7 q0 q8 (of group 1)

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from contrast.evaluate.threads import threads_for
 from contrast.registry import InputError
 
 if TYPE_CHECKING:
@@ -144,8 +145,9 @@ def health(features: Tensor, name: str = "the encoder") -> Health:
 def effective_rank(features: Tensor) -> float:
     """Give exp(entropy of the singular values of (N, F), normalised to sum 1); 1 for features that are all zero."""
     some = features[torch.linspace(0, len(features) - 1, min(len(features), RANKED)).long()].double()
-    gram = some @ some.T if len(some) < some.shape[1] else some.T @ some
-    values = torch.linalg.eigvalsh(gram).clamp(min=0).sqrt()
+    with threads_for(some.numel() * min(some.shape)):
+        gram = some @ some.T if len(some) < some.shape[1] else some.T @ some
+        values = torch.linalg.eigvalsh(gram).clamp(min=0).sqrt()
     if values.sum() == 0:
         return 1.0
     share = values / values.sum()

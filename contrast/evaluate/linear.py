@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from contrast.evaluate.logistic import solve
+from contrast.evaluate.logistic import ROUGH, solve
 
 STRENGTHS = (0.1, 1.0, 10.0, 100.0, 1e3, 1e4, 1e5)
 FOLDS = 5
@@ -81,7 +81,8 @@ def choose_on_validation(
         fitted = fitted[torch.from_numpy(np.sort(drawn))]
     mean, scale = standardisation(features[fitted])
     present, index = torch.unique(target[fitted], return_inverse=True)
-    found = solve((features[fitted].double() - mean) * scale, index, len(present), torch.tensor(strengths))
+    x = (features[fitted].double() - mean) * scale
+    found = solve(x, index, len(present), torch.tensor(strengths), tolerance=ROUGH)
     judged = torch.nonzero(held_out & torch.isin(target, present)).squeeze(1)
     logits = ((features[judged].double() - mean) * scale) @ found.weight + found.bias[:, None]  # (B, N, P)
     losses = _log_loss(logits, torch.searchsorted(present, target[judged])).mean(1)
@@ -105,7 +106,7 @@ def choose_by_folds(
     mean, scale = standardisation(features)
     x = (features.double() - mean) * scale
     kept = torch.stack([fold != number for number in used]).repeat_interleave(len(strengths), 0)
-    found = solve(x, index, len(present), torch.tensor(strengths).repeat(len(used)), kept)
+    found = solve(x, index, len(present), torch.tensor(strengths).repeat(len(used)), kept, tolerance=ROUGH)
     logits = x @ found.weight + found.bias[:, None]  # (folds * strengths, N, P)
     losses = (_log_loss(logits, index) * ~kept).sum(1).view(len(used), -1).sum(0) / (fold >= 0).sum()
     return _best(strengths, losses)

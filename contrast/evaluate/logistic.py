@@ -8,16 +8,22 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from contrast.evaluate.threads import threads_for
+
 TOLERANCE = 1e-7
+ROUGH = 1e-5
+"""Enough for comparing strengths, and about as far as float32 carries."""
 STEPS = 2000
 HISTORY = 10
+FLOOR = 1e-5
+"""Of the doubt: where it is nearly 0, a step in the bias, which no penalty restrains, would explode."""
 ELEMENTS = 30_000_000
 """So many logits, over all items, problems and classes, are held at a time."""
 LARGE = 20_000_000
 """From so many multiplications a pass, the road there is walked in float32, and only the rest in float64."""
 
-Evaluate = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-Precondition = Callable[[Tensor, Tensor], Tensor]
+Evaluate = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
+Precondition = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -29,14 +35,22 @@ class Solution:
     converged: Tensor
 
 
-def solve(x: Tensor, target: Tensor, classes: int, strengths: Tensor, kept: Tensor | None = None) -> Solution:
+def solve(
+    x: Tensor,
+    target: Tensor,
+    classes: int,
+    strengths: Tensor,
+    kept: Tensor | None = None,
+    *,
+    tolerance: float = TOLERANCE,
+) -> Solution:
     r"""Minimise B penalised cross-entropies over the same items, by preconditioned L-BFGS.
 
     .. math:: \min_{W, b} \sum_{i \in \text{kept}} -\log \mathrm{softmax}(x_i W + b)_{y_i} + \frac{\lambda}{2} \|W\|^2
 
     Each problem has its own strength lambda and its own items; scikit-learn's C is 1 / lambda (but for two classes,
     where it fits one vector instead of two, C is 2 / lambda). Converged means that no entry of the gradient of the
-    mean loss exceeds 1e-7, in float64. The same input gives the same numbers: nothing here is random.
+    mean loss exceeds the tolerance, in float64. The same input gives the same numbers: nothing here is random.
 
     Args:
         x: (N, D), centred; far quicker when standardised.
@@ -44,21 +58,23 @@ def solve(x: Tensor, target: Tensor, classes: int, strengths: Tensor, kept: Tens
         classes: C.
         strengths: lambda > 0, (B,).
         kept: (B, N) bool, the items of each problem; all where it is None.
+        tolerance: of the gradient.
     """
     x, strengths = x.double(), strengths.double()
     kept = torch.ones(len(strengths), len(x), dtype=torch.bool) if kept is None else kept
-    basis = None
-    if len(x) < x.shape[1]:  # the minimum lies in the span of the items: fewer unknowns, the same answer
-        basis, triangle = torch.linalg.qr(x.T)
-        x = triangle.T.contiguous()
-    problems = max(1, ELEMENTS // (len(x) * classes))
-    curvature = _curvature(x)
-    parts = [
-        _solve_together(x, target, classes, some, some_kept, curvature)
-        for some, some_kept in zip(torch.split(strengths, problems), torch.split(kept, problems), strict=True)
-    ]
-    theta = torch.cat([part for part, _ in parts], 1).transpose(0, 1)
-    weight = theta[:, :-1] if basis is None else basis @ theta[:, :-1]
+    with threads_for(x.numel() * len(strengths) * classes):
+        basis = None
+        if len(x) < x.shape[1]:  # the minimum lies in the span of the items: fewer unknowns, the same answer
+            basis, triangle = torch.linalg.qr(x.T)
+            x = triangle.T.contiguous()
+        problems = max(1, ELEMENTS // (len(x) * classes))
+        curvature = _curvature(x)
+        parts = [
+            _solve_together(x, target, classes, some, some_kept, curvature, tolerance)
+            for some, some_kept in zip(torch.split(strengths, problems), torch.split(kept, problems), strict=True)
+        ]
+        theta = torch.cat([part for part, _ in parts], 1).transpose(0, 1)
+        weight = theta[:, :-1] if basis is None else basis @ theta[:, :-1]
     return Solution(weight, theta[:, -1], torch.cat([converged for _, converged in parts]))
 
 
@@ -70,7 +86,13 @@ def _curvature(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _solve_together(
-    x: Tensor, target: Tensor, classes: int, strengths: Tensor, kept: Tensor, curvature: tuple[Tensor, Tensor]
+    x: Tensor,
+    target: Tensor,
+    classes: int,
+    strengths: Tensor,
+    kept: Tensor,
+    curvature: tuple[Tensor, Tensor],
+    tolerance: float,
 ) -> tuple[Tensor, Tensor]:
     """Give theta (D + 1, B, C), the bias last, and which problems converged."""
     design = torch.cat([x, torch.ones_like(x[:, :1])], 1)
@@ -78,49 +100,54 @@ def _solve_together(
     penalty = strengths / kept.sum(1)
     theta = design.new_zeros(design.shape[1], len(strengths), classes)
     converged = torch.zeros(len(strengths), dtype=torch.bool)
-    stages = [(torch.float64, TOLERANCE)]
+    stages = [(torch.float64, tolerance)]
     if design.numel() * len(strengths) * classes > LARGE:
-        stages.insert(0, (torch.float32, 1e-5))
-    for dtype, tolerance in stages:
+        stages.insert(0, (torch.float32, max(tolerance, ROUGH)))
+    for dtype, reach in stages:
         evaluate = _loss(design.to(dtype), target, share.to(dtype), penalty.to(dtype))
-        precondition = _newton_at_zero(curvature, penalty, classes, dtype)
-        theta, converged = _minimise(evaluate, precondition, theta.to(dtype), tolerance)
+        precondition = _mean_newton(curvature, penalty, dtype)
+        theta, converged = _minimise(evaluate, precondition, theta.to(dtype), reach)
     return theta, converged
 
 
 def _loss(design: Tensor, target: Tensor, share: Tensor, penalty: Tensor) -> Evaluate:
-    """Give theta (D + 1, B', C), problems (B',) -> loss (B',) and gradient, theta's shape."""
+    """Give theta (D + 1, B', C), problems (B',) -> loss (B',), gradient in theta's shape, and doubt (B',).
+
+    The doubt is the mean of 1 - sum_c p_c^2 over C - 1: 1 / C where all classes are equally likely, near 0 where the
+    classifier is sure of everything.
+    """
     chosen = target.view(-1, 1, 1)
 
-    def evaluate(theta: Tensor, problems: Tensor) -> tuple[Tensor, Tensor]:
+    def evaluate(theta: Tensor, problems: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         weight, strength = share[:, problems], penalty[problems].view(1, -1, 1)
         index = chosen.expand(-1, len(problems), 1)
         log_probability = (design @ theta.flatten(1)).view(len(design), *theta.shape[1:]).log_softmax(-1)
         cross_entropy = -log_probability.gather(-1, index).squeeze(-1)
         loss = (cross_entropy * weight).sum(0) + (strength * theta[:-1].square()).sum((0, 2)) / 2
-        residual = log_probability.exp_().scatter_add_(-1, index, -torch.ones_like(index, dtype=theta.dtype))
+        probability = log_probability.exp_()
+        doubt = ((1 - probability.square().sum(-1)) * weight).sum(0) / max(1, theta.shape[-1] - 1)
+        residual = probability.scatter_add_(-1, index, -torch.ones_like(index, dtype=theta.dtype))
         gradient = (design.T @ residual.mul_(weight[..., None]).flatten(1)).view_as(theta)
         gradient[:-1] += strength * theta[:-1]
-        return loss, gradient
+        return loss, gradient, doubt
 
     return evaluate
 
 
-def _newton_at_zero(
-    curvature: tuple[Tensor, Tensor], penalty: Tensor, classes: int, dtype: torch.dtype
-) -> Precondition:
-    """Give the inverse Hessian at theta = 0 as a function, (D + 1, B', C) -> the same.
+def _mean_newton(curvature: tuple[Tensor, Tensor], penalty: Tensor, dtype: torch.dtype) -> Precondition:
+    """Give gradient (D + 1, B', C), problems and doubt (B',) -> a step, by the inverse of an averaged Hessian.
 
-    There every probability is 1 / C, so the Hessian is the items' mean outer product / C plus the penalty: L-BFGS
-    starts with a Newton step, and features that go together no longer slow it down.
+    At theta = 0 the Hessian is exactly the items' mean outer product / C plus the penalty. Later on each item has its
+    own factor; the doubt is their mean. Features that go together no longer slow L-BFGS down.
     """
-    values, vectors = curvature[0].to(dtype), curvature[1].to(dtype)
-    scale = 1 / (values[:, None] / classes + penalty.to(dtype))  # (D, B)
+    values, vectors, penalty = (each.to(dtype) for each in (*curvature, penalty))
 
-    def precondition(gradient: Tensor, problems: Tensor) -> Tensor:
-        turned = (vectors.T @ gradient[:-1].flatten(1)).view_as(gradient[:-1]) * scale[:, problems, None]
+    def precondition(gradient: Tensor, problems: Tensor, doubt: Tensor) -> Tensor:
+        doubt = doubt.clamp(min=FLOOR)
+        turned = (vectors.T @ gradient[:-1].flatten(1)).view_as(gradient[:-1])
+        turned = turned / (values[:, None] * doubt + penalty[problems])[..., None]
         weight = (vectors @ turned.flatten(1)).view_as(turned)
-        return torch.cat([weight, gradient[-1:] * classes])
+        return torch.cat([weight, gradient[-1:] / doubt.view(1, -1, 1)])
 
     return precondition
 
@@ -130,15 +157,15 @@ def _minimise(evaluate: Evaluate, precondition: Precondition, start: Tensor, tol
     minimum, converged = start.clone(), torch.zeros(start.shape[1], dtype=torch.bool)
     active = torch.arange(start.shape[1])
     point, history = start, list[tuple[Tensor, Tensor, Tensor]]()
-    loss, gradient = evaluate(point, active)
+    loss, gradient, doubt = evaluate(point, active)
     slack = torch.finfo(start.dtype).eps
     for _ in range(STEPS):
-        direction = -_two_loops(gradient, history, lambda g: precondition(g, active))  # noqa: B023 (used at once)
+        direction = -_two_loops(gradient, history, lambda g: precondition(g, active, doubt))  # noqa: B023 (used at once)
         slope = _dot(gradient, direction)
         size = torch.ones_like(loss)
         for _ in range(30):
             trial = point + size.view(1, -1, 1) * direction
-            trial_loss, trial_gradient = evaluate(trial, active)
+            trial_loss, trial_gradient, trial_doubt = evaluate(trial, active)
             # Close to the minimum the loss cannot tell better from equal: allow its rounding error.
             short = trial_loss > loss + 1e-4 * size * slope + slack * loss.abs()
             if not short.any():
@@ -147,13 +174,14 @@ def _minimise(evaluate: Evaluate, precondition: Precondition, start: Tensor, tol
         change, bend = trial - point, trial_gradient - gradient
         product = _dot(change, bend)
         history = [*history[1 - HISTORY :], (change, bend, torch.where(product > 0, 1 / product, 0.0))]
-        point, loss, gradient = trial, trial_loss, trial_gradient
+        point, loss, gradient, doubt = trial, trial_loss, trial_gradient, trial_doubt
         reached = gradient.abs().amax((0, 2)) <= tolerance
         done = reached | short  # `short`: no step helps any more at this precision
         if done.any():
             minimum[:, active[done]] = point[:, done]
             converged[active[reached]] = True
-            active, point, loss, gradient = active[~done], point[:, ~done], loss[~done], gradient[:, ~done]
+            active, point, loss = active[~done], point[:, ~done], loss[~done]
+            gradient, doubt = gradient[:, ~done], doubt[~done]
             history = [(change[:, ~done], bend[:, ~done], inverse[~done]) for change, bend, inverse in history]
         if len(active) == 0:
             break

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
 import time
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -160,14 +160,15 @@ class StopOnSignal(lightning.Callback):
 
     def __init__(self) -> None:
         self.stopped = False
-        self._before: dict[int, Any] = {}
 
     def on_train_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
-        """Take the signals over from Lightning."""
+        """Take the signals over from Lightning, until `fit` gives them back."""
+        if threading.current_thread() is not threading.main_thread():
+            return
         for number in (signal.SIGINT, signal.SIGTERM):
-            self._before[number] = signal.signal(number, self._note)
+            signal.signal(number, self._note)
 
-    def _note(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002
+    def _note(self, number: int, frame: FrameType | None) -> None:
         if self.stopped:
             raise KeyboardInterrupt
         self.stopped = True
@@ -185,12 +186,6 @@ class StopOnSignal(lightning.Callback):
             spent = trainer.strategy.reduce_boolean_decision(spent, all=False)
         if self.stopped or spent:
             trainer.should_stop = True
-
-    def teardown(self, trainer: lightning.Trainer, module: lightning.LightningModule, stage: str) -> None:
-        """Give the signals back."""
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-        self._before.clear()
 
 
 class OnlineProbe(lightning.Callback):
@@ -264,8 +259,3 @@ def _spread(positions: Any, items: int) -> Any:
 
 def _blocks(count: int, size: int) -> list[list[int]]:
     return [list(range(start, min(start + size, count))) for start in range(0, count, size)]
-
-
-def latest_step(checkpoint: Path) -> int:
-    """Read at which step a checkpoint was taken."""
-    return int(torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["global_step"])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import signal
+import threading
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -82,12 +84,18 @@ def fit(
     callbacks += [Checkpoints(run), signals]
     made = _trainer(run, callbacks, budget.steps, dict(trainer or {}), tensorboard=tensorboard)
     run.checkpoint.parent.mkdir(parents=True, exist_ok=True)
-    made.fit(
-        module,
-        training_loader(data.train, sampler, workers=workers),
-        ckpt_path=run.checkpoint if resume else None,
-        weights_only=True if resume else None,
-    )
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        made.fit(
+            module,
+            training_loader(data.train, sampler, workers=workers),
+            ckpt_path=run.checkpoint if resume else None,
+            weights_only=True if resume else None,
+        )
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
     return Outcome(
         finished=module.progress >= 1,
         step=module.global_step,

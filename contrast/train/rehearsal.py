@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import resource
 import statistics
+import sys
 import time
 from dataclasses import dataclass
 
@@ -29,7 +31,7 @@ class Rehearsal:
         loss: the last loss.
         originals: (n, ...) the first prepared items of a batch.
         views: their views.
-        sample_names: what these items are called.
+        names: what these items are called.
     """
 
     seconds_per_step: float
@@ -37,7 +39,7 @@ class Rehearsal:
     loss: float
     originals: Tensor
     views: list[Tensor]
-    sample_names: list[str]
+    names: list[str]
 
 
 def rehearse(
@@ -89,7 +91,7 @@ def rehearse(
         raise InputError("the loss is NaN after a few steps on this data; look at the values with `contrast check`.")
     return Rehearsal(
         statistics.median(seconds[1:] or seconds),
-        _peak_bytes(device),
+        peak_bytes(device),
         value,
         originals[:shown].cpu(),
         [view[:shown].cpu() for view in drawn],
@@ -97,11 +99,9 @@ def rehearse(
     )
 
 
-def _peak_bytes(device: torch.device) -> int:
+def peak_bytes(device: torch.device) -> int:
+    """Give the most memory that this process (CPU) or the device (CUDA) has held so far."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated()
-    import resource
-    import sys
-
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

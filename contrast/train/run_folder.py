@@ -121,6 +121,11 @@ class RunFolder:
         self.write("metrics.jsonl", "".join(json.dumps(row) + "\n" for row in kept))
 
 
+def latest_step(checkpoint: Path) -> int:
+    """Read at which step a checkpoint was taken."""
+    return int(torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["global_step"])
+
+
 def environment() -> dict[str, Any]:
     """Give what the numbers of a run may depend on: versions, device, threads, commit."""
     versions = {}

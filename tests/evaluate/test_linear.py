@@ -37,7 +37,10 @@ def test_a_probe_is_standardisation_and_logistic_regression():
 
 def test_a_feature_that_never_varied_has_no_say():
     features, target = clouds(60)
-    features = torch.cat([features, torch.full((60, 1), 0.1)], 1)
+    # Constant up to rounding: without the rule, dividing by that deviation would make a feature of the noise.
+    rounding = 1e-8 * torch.arange(60).remainder(2).view(-1, 1)
+    features = torch.cat([features, torch.full((60, 1), 0.1) + rounding], 1)
+    assert features[:, -1].unique().numel() == 2
     probe = fit_probe(features, target, 3, strength=1.0)
     moved = features.clone()
     moved[:, -1] = 1e6
@@ -60,7 +63,7 @@ def test_the_strength_has_the_smallest_log_loss_on_the_items_held_out():
     probe = fit_probe(features[~held_out], target[~held_out], 3, strength)
     likely = probe.probabilities(features[held_out]).gather(1, target[held_out][:, None])
     assert strength == STRENGTHS[int(np.argmin(losses))]
-    assert min(losses) == pytest.approx(float(-likely.log().mean()), abs=1e-5)
+    assert min(losses) == pytest.approx(float(-likely.log().mean()), abs=1e-4)
     assert 0.1 < strength < 1e5
 
 
@@ -107,7 +110,7 @@ def test_a_large_train_split_is_thinned_for_the_choice_only(monkeypatch):
     seen = []
     whole = linear.solve
     monkeypatch.setattr(linear, "FIRST", 40)
-    monkeypatch.setattr(linear, "solve", lambda x, *rest: seen.append(len(x)) or whole(x, *rest))
+    monkeypatch.setattr(linear, "solve", lambda x, *rest, **named: seen.append(len(x)) or whole(x, *rest, **named))
     choose_on_validation(features, target, torch.arange(120) % 4 == 0, STRENGTHS, seed=0)
     fit_probe(features, target, 3, 1.0)
     assert seen == [40, 120]

@@ -159,7 +159,10 @@ def test_items_without_a_label_are_neither_fitted_nor_judged(make_data):
     data.test.target[:10] = -1
     found = evaluate({"raw": flat}, data)
     assert accuracies(found)["raw", "linear"].settings["items"] == 45
-    assert len(found.predictions["knn"]["raw"].target) == 20
+    said = found.predictions["linear"]["raw"]
+    assert said.sample.tolist() == list(range(100, 120))
+    own = found.fitted["linear"]["raw"].classifiers[0].probabilities(flat(data.test.x())[10:])
+    np.testing.assert_allclose(said.probabilities, own.numpy())
     assert len(found.features["raw"]) == 30
 
 

@@ -1,4 +1,4 @@
-"""Every registered loss in the forms that matter, with inputs that fit it; a new loss gets a case without being named."""
+"""Every registered loss in the forms that matter, with inputs that fit; a new loss gets a case without being named."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field

@@ -23,7 +23,7 @@ class Scene:
         case: the loss.
         sizes: how many samples each process holds.
         views: how many views.
-        asked: "labels", "extra", "targets", "heads", "samples", "references".
+        asked: "labels", "extra", "targets", "heads", "samples".
         wrap: "plain", or "encoder" or "both" for what stands inside DistributedDataParallel.
     """
 
@@ -79,8 +79,6 @@ def whole(scene):
         given["group"] = torch.arange(count) % 3
     if "samples" in scene.asked:
         given["sample"] = torch.arange(count) // 2 * 5
-    if "references" in scene.asked:
-        given["reference"] = random(count, 2)
     return views, given
 
 

@@ -84,7 +84,9 @@ def test_extras_join_the_repulsion_of_every_view_pair():
 def test_a_sample_alone_is_attracted_and_meets_the_extras():
     tensors, queue = [random(1, 3, seed=seed) for seed in range(2)], random(6, 3, seed=9)
     assert_same(CACR()(*tensors), attraction(tensors, 1.0), *tensors)
-    assert_same(CACR()(*tensors, extra=queue), attraction(tensors, 1.0) - repulsion(tensors, 1.0, extra=unit(queue)), queue)
+    assert_same(
+        CACR()(*tensors, extra=queue), attraction(tensors, 1.0) - repulsion(tensors, 1.0, extra=unit(queue)), queue
+    )
 
 
 def test_with_targets_every_view_meets_the_targets_of_all_others():
@@ -103,9 +105,7 @@ def test_with_targets_every_view_meets_the_targets_of_all_others():
 def test_one_way_targets_leave_the_other_view_out():
     (query,), (key,) = random(1, 4, 3), random(1, 4, 3, seed=1)
     q, k = unit(query), unit(key)
-    rows = [
-        distance(q[i], k[i]) - weighted([distance(q[i], k[j]) for j in range(4) if j != i], -1.0) for i in range(4)
-    ]
+    rows = [distance(q[i], k[i]) - weighted([distance(q[i], k[j]) for j in range(4) if j != i], -1.0) for i in range(4)]
     assert_same(CACR()(query, targets=(None, key)), sum(rows) / 4, query, key)
 
 
@@ -183,7 +183,9 @@ def test_the_repulsion_is_a_log_sum_exp_less_the_entropy_of_its_weights(scale):
         logits = torch.stack([-scale * distance(u[i], v[j]) for j in range(4) if j != i])
         w = logits.softmax(0)
         rows.append((logits.logsumexp(0) + (w * w.log()).sum()) / scale)
-    torch.testing.assert_close(CACR(repulsion_scale=scale, attraction_weight=0)(a, b), sum(rows) / 4, rtol=1e-12, atol=0)
+    torch.testing.assert_close(
+        CACR(repulsion_scale=scale, attraction_weight=0)(a, b), sum(rows) / 4, rtol=1e-12, atol=0
+    )
 
 
 def test_a_larger_attraction_scale_pulls_more_at_the_farthest_positive():

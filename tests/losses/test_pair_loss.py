@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from contrast.embeddings import PADDING, REMEMBERED, Embeddings, concatenate, normalise, unknown_samples
-from contrast.losses import LOSSES, CACR, InfoNCE, NegativeCosine, PairLoss
+from contrast.losses import CACR, LOSSES, InfoNCE, NegativeCosine, PairLoss
 from contrast.losses import pair_loss as module
 from contrast.pairs import Pairs
 from tests.losses.cases import CASES, DIMS, Case
@@ -127,7 +127,9 @@ class Padded(PairLoss):
 
     def pairs(self, *views, **given):
         return [
-            replace(pairs, anchor=self.padded(pairs.anchor), candidates=[self.padded(part) for part in pairs.candidates])
+            replace(
+                pairs, anchor=self.padded(pairs.anchor), candidates=[self.padded(part) for part in pairs.candidates]
+            )
             for pairs in self.inner.pairs(*views, **given)
         ]
 
@@ -148,6 +150,19 @@ def test_padding_is_nothing_at_all(case):
     torch.testing.assert_close(padded[0], plain[0], rtol=1e-12, atol=1e-12)
     for one, other in zip(padded[1], plain[1], strict=True):
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
+
+
+def test_a_padded_anchor_is_invalid_also_where_nothing_is_needed():
+    class Pushed(PairLoss):
+        needs_positive = False
+
+        def per_anchor(self, pairs):
+            return pairs.logsumexp(1.0, "negative") + 100
+
+    views, _ = Case("info_nce").inputs()
+    loss, padded = Pushed(), Padded(Pushed())
+    padded.needs_positive = False
+    torch.testing.assert_close(padded(*views), loss(*views), rtol=1e-12, atol=0)
 
 
 @every_loss
@@ -242,7 +257,16 @@ def test_a_copy_by_state_deepcopy_or_pickle_after_a_call_gives_the_same(case):
         {"sample": torch.tensor([0, 1, 0, 2, 1])},
         {"heads": 3},
     ],
-    ids=["one sample", "one sample in five views", "nothing", "one class", "all distinct", "copies", "repeats", "heads"],
+    ids=[
+        "one sample",
+        "five views",
+        "nothing",
+        "one class",
+        "all distinct",
+        "copies",
+        "repeats",
+        "heads",
+    ],
 )
 def test_odd_batches_give_finite_values_and_gradients(case, asked):
     loss = case.make()
@@ -299,7 +323,9 @@ def test_a_copy_of_a_row_is_itself_and_no_negative(case):
     loss = case.make()
     views, given = case.inputs(sample=torch.tensor([0, 1, 2, 3, 3]))
     for pairs in loss.pairs(*views, **given):
-        assert not (pairs.negative & (pairs.anchor.sample[:, None] == torch.cat([p.sample for p in pairs.candidates]))).any()
+        assert not (
+            pairs.negative & (pairs.anchor.sample[:, None] == torch.cat([p.sample for p in pairs.candidates]))
+        ).any()
 
 
 @every_loss
@@ -375,6 +401,12 @@ def test_metrics_are_detached_numbers_of_the_last_call(case):
     assert -1 <= metrics["positive_similarity"] <= 1
     assert all(value.shape == () and not value.requires_grad for value in metrics.values())
     assert loss.end_epoch() is None
+
+
+def test_functional_gradients_are_the_gradients():
+    (a, b), _ = Case("info_nce").inputs()
+    found = torch.func.grad(lambda z: InfoNCE()(z, b))(a)
+    torch.testing.assert_close(found, torch.autograd.grad(InfoNCE()(a, b), a)[0], rtol=1e-12, atol=1e-15)
 
 
 def test_metrics_measure_the_similarities():
@@ -476,7 +508,9 @@ def test_references_reach_the_pairs_at_unit_length():
     z = [row / row.norm() for row in [*a, *b]]
     expected = []
     for i in range(6):
-        weights = {j: (float(torch.cosine_similarity(reference[i % 3], reference[j % 3], dim=0)) + 1) / 2 for j in range(6)}
+        weights = {
+            j: (float(torch.cosine_similarity(reference[i % 3], reference[j % 3], dim=0)) + 1) / 2 for j in range(6)
+        }
         others = [j for j in range(6) if j != i]
         expected.append(sum(weights[j] * float(z[i] @ z[j]) for j in others) / sum(weights[j] for j in others))
     found = Weighted()(a, b, reference=reference, reduction="none")

@@ -1,4 +1,4 @@
-"""Several processes give what one gives on their samples in rank order: value, gradient, and the loss's own parameters."""
+"""Several processes give what one gives on their samples in rank order: value, gradient, the loss's own parameters."""
 
 from dataclasses import replace
 
@@ -74,7 +74,9 @@ def test_rows_are_the_local_anchors_view_after_view(processes, case):
     scene = Scene(case, unequal(processes.world), 2, frozenset(["labels"]))
     answers = processes.run(shares.rows_of, scene)
     (whole, _), sizes = shares.rows_of(0, 1, replace(scene, sizes=(sum(scene.sizes),))), scene.sizes
-    views = [torch.cat([rows.view(2, size)[view] for (rows, _), size in zip(answers, sizes, strict=True)]) for view in (0, 1)]
+    views = [
+        torch.cat([rows.view(2, size)[view] for (rows, _), size in zip(answers, sizes, strict=True)]) for view in (0, 1)
+    ]
     torch.testing.assert_close(torch.cat(views), whole, rtol=1e-11, atol=1e-13)
     for (rows, metrics), size in zip(answers, sizes, strict=True):
         assert len(rows) == 2 * size

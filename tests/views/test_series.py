@@ -279,6 +279,14 @@ def test_a_series_with_every_second_value_missing_keeps_an_observation(name):
 
 
 @pytest.mark.parametrize("name", SERIES_OPERATIONS)
+def test_a_single_observation_among_gaps_is_kept(name):
+    x = torch.full((500, 2, 20), NAN)
+    x[:, 1, 13] = 1.0
+    view = VIEWS[name]()(x, seeded())
+    assert torch.equal((~view.isnan()).sum((1, 2)), torch.ones(500, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("name", SERIES_OPERATIONS)
 def test_a_series_without_observations_stays_one(name):
     assert VIEWS[name]()(torch.full((2, 2, 5), NAN), seeded()).isnan().all()
 

@@ -1,0 +1,68 @@
+"""All of a run except training: what is in the data, what the views look like, how long and how much it will take."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from contrast import config as configuration
+from contrast.build import read_data
+from contrast.config import Loaded
+from contrast.data import Data, duplicates, leaks
+from contrast.runs import duration, prepare, views_of
+
+
+def check(loaded: Loaded, *, out: Path | None = None, steps: int = 20) -> str:
+    """Give what was found as text, and write the picture of the views.
+
+    Args:
+        loaded: the experiment.
+        out: the picture's file; `views.png` in the current folder where it is not given.
+        steps: timed steps.
+
+    Raises:
+        InputError: for anything on which `pretrain` would stop.
+    """
+    data = read_data(loaded.config)
+    experiment, budget, rehearsal = prepare(loaded.config, data, steps=steps)
+    picture = out or Path("views.png")
+    picture.write_bytes(views_of(rehearsal, data))
+    weights = sum(parameter.numel() for parameter in experiment.encoder.parameters() if parameter.requires_grad)
+    seconds = rehearsal.seconds_per_step * budget.steps if budget.steps else budget.seconds or 0
+    a_step = f"{rehearsal.seconds_per_step * 1000:.0f} ms a step of {experiment.config.batch_size} (median of {steps})"
+    epochs = f" = {budget.steps / experiment.sampler().steps_per_epoch:.1f} epochs" if budget.steps else ""
+    facts = [
+        ("data", f"{data.source}: {data.kind}s of {'x'.join(map(str, data.shape))}"),
+        *(("", note) for note in data.notes),
+        ("splits", _splits(data)),
+        ("classes", _classes(data)),
+        ("copies", _pairs(duplicates(data), "exact duplicate")),
+        ("leaks", _pairs(leaks(data), "item of train that stands in test too")),
+        *(("picked", f"{key}: {configuration.in_words(value)}") for key, value in experiment.picked.items()),
+        ("encoder", f"{weights:,} trained numbers, {experiment.encoder.width} features"),
+        ("views", f"{picture} shows what the encoder will see; look at it before you train"),
+        ("time", f"{a_step}; {budget}{epochs}: about {duration(seconds)} here"),
+        ("memory", f"{rehearsal.peak_bytes / 2**30:.2f} GiB at its highest"),
+    ]
+    return "\n".join(f"{name:<8} {fact}" for name, fact in facts)
+
+
+def _splits(data: Data) -> str:
+    held_out = int(data.validation.sum())
+    by = f", split by {data.split_by}" if data.split_by else ""
+    return f"{len(data.train):,} train ({held_out:,} of them for validation), {len(data.test):,} test{by}"
+
+
+def _classes(data: Data) -> str:
+    if not data.classes:
+        return "no labels"
+    counts = [f"{name} {int((data.train.target == place).sum()):,}" for place, name in enumerate(data.classes)]
+    unlabelled = int((data.train.target < 0).sum())
+    shown = ", ".join(counts[:20]) + (", ..." if len(counts) > 20 else "")
+    return f"{len(counts)}: {shown}" + (f"; {unlabelled:,} without a label" if unlabelled else "")
+
+
+def _pairs(pairs: list[tuple[str, str]], one: str) -> str:
+    if not pairs:
+        return f"no {one}"
+    shown = "; ".join(f"{first} = {other}" for first, other in pairs[:3])
+    return f"{len(pairs):,} x {one}: {shown}{'; ...' if len(pairs) > 3 else ''}"

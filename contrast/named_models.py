@@ -1,0 +1,124 @@
+"""Models by name: a run, a weights file, timm:NAME, torchvision:NAME, module:function."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from contrast.build import inputs_of
+from contrast.config import Config
+from contrast.data import Data
+from contrast.models import Encoder, build_backbone, load_backbone
+from contrast.models.weights import read_description
+from contrast.registry import InputError
+
+Encode = Callable[[Tensor], Tensor]
+
+
+class Model(torch.nn.Module):
+    """A frozen pretrained encoder, ready for raw data.
+
+    Args:
+        encoder: with its input statistics.
+        about: what `backbone.json` says.
+    """
+
+    def __init__(self, encoder: Encoder, about: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.kind = str(about["kind"])
+        self.shape = tuple(about["shape"])
+        self.classes = tuple(about.get("classes", ()))
+        self.eval()
+
+    @torch.no_grad()
+    def features(self, x: Tensor) -> Tensor:
+        """Give (N, F) features of raw data: (N, C, H, W) images, or (N, C, L) series with NaN where unobserved."""
+        return self.encoder.encode(x)
+
+    forward = features
+
+
+def load(path: str | Path) -> Model:
+    """Load a run, or its `backbone.safetensors`, for `model.features(x)`; no code in the files is executed.
+
+    Raises:
+        InputError: where there is none, or it is broken.
+    """
+    return Model(load_backbone(path), read_description(path))
+
+
+def find(name: str, config: Config, data: Data) -> tuple[str, Encode]:
+    """Give the model that a person names, and what its row is called.
+
+    Args:
+        name: MODEL of the command.
+        config: its `encoder.backbone` says which network a bare weights file is for.
+        data: whose shape and statistics a network off the shelf reads.
+
+    Raises:
+        InputError: where it cannot be had, or does not read this data.
+    """
+    part = config.encoder.backbone
+    if Path(name).exists():
+        if Path(name).is_dir() or (Path(name).parent / "backbone.json").is_file():
+            model = load(name)
+            if (model.kind, model.shape[0]) != (data.kind, data.shape[0]):
+                raise InputError(
+                    f"{name} reads {_items(model.kind, model.shape)}; "
+                    f"{data.source} holds {_items(data.kind, data.shape)}."
+                )
+            return "pretrained", encode_with(model.encoder)
+        if part == "auto":
+            raise InputError(
+                f"{name} does not say which network it is; name it: encoder.backbone=timm:resnet18, for example."
+            )
+        part = {**part, "pretrained": name} if isinstance(part, Mapping) else {"name": part, "pretrained": name}
+        return "off_the_shelf", _off_the_shelf(part, data)
+    if name.startswith(("timm:", "torchvision:")):
+        return "off_the_shelf", _off_the_shelf({"name": name, "pretrained": True}, data)
+    if ":" in name:
+        return name, _imported(name)
+    raise InputError(
+        f"there is no model {name}: give a run's folder, a weights file, timm:NAME, torchvision:NAME "
+        "or module:function."
+    )
+
+
+def encode_with(encoder: Encoder) -> Encode:
+    """Give the function raw batch -> (N, F) features of a frozen encoder, on the accelerator where there is one."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    encoder = encoder.to(device).eval()
+
+    def encode(raw: Tensor) -> Tensor:
+        with torch.inference_mode():
+            return encoder.encode(raw.to(device)).float()
+
+    return encode
+
+
+def _off_the_shelf(part: Mapping[str, Any], data: Data) -> Encode:
+    backbone = build_backbone(part, data.shape, data.kind)
+    return encode_with(Encoder(backbone, torch.nn.Identity(), inputs=inputs_of(data)))
+
+
+def _imported(name: str) -> Encode:
+    module, _, function = name.partition(":")
+    sys.path.insert(0, str(Path.cwd()))
+    try:
+        encode: Encode = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError) as error:
+        raise InputError(f"{name} cannot be imported: {error}.") from None
+    finally:
+        sys.path.pop(0)
+    return encode
+
+
+def _items(kind: str, shape: tuple[int, ...]) -> str:
+    return f"{kind}s of {'x'.join(map(str, shape))}"

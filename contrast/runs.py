@@ -1,0 +1,341 @@
+"""A run from its config to its report: build, rehearse, train, evaluate, write."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import shlex
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from contrast import config as configuration
+from contrast.build import Experiment, build, build_encoder_for, pick_steps, read_data
+from contrast.config import Config, Loaded
+from contrast.data import Data
+from contrast.evaluate.compare import table
+from contrast.evaluate.features import extract, raw_input
+from contrast.evaluate.protocols import Evaluation, evaluate
+from contrast.models import save_backbone
+from contrast.named_models import Encode, encode_with
+from contrast.registry import InputError
+from contrast.report import save_samples, views_picture, write_report
+from contrast.train.budget import Budget
+from contrast.train.fit import Outcome, fit
+from contrast.train.module import Pretraining
+from contrast.train.rehearsal import Rehearsal, peak_bytes, rehearse
+from contrast.train.results_file import write_results
+from contrast.train.run_folder import RunFolder, latest_step
+
+log = logging.getLogger("contrast")
+
+_RUN = "CONTRAST_RUN"
+"""Names the run's folder to the further processes that Lightning starts."""
+_MAY_CHANGE = ("budget", "data.workers", "trainer")
+
+
+class Stopped(RuntimeError):
+    """A signal stopped the run; everything is saved."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run.
+
+    Args:
+        path: its folder.
+        evaluation: what was measured; None without labels or protocols.
+        report: the page.
+    """
+
+    path: Path
+    evaluation: Evaluation | None
+    report: Path
+
+    def table(self) -> str:
+        """Give the table of results as text."""
+        return "" if self.evaluation is None else table(self.evaluation.results, self.evaluation.warnings)
+
+
+def start(loaded: Loaded, *, out: Path | None = None, name: str | None = None) -> Run:
+    """Train, evaluate and report an experiment in a new folder; nothing is written before everything fits together.
+
+    Args:
+        loaded: the experiment.
+        out: the folder; the next free one under `runs/` where it is not given.
+        name: what the config is called, for the folder's name.
+
+    Raises:
+        InputError: for anything that does not fit.
+        Stopped: where a signal ended the run.
+    """
+    data = read_data(loaded.config)
+    for note in data.notes:
+        log.info("data: %s", note)
+    experiment, budget, rehearsal = prepare(loaded.config, data)
+    config = experiment.config
+    for key, value in experiment.picked.items():
+        log.info("picked %s: %s", key, configuration.in_words(value))
+    log.info(
+        "training for %s in batches of %s, %s here",
+        budget,
+        config.batch_size,
+        _about(budget, rehearsal.seconds_per_step),
+    )
+    folder = _new_folder(config, data, out, name)
+    if _first_process():
+        folder.describe()
+        folder.write("config.yaml", configuration.to_yaml(_with_whole_path(config)))
+        folder.write_json("data.json", dict(data.fingerprint))
+        if config.report.samples:
+            folder.write("views.png", views_of(rehearsal, data))
+        folder.set_state("running", 0)
+    return _train_and_measure(experiment, budget, folder)
+
+
+def resume(path: str | Path, words: Sequence[str] = ()) -> Run:
+    """Take a stopped run up again; only the budget, `trainer.*` and `data.workers` may change.
+
+    Raises:
+        InputError: where there is no run or no checkpoint, the data has changed, or another key is given.
+        Stopped: where a signal ended the run once more.
+    """
+    folder = RunFolder.open(path)
+    for word in words:
+        key = word.partition("=")[0]
+        if key not in _MAY_CHANGE and not key.startswith("trainer."):
+            raise InputError(f"{key}: a resumed run goes on as it was; only budget, trainer.* and data.workers change.")
+    if not folder.checkpoint.is_file():
+        raise InputError(f"{folder.path} has no checkpoint to go on from; start it anew with `contrast pretrain`.")
+    config = configuration.load(str(folder.path / "config.yaml"), words).config
+    data = read_data(config)
+    if folder.read_json("data.json") != dict(data.fingerprint):
+        raise InputError(
+            f"{data.source} is no longer the data that {folder.path} was started on; give it that data back."
+        )
+    experiment = build(config, data)
+    budget = Budget.parse(config.budget, steps_per_epoch=experiment.sampler().steps_per_epoch)
+    step = latest_step(folder.checkpoint)
+    log.info("%s: going on from step %s of %s", folder.path, f"{step:,}", budget)
+    if words:
+        folder.write("config.yaml", configuration.to_yaml(config))
+    folder.forget_after(step)
+    folder.set_state("running", step)
+    return _train_and_measure(experiment, budget, folder, step=step)
+
+
+def prepare(config: Config, data: Data, *, steps: int = 3) -> tuple[Experiment, Budget, Rehearsal]:
+    """Build everything, take a few steps on copies, and settle the budget, before anything is written."""
+    experiment = build(config, data)
+    rehearsal = rehearse(
+        experiment.encoder,
+        experiment.loss,
+        experiment.views,
+        experiment.optimizer,
+        data,
+        experiment.sampler(),
+        steps=steps,
+    )
+    if config.budget == "auto":
+        chosen = f"{pick_steps(experiment, rehearsal.seconds_per_step)} steps"
+        settled = replace(experiment.config, budget=chosen)
+        experiment = replace(experiment, config=settled, picked={**experiment.picked, "budget": chosen})
+    budget = Budget.parse(experiment.config.budget, steps_per_epoch=experiment.sampler().steps_per_epoch)
+    return experiment, budget, rehearsal
+
+
+def views_of(rehearsal: Rehearsal, data: Data) -> bytes:
+    """Draw what the encoder will see, as PNG."""
+    return views_picture(rehearsal.originals, rehearsal.views, data.kind, rehearsal.names)
+
+
+def measuring(config: Config) -> dict[str, Any]:
+    """Give the arguments of `evaluate` that a config decides."""
+    return {
+        "protocols": config.evaluate.protocols,
+        "seed": config.seed,
+        "draws": config.evaluate.draws,
+        "labels_per_class": config.evaluate.labels_per_class,
+        "progress": lambda line: log.info("%s", line),
+    }
+
+
+def duration(seconds: float) -> str:
+    """Say a time: "40 seconds", "12 minutes", "3.5 hours"."""
+    if seconds < 90:
+        return f"{seconds:.0f} seconds"
+    return f"{seconds / 60:.0f} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"
+
+
+def _train_and_measure(experiment: Experiment, budget: Budget, folder: RunFolder, *, step: int | None = None) -> Run:
+    """Train from `step` on (None: anew), then measure; whatever ends it, `state.json` says so."""
+    config = experiment.config
+    sampler = experiment.sampler(step or 0)
+    module = Pretraining(
+        experiment.encoder,
+        experiment.loss,
+        experiment.views,
+        experiment.optimizer,
+        budget,
+        steps_per_epoch=sampler.steps_per_epoch,
+        seed=config.seed,
+    )
+    go_on = f"go on with: contrast resume {shlex.quote(str(folder.path))}"
+    try:
+        with _log_file(folder):
+            outcome = fit(
+                module,
+                experiment.data,
+                sampler,
+                folder,
+                resume=step is not None,
+                trainer=config.trainer,
+                tensorboard=config.logger == "tensorboard",
+                workers=config.data.workers,
+                probe_every=config.probe.every,
+                probe_items=config.probe.items,
+            )
+            if not outcome.main:
+                sys.exit(0)
+            if not outcome.finished:
+                raise Stopped(f"stopped at step {outcome.step:,} of {budget} and saved; {go_on}")
+            log.info("trained %s steps in %s", f"{outcome.step:,}", duration(outcome.seconds))
+            return _measure(experiment, folder, outcome)
+    except Stopped:
+        folder.set_state("stopped", module.global_step)
+        raise
+    except KeyboardInterrupt:
+        folder.set_state("stopped", module.global_step)
+        raise Stopped(f"stopped; what was saved is kept; {go_on}") from None
+    except SystemExit as leaving:
+        # Lightning turns a second Ctrl-C into an exit of its own.
+        if not leaving.code:
+            raise
+        folder.set_state("stopped", module.global_step)
+        raise Stopped(f"stopped at once; what was saved before is kept; {go_on}") from None
+    except Exception as error:
+        folder.set_state("failed", module.global_step, why=str(error))
+        raise
+
+
+def _measure(experiment: Experiment, folder: RunFolder, outcome: Outcome) -> Run:
+    """Save the backbone, evaluate it beside raw input and where it started, and write results and report."""
+    config, data = experiment.config, experiment.data
+    encoder = experiment.encoder.eval()
+    about = {
+        "backbone": config.encoder.backbone,
+        "kind": data.kind,
+        "shape": list(experiment.views.output_shapes(data.shape)[0]),
+        "classes": list(data.classes),
+    }
+    save_backbone(encoder, folder.path, about)
+    pretrained = encode_with(encoder)
+    start = time.monotonic()
+    evaluation = None
+    if config.evaluate.protocols and len(data.test) and len(data.classes) > 1:
+        models = {"raw": raw_input(data), **_before_training(experiment), "pretrained": pretrained}
+        evaluation = evaluate(models, data, **measuring(config))
+    else:
+        log.info("nothing to probe: %s has no labelled test items, or evaluate.protocols is empty", data.source)
+    shown = data.train.subset(torch.linspace(0, len(data.train) - 1, min(len(data.train), 5000)).long().numpy())
+    train_features, _ = extract(pretrained, shown)
+    test_features = train_features[:0]
+    if evaluation is not None and "pretrained" in evaluation.features:
+        test_features = evaluation.features["pretrained"]
+    elif len(data.test):
+        test_features, _ = extract(pretrained, data.test)
+    save_samples(
+        folder.path / "report.npz",
+        kind=data.kind,
+        classes=data.classes,
+        test=data.test,
+        test_features=test_features,
+        train=shown,
+        train_features=train_features,
+        prepare=lambda raw: encoder.cpu().prepare(raw),
+        samples=config.report.samples,
+    )
+    write_results(folder, _facts(config, folder, outcome, time.monotonic() - start), data, evaluation)
+    folder.set_state("done", outcome.step)
+    log.info("writing the report")
+    return Run(folder.path, evaluation, write_report(folder.path, samples=config.report.samples))
+
+
+def _facts(config: Config, folder: RunFolder, outcome: Outcome, evaluation_seconds: float) -> dict[str, Any]:
+    environment = folder.read_json("environment.json")
+    return {
+        "command": (folder.path / "command.txt").read_text().strip(),
+        "config_hash": hashlib.blake2b(configuration.to_yaml(config).encode(), digest_size=8).hexdigest(),
+        "commit": environment.get("commit"),
+        "dirty": environment.get("dirty"),
+        "seed": config.seed,
+        "status": "done",
+        "device": outcome.device,
+        "processes": outcome.processes,
+        "precision": outcome.precision,
+        "batch_size": config.batch_size,
+        "steps": outcome.step,
+        "seconds": round(outcome.seconds, 2),
+        "evaluation_seconds": round(evaluation_seconds, 2),
+        "peak_bytes": peak_bytes(torch.device("cuda" if torch.cuda.is_available() else "cpu")),
+    }
+
+
+def _before_training(experiment: Experiment) -> dict[str, Encode]:
+    """Give the encoder as it started: untrained, and off the shelf where it started from somebody's weights."""
+    config, data, views = experiment.config, experiment.data, experiment.views
+    started = {"untrained": build_encoder_for(config, data, views, pretrained=False)}
+    backbone = config.encoder.backbone
+    if isinstance(backbone, Mapping) and backbone.get("pretrained"):
+        started["off_the_shelf"] = build_encoder_for(config, data, views)
+    return {name: encode_with(encoder) for name, encoder in started.items()}
+
+
+def _new_folder(config: Config, data: Data, out: Path | None, name: str | None) -> RunFolder:
+    """Make the run's folder in the first process; the others are told which, or write nothing that stays."""
+    if not _first_process():
+        return RunFolder(Path(os.environ.get(_RUN) or tempfile.mkdtemp()))
+    source = Path(data.source).stem if Path(data.source).exists() else data.source.rpartition(":")[2]
+    loss = config.loss["name"] if isinstance(config.loss, Mapping) else config.loss
+    folder = RunFolder.create(f"{source}-{config.name or name or loss}", out=out)
+    os.environ[_RUN] = str(folder.path.resolve())
+    return folder
+
+
+def _first_process() -> bool:
+    return os.environ.get("LOCAL_RANK", "0") == "0" and os.environ.get("RANK", "0") == "0"
+
+
+def _with_whole_path(config: Config) -> Config:
+    """Give the config with its data's path from the root, so that a run can be taken up from any folder."""
+    if not Path(config.data.source).exists():
+        return config
+    return replace(config, data=replace(config.data, source=str(Path(config.data.source).resolve())))
+
+
+def _about(budget: Budget, seconds_per_step: float) -> str:
+    return f"about {duration(seconds_per_step * budget.steps)}" if budget.steps else "the time you gave"
+
+
+class _log_file:  # noqa: N801
+    """Keeps what the package says in the run's `log.txt` meanwhile."""
+
+    def __init__(self, folder: RunFolder) -> None:
+        self.handler: logging.Handler = logging.NullHandler()
+        if _first_process():
+            self.handler = logging.FileHandler(folder.path / "log.txt")
+            self.handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+
+    def __enter__(self) -> None:
+        log.addHandler(self.handler)
+
+    def __exit__(self, *_: object) -> None:
+        log.removeHandler(self.handler)
+        self.handler.close()

@@ -1,0 +1,374 @@
+"""The command as a person uses it: whole small runs, and one sentence for every wrong input."""
+
+import json
+import os
+import signal
+
+import numpy as np
+import pandas
+import pytest
+import torch
+from PIL import Image
+
+import contrast
+from contrast import cli
+from contrast.train.callbacks import OnlineProbe, Recorder
+from tests.tiny import QUICK, QUICK_SERIES, images, series
+
+
+@pytest.fixture(autouse=True)
+def in_a_folder_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("CONTRAST_RUN", raising=False)
+
+
+@pytest.fixture
+def contrast_says(capfd):
+    """Run the command; give its exit status, standard output and standard error."""
+
+    def run(*words):
+        status = cli.main([str(word) for word in words])
+        out, err = capfd.readouterr()
+        return status, out, err
+
+    return run
+
+
+def weights(run):
+    return torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+
+
+def numbers(run):
+    rows = json.loads((run / "results.json").read_text())["results"]
+    return {(row["model"], row["protocol"], row["metric"]): row["values"] for row in rows}
+
+
+def assert_same(a, b):
+    assert a.keys() == b.keys()
+    for key, value in a.items():
+        assert torch.equal(value, b[key]), key
+
+
+def test_pretrain_leaves_everything_that_a_run_promises(tmp_path, contrast_says):
+    images(tmp_path / "bars.npz")
+    status, out, err = contrast_says("pretrain", "bars.npz", "budget=6 steps", "logger=tensorboard", *QUICK[:-1])
+    assert status == 0, err
+    run = tmp_path / "runs" / "bars-info_nce-001"
+    names = "config.yaml command.txt environment.json state.json metrics.jsonl log.txt views.png results.json"
+    for name in [*names.split(), "report.html", "backbone.safetensors", "backbone.json", "checkpoints/last.ckpt"]:
+        assert (run / name).is_file(), name
+    assert any((run / "tensorboard").iterdir())
+    assert json.loads((run / "state.json").read_text())["state"] == "done"
+    for row in ("raw input", "untrained", "pretrained"):
+        assert row in out
+    assert "report: runs/bars-info_nce-001/report.html" in out
+    assert "pretraining" in err
+    assert "pretraining" not in out
+    predictions = pandas.read_parquet(next((run / "evaluations").glob("knn-v1-bars-*/predictions.parquet")))
+    assert set(predictions["model"]) == {"raw", "untrained", "pretrained"}
+    steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert max(steps) == 6
+
+
+def test_results_json_has_the_promised_schema(tmp_path, contrast_says):
+    images(tmp_path / "bars.npz")
+    assert contrast_says("pretrain", "bars.npz", "budget=2 steps", *QUICK)[0] == 0
+    results = json.loads((tmp_path / "runs/bars-info_nce-001/results.json").read_text())
+    assert results["schema"] == 1
+    about = (
+        "command config_hash commit dirty seed status device processes precision batch_size steps seconds peak_bytes"
+    )
+    assert set(about.split()) <= set(results["run"])
+    assert set(results["data"]) == {"train", "validation", "test"}
+    assert {"source", "fingerprint", "samples", "split_by"} == set(results["data"]["train"])
+    row = "model protocol split labels metric value spread spread_kind n values seeds selected_on saw_test settings"
+    for result in results["results"]:
+        assert set(row.split()) <= set(result)
+        assert 0 <= result["value"] <= 1
+        assert result["saw_test"] is False
+    few = [result for result in results["results"] if result["protocol"] == "few_labels"]
+    assert {result["n"] for result in few} == {5}
+
+
+def test_the_same_seed_gives_the_same_weights_and_numbers_and_another_does_not(tmp_path, contrast_says):
+    images(tmp_path / "bars.npz")
+    for out, seed in (("a", 0), ("b", 0), ("c", 1)):
+        assert contrast_says("pretrain", "bars.npz", "budget=4 steps", f"seed={seed}", "--out", out, *QUICK)[0] == 0
+    assert_same(weights(tmp_path / "a"), weights(tmp_path / "b"))
+    assert numbers(tmp_path / "a") == numbers(tmp_path / "b")
+    assert not torch.equal(*(weights(tmp_path / run)["encoder.head.0.weight"] for run in "ac"))
+
+
+@pytest.mark.parametrize("config", ["simclr", "moco_v3", "cacr"])
+def test_a_stopped_and_resumed_run_equals_an_unbroken_one_bit_for_bit(config, tmp_path, contrast_says, monkeypatch):
+    images(tmp_path / "bars.npz")
+    settings = ["bars.npz", config, "budget=9 steps", "probe.every=2", *QUICK]
+    assert contrast_says("pretrain", *settings, "--out", "whole")[0] == 0
+    record = Recorder.on_train_batch_end
+
+    def stop_in_the_middle(self, trainer, module, *rest):
+        record(self, trainer, module, *rest)
+        if module.global_step == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Recorder, "on_train_batch_end", stop_in_the_middle)
+    status, _, err = contrast_says("pretrain", *settings, "--out", "broken")
+    assert status == 130
+    assert "contrast resume broken" in err
+    assert json.loads((tmp_path / "broken/state.json").read_text())["state"] == "stopped"
+    assert not (tmp_path / "broken/results.json").exists()
+    monkeypatch.setattr(Recorder, "on_train_batch_end", record)
+    assert contrast_says("resume", "broken")[0] == 0
+    assert_same(weights(tmp_path / "whole"), weights(tmp_path / "broken"))
+    assert numbers(tmp_path / "whole") == numbers(tmp_path / "broken")
+    losses = [
+        [json.loads(line).get("loss") for line in (tmp_path / run / "metrics.jsonl").read_text().splitlines()]
+        for run in ("whole", "broken")
+    ]
+    assert losses[0] == losses[1]
+
+
+def test_resume_goes_beyond_a_finished_budget_and_changes_nothing_else(tmp_path, contrast_says):
+    images(tmp_path / "bars.npz")
+    assert contrast_says("pretrain", "bars.npz", "budget=3 steps", *QUICK, "--out", "run")[0] == 0
+    status, _, err = contrast_says("resume", "run", "loss.temperature=1")
+    assert status == 2
+    assert "loss.temperature: a resumed run goes on as it was" in err
+    assert contrast_says("resume", "run", "budget=5 steps")[0] == 0
+    assert json.loads((tmp_path / "run/state.json").read_text())["step"] == 5
+
+
+def test_the_online_probe_cannot_influence_training(tmp_path, contrast_says, monkeypatch):
+    images(tmp_path / "bars.npz")
+    asked = []
+    accuracy = OnlineProbe.accuracy
+    monkeypatch.setattr(OnlineProbe, "accuracy", lambda *given: asked.append(accuracy(*given)) or asked[-1])
+    for out, items in (("with", 1000), ("without", 0)):
+        words = ["bars.npz", "budget=5 steps", f"probe.items={items}", "probe.every=1", *QUICK]
+        assert contrast_says("pretrain", *words, "--out", out)[0] == 0
+    assert len(asked) == 5
+    assert_same(weights(tmp_path / "with"), weights(tmp_path / "without"))
+
+
+@pytest.mark.parametrize("config", ["simclr", "supcon", "cacr", "moco_v3", "simsiam"])
+def test_every_method_trains_on_series_as_on_images(config, tmp_path, contrast_says):
+    series(tmp_path / "waves.csv")
+    status, out, err = contrast_says("pretrain", config, "waves.csv", "budget=3 steps", *QUICK_SERIES)
+    assert status == 0, err
+    assert "pretrained" in out
+
+
+def test_a_folder_without_labels_is_pretrained_and_reported(tmp_path, contrast_says):
+    random = np.random.default_rng(0)
+    (tmp_path / "pictures").mkdir()
+    for number in range(20):
+        Image.fromarray(random.integers(0, 255, (12, 12, 3), dtype=np.uint8)).save(f"pictures/{number}.png")
+    words = ["pictures", "budget=2 steps", *QUICK, "batch_size=8"]
+    status, out, err = contrast_says("pretrain", *words)
+    assert status == 0, err
+    assert "nothing to probe" in err
+    assert (tmp_path / "runs/pictures-info_nce-001/report.html").is_file()
+    assert "report:" in out
+
+
+def test_no_config_at_all_says_what_was_picked_and_writes_it(tmp_path, contrast_says, monkeypatch):
+    images(tmp_path / "bars.npz", items=24)
+    monkeypatch.setattr("contrast.runs.pick_steps", lambda *_: 2)
+    status, _, err = contrast_says("pretrain", "bars.npz", "evaluate.protocols=[knn]", "logger=none")
+    assert status == 0, err
+    for picked in ("picked views: small_images", "picked encoder.backbone: small_conv", "picked budget: 2 steps"):
+        assert picked in err
+    assert "auto" not in (tmp_path / "runs/bars-info_nce-001/config.yaml").read_text()
+
+
+def test_evaluate_measures_a_run_on_its_own_and_on_other_data(tmp_path, contrast_says):
+    images(tmp_path / "bars.npz")
+    images(tmp_path / "others.npz", seed=5)
+    assert contrast_says("pretrain", "bars.npz", "budget=3 steps", *QUICK, "--out", "run")[0] == 0
+    status, out, _ = contrast_says("evaluate", "run", "evaluate.protocols=[linear]")
+    assert status == 0
+    assert "pretrained" in out
+    status, _, err = contrast_says("evaluate", "run", "others.npz")
+    assert status == 0
+    assert list((tmp_path / "run/evaluations").glob("knn-v1-others-*/result.json"))
+    series(tmp_path / "waves.csv")
+    status, _, err = contrast_says("evaluate", "run", "waves.csv")
+    assert (status, len(err.strip().splitlines())) == (2, 1)
+    assert "reads images of 1x8x8" in err
+
+
+def test_evaluate_takes_a_function_of_ones_own(tmp_path, contrast_says):
+    images(tmp_path / "bars.npz")
+    (tmp_path / "my_encoder.py").write_text("def encode(x):\n    return x.float().mean(2).flatten(1)\n")
+    status, out, err = contrast_says("evaluate", "my_encoder:encode", "bars.npz", "evaluate.protocols=[knn]")
+    assert status == 0, err
+    assert "my_encoder:encode" in out
+    assert contrast_says("evaluate", "my_encoder:decode", "bars.npz")[0] == 2
+
+
+def test_python_does_what_the_command_does(tmp_path):
+    images(tmp_path / "bars.npz")
+    run = contrast.pretrain(
+        "bars.npz",
+        loss={"name": "cacr", "repulsion_scale": 2.0},
+        budget="2 steps",
+        batch_size=16,
+        encoder={"backbone": {"name": "small_conv", "width": 4, "blocks": [1]}},
+        evaluate={"protocols": ["knn"]},
+        logger="none",
+    )
+    model = contrast.load(run.path)
+    features = model.features(torch.from_numpy(np.load("bars.npz")["x"][:, None]))
+    assert features.shape == (60, 4)
+
+
+def test_check_writes_a_picture_and_no_run(tmp_path, contrast_says):
+    images(tmp_path / "bars.npz")
+    status, out, err = contrast_says("check", "bars.npz", "budget=100 steps", *QUICK)
+    assert status == 0, err
+    for word in ("splits", "classes", "copies", "leaks", "views.png", "ms a step", "memory", "100 steps"):
+        assert word in out
+    assert Image.open(tmp_path / "views.png").width > 100
+    assert not (tmp_path / "runs").exists()
+
+
+def test_check_finds_copies_across_the_splits(tmp_path, contrast_says):
+    random = np.random.default_rng(0)
+    x, y = random.integers(0, 255, (40, 8, 8), dtype=np.uint8), np.arange(40) % 2
+    np.savez(tmp_path / "leaky.npz", x_train=x, y_train=y, x_test=x[:7], y_test=y[:7])
+    status, out, _ = contrast_says("check", "leaky.npz", *QUICK)
+    assert status == 0
+    assert "7 x item of train that stands in test too: x_train[0] = x_test[0]" in out
+
+
+def test_show_says_every_value_and_where_it_came_from(contrast_says):
+    status, out, _ = contrast_says("show", "cacr", "seed=4")
+    assert status == 0
+    lines = {line.split()[0]: line for line in out.splitlines()}
+    assert "command line" in lines["seed"]
+    assert lines["loss.repulsion_scale"].split()[1:] == ["2.0", "cacr"]
+    assert lines["budget"].split()[1:] == ["auto", "default"]
+
+
+def test_list_names_every_part_with_a_line_each(contrast_says):
+    status, out, _ = contrast_says("list", "losses")
+    assert status == 0
+    assert {line.split()[0] for line in out.splitlines()} == set(contrast.LOSSES)
+    status, out, _ = contrast_says("list")
+    assert status == 0
+    assert "simclr" in out
+    status, _, err = contrast_says("list", "loses")
+    assert status == 2
+    assert "Did you mean 'losses'?" in err
+
+
+def folder_with_a_truncated_image(tmp_path):
+    for name in ("cat", "dog"):
+        (tmp_path / "pets" / name).mkdir(parents=True)
+        for number in range(5):
+            Image.fromarray(np.full((9, 9, 3), number * 9, np.uint8)).save(tmp_path / "pets" / name / f"{number}.png")
+    broken = tmp_path / "pets" / "dog" / "3.png"
+    broken.write_bytes(broken.read_bytes()[:40])
+    return ["pretrain", "pets"], ["3.png"]
+
+
+def folder_with_a_table_of_files_that_are_not_there(tmp_path):
+    (tmp_path / "flat").mkdir()
+    for number in range(6):
+        Image.fromarray(np.full((9, 9, 3), number * 9, np.uint8)).save(tmp_path / "flat" / f"{number}.png")
+    (tmp_path / "flat" / "labels.csv").write_text("item,target\n0.png,a\n1.png,b\n77.png,a\n")
+    return ["pretrain", "flat"], ["labels.csv", "77.png"]
+
+
+def empty_folder(tmp_path):
+    (tmp_path / "nothing").mkdir()
+    return ["pretrain", "nothing"], ["nothing"]
+
+
+def arrays_of_different_lengths(tmp_path):
+    np.savez(tmp_path / "odd.npz", x=np.zeros((9, 8, 8), np.uint8), y=np.zeros(7, np.int64))
+    return ["pretrain", "odd.npz"], ["odd.npz", "9", "7"]
+
+
+def one_class_only(tmp_path):
+    np.savez(tmp_path / "one.npz", x=np.zeros((9, 8, 8), np.uint8), y=np.zeros(9, np.int64))
+    return ["pretrain", "one.npz"], ["one.npz", "class"]
+
+
+def a_series_of_nan_only(tmp_path):
+    x = np.random.default_rng(0).normal(size=(9, 1, 20)).astype(np.float32)
+    x[4] = np.nan
+    np.savez(tmp_path / "gaps.npz", x=x, y=np.arange(9) % 3)
+    return ["pretrain", "gaps.npz"], ["gaps.npz", "4"]
+
+
+def fewer_samples_than_the_batch(tmp_path):
+    images(tmp_path / "few.npz", items=12)
+    return ["pretrain", "few.npz", "batch_size=64"], ["batch_size", "64"]
+
+
+def an_input_smaller_than_the_crop(tmp_path):
+    images(tmp_path / "bars.npz")
+    return ["pretrain", "bars.npz", "views={name: simclr, size: 32}"], ["views", "32"]
+
+
+def a_checkpoint_of_another_backbone(tmp_path):
+    images(tmp_path / "bars.npz")
+    torch.save(torch.nn.Linear(3, 3).state_dict(), tmp_path / "other.pt")
+    return ["pretrain", "bars.npz", "encoder.backbone={name: small_conv, pretrained: other.pt}"], ["other.pt"]
+
+
+def a_pickle_with_code(tmp_path):
+    images(tmp_path / "bars.npz")
+    torch.save({"state_dict": os.system}, tmp_path / "evil.pt")
+    return ["pretrain", "bars.npz", "encoder.backbone={name: small_conv, pretrained: evil.pt}"], ["evil.pt"]
+
+
+def targets_that_a_loss_lacks(tmp_path):
+    images(tmp_path / "bars.npz")
+    return ["pretrain", "bars.npz", "loss=negative_cosine", *QUICK], ["loss", "targets"]
+
+
+def supervised_without_labels(tmp_path):
+    np.savez(tmp_path / "bare.npz", x=np.random.default_rng(0).integers(0, 255, (30, 8, 8), np.uint8))
+    return ["pretrain", "supcon", "bare.npz", *QUICK], ["positives", "label"]
+
+
+WRONG = [
+    folder_with_a_truncated_image,
+    folder_with_a_table_of_files_that_are_not_there,
+    empty_folder,
+    arrays_of_different_lengths,
+    one_class_only,
+    a_series_of_nan_only,
+    fewer_samples_than_the_batch,
+    an_input_smaller_than_the_crop,
+    a_checkpoint_of_another_backbone,
+    a_pickle_with_code,
+    targets_that_a_loss_lacks,
+    supervised_without_labels,
+    lambda _: (["pretrain", "simcrl"], ["simcrl", "simclr"]),
+    lambda _: (["pretrain", "nowhere/at/all"], ["nowhere/at/all"]),
+    lambda _: (["pretrain"], ["data.source"]),
+    lambda _: (["pretrain", "digits", "loss.temprature=1"], ["loss.temprature", "temperature"]),
+    lambda _: (["pretrain", "digits", "encoder.backbone=resnet81"], ["encoder.backbone", "resnet81"]),
+    lambda _: (["pretrain", "digits", "budget=soon", *QUICK], ["budget", "soon"]),
+    lambda _: (["pretrain", "digits", "data.split_by=patient"], ["split_by", "patient"]),
+    lambda _: (["evaluate", "nothing/here", "digits"], ["nothing/here"]),
+    lambda _: (["resume", "nothing/here"], ["nothing/here"]),
+    lambda _: (["pretend", "digits"], ["pretend"]),
+]
+
+
+@pytest.mark.parametrize("case", WRONG, ids=[getattr(case, "__name__", "case") for case in WRONG])
+def test_wrong_input_is_one_sentence_and_leaves_nothing_behind(case, tmp_path, contrast_says):
+    words, named = case(tmp_path)
+    status, out, err = contrast_says(*words)
+    sentence = err.strip().splitlines()[-1]
+    assert status == 2, err
+    assert out == ""
+    assert "Traceback" not in err
+    assert sentence.startswith("contrast: ")
+    for name in named:
+        assert name in sentence
+    assert not (tmp_path / "runs").exists()

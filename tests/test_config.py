@@ -1,0 +1,121 @@
+"""Configs: what is read, where it came from, and one sentence for every mistake."""
+
+import pytest
+
+from contrast import config as configuration
+from contrast.registry import InputError
+
+
+def written(tmp_path, text):
+    file = tmp_path / "mine.yaml"
+    file.write_text(text)
+    return str(file)
+
+
+@pytest.mark.parametrize("name", sorted(configuration.shipped()))
+def test_every_shipped_config_is_valid_and_says_what_it_is(name):
+    configuration.load(name)
+    assert configuration.shipped()[name].read_text().startswith("# ")
+
+
+def test_the_command_line_wins_over_the_file_and_the_file_over_the_default(tmp_path):
+    file = written(tmp_path, "seed: 3\nloss: {name: info_nce, temperature: 0.3}\n")
+    loaded = configuration.load(file, ["loss.temperature=0.4"])
+    assert loaded.config.seed == 3
+    assert loaded.config.loss == {"name": "info_nce", "temperature": 0.4}
+    assert loaded.origins["seed"] == file
+    assert loaded.origins["loss.temperature"] == "command line"
+    assert "batch_size" not in loaded.origins
+
+
+def test_a_bare_name_is_short_for_a_part():
+    assert configuration.load(None, ["loss=cacr"]).config.loss == {"name": "cacr"}
+
+
+def test_another_part_leaves_the_arguments_of_the_first_behind(tmp_path):
+    file = written(tmp_path, "loss: {name: info_nce, temperature: 0.3}\n")
+    assert configuration.load(file, ["loss=cacr"]).config.loss == {"name": "cacr"}
+    assert configuration.load(file, ["loss.name=cacr"]).config.loss == {"name": "cacr"}
+
+
+def test_arguments_without_a_name_belong_to_the_part_that_stands_there():
+    config = configuration.load(None, ["optimizer.lr=1e-2", "loss.temperature=1"]).config
+    assert config.optimizer == {"name": "adamw", "lr": 0.01}
+    assert config.loss == {"name": "info_nce", "temperature": 1}
+
+
+def test_what_is_written_out_is_read_back_the_same(tmp_path):
+    words = ["loss={name: cacr, repulsion_scale: 2}", "views=[{name: jitter, sigma: 0.1}]", "data.source=a b.npz"]
+    config = configuration.load("moco_v3", words).config
+    assert configuration.load(written(tmp_path, configuration.to_yaml(config))).config == config
+
+
+def test_views_may_be_a_list_a_view():
+    views = [[{"name": "jitter", "sigma": 0.1}], [{"name": "scaling"}, {"name": "time_mask"}]]
+    config = configuration.load(None, ["views=[[{name: jitter, sigma: 0.1}], [scaling, time_mask]]"]).config
+    assert config.views == tuple(views) or config.views == views
+
+
+MISTAKES = {
+    "temprature": (["loss.temprature=0.2"], "on the command line: loss.temprature: ", "Did you mean 'temperature'?"),
+    "section": (["evalute.draws=3"], "evalute", "Did you mean 'evaluate'?"),
+    "section key": (["data.sorce=x"], "data.sorce", "Did you mean 'source'?"),
+    "loss": (["loss=info_nec"], "loss: there is no loss 'info_nec'.", "Did you mean 'info_nce'?"),
+    "alias": (["loss=simclr"], "loss", "is called 'info_nce' here"),
+    "type": (["loss.temperature=warm"], "loss.temperature must be a number", "'warm'"),
+    "whole number": (["seed=1.5"], "seed must be a whole number", "1.5"),
+    "choice": (["loss.candidates=everyone"], "loss.candidates must be one of all, across, memory", "'everyone'"),
+    "budget": (["trainer.max_steps=3"], "trainer.max_steps: the budget says that", "50000 steps"),
+    "trainer": (["trainer.presision=16"], "trainer.presision", "Did you mean 'precision'?"),
+    "protocol": (["evaluate.protocols=[knm]"], "evaluate.protocols[0]", "Did you mean 'knn'?"),
+    "view": (["views=[{name: jiter}]"], "views[0]: there is no view operation 'jiter'.", "Did you mean 'jitter'?"),
+    "inside a value": (["seed.inner=1"], "seed.inner: seed is 0", "nothing inside"),
+    "not yaml": (["loss={name: cacr"], "on the command line: loss={name: cacr", ""),
+    "auto": (["views={name: auto, strength: 2}"], "views.strength: 'auto' does not take it", "simclr"),
+    "version": (["version=2"], "version must be one of 1", "2"),
+}
+
+
+@pytest.mark.parametrize(("words", "names", "helps"), MISTAKES.values(), ids=MISTAKES)
+def test_a_mistake_is_one_sentence_that_names_the_key_and_helps(words, names, helps):
+    with pytest.raises(InputError) as raised:
+        configuration.load(None, words)
+    sentence = str(raised.value)
+    assert names in sentence
+    assert helps in sentence
+    assert "\n" not in sentence
+
+
+def test_a_mistake_in_a_file_names_the_file(tmp_path):
+    file = written(tmp_path, "loss: {name: info_nce, temprature: 0.3}\n")
+    with pytest.raises(InputError, match=r"mine\.yaml: loss\.temprature: .*Did you mean 'temperature'"):
+        configuration.load(file)
+
+
+def test_a_broken_file_is_named(tmp_path):
+    with pytest.raises(InputError, match=r"mine\.yaml cannot be read as YAML"):
+        configuration.load(written(tmp_path, "loss: {name: info_nce\n"))
+    with pytest.raises(InputError, match=r"mine\.yaml must hold"):
+        configuration.load(written(tmp_path, "- a\n- b\n"))
+
+
+def test_an_unknown_config_is_told_the_nearest():
+    with pytest.raises(InputError, match="Did you mean 'simclr'"):
+        configuration.load("simcrl")
+
+
+def test_a_plugin_brings_its_own_loss(tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "from contrast import LOSSES, PairLoss\n"
+        "@LOSSES.register('mine_from_a_plugin')\n"
+        "class Mine(PairLoss):\n"
+        "    def __init__(self, weight: float = 1.0) -> None:\n"
+        "        super().__init__()\n"
+        "        self.weight = weight\n"
+        "    def per_anchor(self, pairs):\n"
+        "        return -self.weight * pairs.mean('positive')\n"
+    )
+    config = written(tmp_path, f"plugins: ['{tmp_path / 'mine.py'}']\nloss: {{name: mine_from_a_plugin, weight: 2}}\n")
+    assert configuration.load(config).config.loss == {"name": "mine_from_a_plugin", "weight": 2}
+    with pytest.raises(InputError, match=r"plugins: nowhere\.py cannot be imported"):
+        configuration.load(None, ["plugins=[nowhere.py]"])

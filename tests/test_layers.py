@@ -1,0 +1,150 @@
+"""The layers of the house: who may import whom, read from the source of every file."""
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "contrast"
+
+GROUND = {"distributed", "registry", "retrieval", "seeding"}
+CORE = GROUND | {"embeddings", "reductions", "pairs"}
+ROOMS = {"losses", "memory", "models", "data", "views"}
+UNDER_TRAIN = CORE | ROOMS | {"evaluate"}
+UNDER_COMMAND = UNDER_TRAIN | {"train", "report"}
+COMMAND = {"config", "build", "named_models", "runs", "checking", "api", "cli"}
+
+MAY_IMPORT = {
+    **dict.fromkeys(GROUND, frozenset()),
+    "embeddings": GROUND,
+    "reductions": GROUND | {"embeddings"},
+    "pairs": GROUND | {"embeddings", "reductions"},
+    **dict.fromkeys(ROOMS, CORE),
+    "evaluate": CORE | {"models", "data"},
+    "train": UNDER_TRAIN,
+    "report": UNDER_TRAIN,
+    "config": UNDER_COMMAND,
+    "build": UNDER_COMMAND | {"config"},
+    "named_models": UNDER_COMMAND | {"config", "build"},
+    "runs": UNDER_COMMAND | {"config", "build", "named_models"},
+    "checking": UNDER_COMMAND | {"config", "build", "named_models", "runs"},
+    "api": UNDER_COMMAND | {"config", "build", "named_models", "runs", "checking"},
+    "cli": UNDER_COMMAND | {"config", "build", "named_models", "runs", "checking", "api"},
+    "__main__": {"cli"},
+    # `import contrast` is as light as `import contrast.losses`: all else is imported when it is first used.
+    "__init__": CORE | {"losses", "memory"},
+}
+"""Of each file or folder of the package, which others it may import; itself always."""
+
+ONLY_IN = {
+    "torch.distributed": {"distributed"},
+    "faiss": {"retrieval"},
+    "lightning": COMMAND | {"train", "report"},
+    "omegaconf": COMMAND,
+}
+"""Where a library may be imported."""
+
+LIGHT = CORE | {"losses", "memory", "__init__"}
+"""What needs torch and numpy alone."""
+
+
+def room_of(path):
+    """Give the file or folder of the package that the path lies in."""
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def imported(source):
+    """Give every module that a source imports, with the names it takes from it, except for the type checker alone."""
+    found = []
+
+    def walk(node):
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            children = node.orelse
+        else:
+            children = list(ast.iter_child_nodes(node))
+        if isinstance(node, ast.Import):
+            found.extend(alias.name for alias in node.names)
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            found.extend(f"{node.module}.{alias.name}" for alias in node.names)
+        for child in children:
+            walk(child)
+
+    walk(ast.parse(source))
+    return found
+
+
+def wrong_imports(room, source):
+    """Give a sentence for every import that the layers forbid."""
+    wrong = []
+    for module in imported(source):
+        first, *rest = module.split(".")
+        if first == "contrast":
+            target = rest[0] if rest else "__init__"
+            if target not in MAY_IMPORT[room] | {room}:
+                wrong.append(f"{room} may not import {module}")
+        for library, places in ONLY_IN.items():
+            if f"{module}.".startswith(f"{library}.") and room not in places:
+                wrong.append(f"{module} belongs in {', '.join(sorted(places))}")
+        if room in LIGHT and first not in {"contrast", "torch", "numpy", *sys.stdlib_module_names}:
+            wrong.append(f"{room} needs torch and numpy alone, not {module}")
+    return wrong
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_a_file_imports_only_what_stands_above_it(path):
+    room = room_of(path)
+    assert room in MAY_IMPORT, f"say in MAY_IMPORT where contrast/{room} stands"
+    assert wrong_imports(room, path.read_text()) == []
+
+
+def test_no_file_uses_torch_distributed_by_another_door():
+    for path in FILES:
+        if room_of(path) != "distributed":
+            assert "torch.distributed" not in path.read_text(), path
+
+
+@pytest.mark.parametrize(
+    ("room", "source"),
+    [
+        ("losses", "from contrast.train import module"),
+        ("losses", "import timm"),
+        ("losses", "def f():\n    import sklearn.metrics"),
+        ("pairs", "import torch.distributed as dist"),
+        ("models", "from torch import distributed"),
+        ("models", "from torch.distributed import get_rank"),
+        ("models", "from contrast.losses import CACR"),
+        ("models", "from contrast import losses"),
+        ("views", "import contrast.losses.cacr"),
+        ("data", "from contrast.models.encoder import Encoder"),
+        ("evaluate", "import lightning.pytorch as pl"),
+        ("evaluate", "from contrast.losses import LOSSES"),
+        ("train", "from omegaconf import OmegaConf"),
+        ("train", "from contrast.config import Experiment"),
+        ("memory", "import faiss"),
+        ("embeddings", "from contrast.pairs import Pairs"),
+        ("registry", "from contrast import distributed"),
+        ("build", "from contrast.cli import main"),
+        ("__init__", "from contrast.data import open_data"),
+    ],
+)
+def test_the_reading_finds_a_forbidden_import(room, source):
+    assert wrong_imports(room, source)
+
+
+@pytest.mark.parametrize(
+    ("room", "source"),
+    [
+        ("reductions", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from contrast.pairs import Pairs"),
+        ("losses", "import math\nimport numpy as np\nfrom contrast import distributed"),
+        ("evaluate", "from contrast.data.dataset import Samples"),
+        ("distributed", "import torch.distributed as dist"),
+        ("train", "import lightning"),
+    ],
+)
+def test_the_reading_lets_a_rightful_import_pass(room, source):
+    assert wrong_imports(room, source) == []

@@ -1,0 +1,169 @@
+"""What users type: the lines, names and words of the losses that later versions must keep."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import contrast
+from contrast.losses import CACR, LOSSES, InfoNCE, PairLoss
+from contrast.registry import InputError, schema
+
+ROOT = Path(__file__).parents[1]
+HEAVY = [
+    "lightning",
+    "pytorch_lightning",
+    "torchvision",
+    "timm",
+    "omegaconf",
+    "sklearn",
+    "scipy",
+    "pandas",
+    "matplotlib",
+    "faiss",
+    "tensorboard",
+    "PIL",
+    "jinja2",
+    "aeon",
+]
+
+
+@pytest.mark.parametrize("line", ["import contrast.losses", "import contrast"])
+def test_a_bare_import_needs_torch_and_numpy_alone(line):
+    code = f"{line}; import sys, json; print(json.dumps(sorted(sys.modules)))"
+    answer = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    loaded = {name.split(".")[0] for name in json.loads(answer.stdout)}
+    assert "contrast" in loaded
+    assert loaded.isdisjoint(HEAVY)
+
+
+def test_a_loss_works_where_every_extra_is_missing():
+    code = (
+        f"import sys; sys.modules.update(dict.fromkeys({HEAVY!r}))\n"
+        "import torch, contrast\n"
+        "from contrast.losses import CACR, InfoNCE\n"
+        "z = torch.randn(2, 4, 3, requires_grad=True)\n"
+        "(CACR()(*z) + InfoNCE()(*z)).backward()\n"
+        "try:\n    contrast.pretrain\nexcept ImportError as error:\n    print(error)\n"
+    )
+    answer = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "contrast.pretrain needs the package" in answer.stdout
+    assert 'pip install "contrast-learning[train]"' in answer.stdout
+
+
+def views(count=2):
+    return torch.randn(count, 6, 4, generator=torch.Generator().manual_seed(0)).requires_grad_().unbind()
+
+
+def test_the_everyday_lines_work():
+    z_a, z_b = views()
+    labels = torch.tensor([0, 1, 0, 1, 2, 2])
+    index = torch.arange(6)
+    queue = torch.randn(9, 4)
+    (q_a, q_b), (k_a, k_b) = views(), torch.randn(2, 6, 4)
+    criterion = InfoNCE()
+    values = [
+        CACR()(z_a, z_b),
+        InfoNCE(temperature=0.1)(z_a, z_b, group=labels),
+        criterion(z_a, z_b, sample=index),
+        InfoNCE()(q_a, q_b, targets=(k_a, k_b), sample=index, extra=[queue]),
+        InfoNCE()(q_a, targets=(None, k_b), sample=index, extra=[queue]),
+        InfoNCE(candidates="memory")(q_a, targets=(None, k_b), sample=index, extra=[queue]),
+    ]
+    with contrast.local():
+        values.append(criterion(z_a, z_b, sample=index))
+    assert all(value.shape == () and value.requires_grad and torch.isfinite(value) for value in values)
+    assert torch.equal(values[2], values[-1])
+    assert criterion(z_a, z_b, reduction="none").shape == (12,)
+    criterion.end_epoch()
+    assert all(not value.requires_grad for value in criterion.metrics.values())
+
+
+def test_a_loss_of_ones_own_is_one_method(monkeypatch):
+    monkeypatch.setattr(LOSSES, "_parts", dict(LOSSES._parts))
+    monkeypatch.setattr(LOSSES, "_aliases", dict(LOSSES._aliases))
+
+    @LOSSES.register("mine")
+    class Mine(PairLoss):
+        def per_anchor(self, pairs):
+            return pairs.logsumexp(1.0, over="negative") - pairs.mean(over="positive")
+
+    value = LOSSES.build("mine")(*views())
+    assert value.requires_grad
+
+
+@pytest.mark.parametrize("name", ["Embeddings", "Pairs", "PairLoss", "LOSSES", "Registry", "InputError", "local"])
+def test_what_writers_of_losses_need_is_importable_from_contrast(name):
+    assert hasattr(contrast, name)
+    assert name in contrast.__all__
+
+
+def test_a_name_that_is_not_there_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="module 'contrast' has no attribute 'pretrian'"):
+        _ = contrast.pretrian
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("info_nce", {"temperature": 0.1, "learn_temperature": False, "candidates": "all", "positives": "outside"}),
+        (
+            "cacr",
+            {"attraction_scale": 1.0, "repulsion_scale": 1.0, "attraction_weight": 1.0, "repulsion_weight": 1.0},
+        ),
+        ("negative_cosine", {}),
+    ],
+)
+def test_losses_keep_their_arguments_and_defaults(name, arguments):
+    known = {key: default for key, (_, default) in schema(LOSSES[name]).items()}
+    assert arguments.items() <= known.items()
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_every_argument_of_a_loss_can_come_from_a_config_and_is_documented(name):
+    for argument, (annotation, _) in schema(LOSSES[name]).items():
+        assert f"{argument}: " in LOSSES[name].__doc__
+        assert annotation is not None
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_temperature_divides_and_scale_multiplies(name):
+    for argument in schema(LOSSES[name]):
+        assert argument not in {"tau", "t", "T", "temp", "beta", "alpha"}
+
+
+@pytest.mark.parametrize(
+    ("alias", "name"),
+    [
+        ("NT-Xent", "info_nce"),
+        ("nt_xent", "info_nce"),
+        ("SimCLR", "info_nce"),
+        ("SupCon", "info_nce"),
+        ("MoCo", "info_nce"),
+        ("CLIP", "info_nce"),
+        ("InfoNCE", "info_nce"),
+        ("CACR", "cacr"),
+        ("SimSiam", "negative_cosine"),
+        ("NegativeCosine", "negative_cosine"),
+    ],
+)
+def test_an_alias_is_answered_with_the_right_name_and_never_accepted(alias, name):
+    assert alias not in LOSSES
+    with pytest.raises(InputError, match=f"the loss '{alias}' is called '{name}' here"):
+        LOSSES.build(alias)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_every_loss_says_its_source_and_its_formula(name):
+    assert "Source: " in LOSSES[name].__doc__
+    assert ".. math::" in LOSSES[name].__doc__
+    assert callable(LOSSES[name].end_epoch)
+    assert hasattr(LOSSES[name], "metrics")
+
+
+def test_the_distribution_has_its_own_name_and_brings_its_types():
+    assert 'name = "contrast-learning"' in (ROOT / "pyproject.toml").read_text()
+    assert (ROOT / "contrast" / "py.typed").exists()
