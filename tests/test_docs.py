@@ -1,0 +1,41 @@
+"""What the README and the pages in docs/ show, runs."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from contrast import config as configuration
+from contrast.losses import LOSSES
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if "```python\n" in page.read_text()], ids=lambda page: page.name
+)
+def test_every_python_block_of_a_page_runs_in_order(page):
+    names = {}
+    try:
+        for block in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL):
+            exec(compile(block, page.name, "exec"), names)
+    finally:
+        LOSSES._parts.pop("margin", None)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_to_files_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+        assert (page.parent / target).exists(), target
+
+
+def test_the_readme_names_every_loss_and_only_keys_that_exist():
+    text = (ROOT / "README.md").read_text()
+    for loss in LOSSES.values():
+        assert f"`{loss.__name__}`" in text
+    known = {key.split(".")[0] for key in configuration.flat(configuration.Config())}
+    for key in re.findall(r"(\w+)\.\w+=", text):
+        assert key in known
+    for config in ("simclr", "supcon", "cacr", "moco_v3", "simsiam"):
+        assert config in configuration.shipped()
