@@ -1,19 +1,23 @@
-"""Contrastive representation learning for images and time series."""
+"""Contrastive representation learning for images and time series.
+
+Everything is imported when it is first used: the losses need torch and numpy, the functions that train and evaluate
+need the extra `train`.
+"""
 
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from contrast.distributed import local
-from contrast.embeddings import Embeddings
-from contrast.losses import LOSSES, PairLoss
-from contrast.pairs import Pairs, all_pairs, cross_pairs, two_sided
-from contrast.registry import InputError, Registry
+if TYPE_CHECKING:
+    from contrast.api import evaluate, load, pretrain
+    from contrast.distributed import local
+    from contrast.embeddings import Embeddings
+    from contrast.losses import LOSSES, PairLoss
+    from contrast.pairs import Pairs, all_pairs, cross_pairs, two_sided
+    from contrast.registry import InputError, Registry
 
 __version__ = "0.1.0"
-
-_NEED_TRAIN = {"pretrain": "contrast.api", "load": "contrast.api", "evaluate": "contrast.api"}
 
 __all__ = [
     "LOSSES",
@@ -24,18 +28,32 @@ __all__ = [
     "Registry",
     "all_pairs",
     "cross_pairs",
+    "evaluate",
+    "load",
     "local",
+    "pretrain",
     "two_sided",
 ]
 
+_HOMES = {
+    "contrast.api": ("evaluate", "load", "pretrain"),
+    "contrast.distributed": ("local",),
+    "contrast.embeddings": ("Embeddings",),
+    "contrast.losses": ("LOSSES", "PairLoss"),
+    "contrast.pairs": ("Pairs", "all_pairs", "cross_pairs", "two_sided"),
+    "contrast.registry": ("InputError", "Registry"),
+}
+
 
 def __getattr__(name: str) -> Any:
-    """Import what needs an extra when it is first used."""
-    if name not in _NEED_TRAIN:
+    home = next((home for home, names in _HOMES.items() if name in names), None)
+    if home is None:
         raise AttributeError(f"module 'contrast' has no attribute '{name}'")
     try:
-        return getattr(importlib.import_module(_NEED_TRAIN[name]), name)
+        return getattr(importlib.import_module(home), name)
     except ModuleNotFoundError as error:
+        if home != "contrast.api":
+            raise
         raise ImportError(
             f"contrast.{name} needs the package '{error.name}': pip install \"contrast-learning[train]\""
         ) from error

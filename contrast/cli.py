@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -11,6 +12,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from contrast.registry import InputError, nearest
+
+# OpenMP's threads wait for each other by spinning; beside another busy process that makes every step several times
+# slower. It is read when torch is loaded, which no import above does.
+os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 
 _TRAIN = 'this command needs more than the losses: pip install "contrast-learning[train]"'
 

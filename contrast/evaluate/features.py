@@ -145,8 +145,8 @@ def health(features: Tensor, name: str = "the encoder") -> Health:
 def effective_rank(features: Tensor) -> float:
     """Give exp(entropy of the singular values of (N, F), normalised to sum 1); 1 for features that are all zero."""
     some = features[torch.linspace(0, len(features) - 1, min(len(features), RANKED)).long()].double()
-    with threads_for(some.numel() * min(some.shape)):
-        gram = some @ some.T if len(some) < some.shape[1] else some.T @ some
+    gram = some @ some.T if len(some) < some.shape[1] else some.T @ some
+    with threads_for(len(gram) ** 3 // 10):
         values = torch.linalg.eigvalsh(gram).clamp(min=0).sqrt()
     if values.sum() == 0:
         return 1.0
@@ -170,6 +170,8 @@ def raw_features(x: Tensor) -> Tensor:
         raise InputError(f"raw input must be images (N, C, H, W) or series (N, C, L); got shape {tuple(x.shape)}.")
     scale = 1.0 if x.is_floating_point() else float(torch.iinfo(x.dtype).max)
     values = x.to(torch.float32) / scale
+    if x[0].numel() <= WIDEST:
+        return values.nan_to_num(0.0).flatten(1) if x.ndim == 3 else values.flatten(1)
     if x.ndim == 4:
         return F.adaptive_avg_pool2d(values, _image_grid(x.shape[1:])).flatten(1)
     observed = ~values.isnan()

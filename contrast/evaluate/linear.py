@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from contrast.evaluate.logistic import ROUGH, solve
+from contrast.evaluate.logistic import ROUGH, prepare, solve
 
 STRENGTHS = (0.1, 1.0, 10.0, 100.0, 1e3, 1e4, 1e5)
 FOLDS = 5
@@ -41,7 +41,7 @@ class Probe:
 
     def probabilities(self, features: Tensor) -> Tensor:
         """Give (N, C) float64 for features (N, F); a class that the fit never saw has probability 0."""
-        logits = ((features.double() - self.mean) * self.scale) @ self.weight + self.bias
+        logits = _standardised(features, self.mean, self.scale) @ self.weight + self.bias
         return _over_all_classes(logits.softmax(1), self.present, self.classes)
 
 
@@ -49,8 +49,7 @@ def fit_probe(features: Tensor, target: Tensor, classes: int, strength: float) -
     """Give the probe of labelled features (N, F), targets (N,) in [0, C), for one strength."""
     mean, scale = standardisation(features)
     present, index = torch.unique(target, return_inverse=True)
-    x = (features.double() - mean) * scale
-    found = solve(x, index, len(present), torch.tensor([strength]))
+    found = solve(prepare(_standardised(features, mean, scale)), index, len(present), torch.tensor([strength]))
     return Probe(
         mean, scale, found.weight[0], found.bias[0], present, classes, float(strength), bool(found.converged[0])
     )
@@ -58,15 +57,23 @@ def fit_probe(features: Tensor, target: Tensor, classes: int, strength: float) -
 
 def standardisation(features: Tensor) -> tuple[Tensor, Tensor]:
     """Give mean and 1 / standard deviation (F,) in float64; 0 for features that are constant up to rounding."""
-    mean, std = features.double().mean(0), features.double().std(0, correction=0)
-    constant = std <= 10 * torch.finfo(torch.float32).eps * features.double().abs().amax(0)
+    wide = features.double()
+    mean, std = wide.mean(0), wide.std(0, correction=0)
+    constant = std <= 10 * torch.finfo(torch.float32).eps * torch.linalg.vector_norm(wide, torch.inf, 0)
     return mean, torch.where(constant, 0.0, 1 / std)
+
+
+def _standardised(features: Tensor, mean: Tensor, scale: Tensor) -> Tensor:
+    """Give (features - mean) * scale in float64, with one copy only: train splits are large."""
+    return features.to(torch.float64, copy=True).sub_(mean).mul_(scale)
 
 
 def choose_on_validation(
     features: Tensor, target: Tensor, held_out: Tensor, strengths: Sequence[float], seed: int
-) -> tuple[float, list[float]]:
-    """Give the strength with the smallest log loss on the items held out, and each strength's log loss.
+) -> tuple[float, dict[float, float]]:
+    """Give the strength with the smallest log loss on the items held out, and the log loss of each strength tried.
+
+    From the strongest to weaker ones, until the log loss rises: what comes after fits longer and longer, to noise.
 
     Args:
         features: of labelled items, (N, F).
@@ -75,41 +82,59 @@ def choose_on_validation(
         strengths: the grid; of equal ones the stronger is chosen.
         seed: of that drawing.
     """
-    fitted = torch.nonzero(~held_out).squeeze(1)
-    if len(fitted) > FIRST:
-        drawn = np.random.default_rng(seed).permutation(len(fitted))[:FIRST]
-        fitted = fitted[torch.from_numpy(np.sort(drawn))]
+    fitted = _at_most_first(torch.nonzero(~held_out).squeeze(1), seed)
     mean, scale = standardisation(features[fitted])
     present, index = torch.unique(target[fitted], return_inverse=True)
-    x = (features[fitted].double() - mean) * scale
-    found = solve(x, index, len(present), torch.tensor(strengths), tolerance=ROUGH)
     judged = torch.nonzero(held_out & torch.isin(target, present)).squeeze(1)
-    logits = ((features[judged].double() - mean) * scale) @ found.weight + found.bias[:, None]  # (B, N, P)
-    losses = _log_loss(logits, torch.searchsorted(present, target[judged])).mean(1)
-    return _best(strengths, losses)
+    design = prepare(_standardised(features[fitted], mean, scale))
+    x, truth = _standardised(features[judged], mean, scale), torch.searchsorted(present, target[judged])
+    losses: dict[float, float] = {}
+    for strength in sorted(strengths, reverse=True):
+        found = solve(design, index, len(present), torch.tensor([strength]), tolerance=ROUGH)
+        loss = float(_log_loss(x @ found.weight + found.bias[:, None], truth).mean())
+        rises = bool(losses) and loss > min(losses.values())
+        losses[strength] = loss
+        if rises:
+            break
+    return min(losses, key=losses.__getitem__), losses
 
 
 def choose_by_folds(
     features: Tensor, target: Tensor, strengths: Sequence[float], seed: int
-) -> tuple[float, list[float]]:
+) -> tuple[float, dict[float, float]]:
     """Give the strength with the smallest log loss in stratified five-fold cross-validation, and each one's log loss.
 
     All folds share the standardisation of all N items, which knows no labels. The only item of a class is never
     held out. Where nothing can be held out, one label a class, the losses are empty and the strength is the grid's
-    middle one.
+    middle one. Of more than 20,000 items so many are drawn by `seed`.
     """
-    present, index = torch.unique(target, return_inverse=True)
+    strengths = sorted(strengths, reverse=True)
+    some = _at_most_first(torch.arange(len(target)), seed)
+    present, index = torch.unique(target[some], return_inverse=True)
     fold = torch.from_numpy(stratified_folds(index.numpy(), FOLDS, seed))
     used = [number for number in range(FOLDS) if (fold == number).any()]
     if not used:
-        return float(sorted(strengths)[len(strengths) // 2]), []
-    mean, scale = standardisation(features)
-    x = (features.double() - mean) * scale
+        return strengths[len(strengths) // 2], {}
+    mean, scale = standardisation(features[some])
+    x = _standardised(features[some], mean, scale)
     kept = torch.stack([fold != number for number in used]).repeat_interleave(len(strengths), 0)
-    found = solve(x, index, len(present), torch.tensor(strengths).repeat(len(used)), kept, tolerance=ROUGH)
-    logits = x @ found.weight + found.bias[:, None]  # (folds * strengths, N, P)
-    losses = (_log_loss(logits, index) * ~kept).sum(1).view(len(used), -1).sum(0) / (fold >= 0).sum()
-    return _best(strengths, losses)
+    found = solve(prepare(x), index, len(present), torch.tensor(strengths).repeat(len(used)), kept, tolerance=ROUGH)
+    total = torch.stack(
+        [
+            (_log_loss(x @ weight + bias, index) * ~which).sum()
+            for weight, bias, which in zip(found.weight, found.bias, kept, strict=True)
+        ]
+    )
+    means = total.view(len(used), -1).sum(0) / (fold >= 0).sum()
+    losses = dict(zip(strengths, means.tolist(), strict=True))
+    return min(losses, key=losses.__getitem__), losses
+
+
+def _at_most_first(items: Tensor, seed: int) -> Tensor:
+    if len(items) <= FIRST:
+        return items
+    drawn = np.random.default_rng(seed).permutation(len(items))[:FIRST]
+    return items[torch.from_numpy(np.sort(drawn))]
 
 
 def stratified_folds(target: np.ndarray, folds: int, seed: int) -> np.ndarray:
@@ -141,14 +166,9 @@ def draw_labels(target: np.ndarray, labels_per_class: int, seed: int) -> np.ndar
 
 
 def _log_loss(logits: Tensor, index: Tensor) -> Tensor:
-    """Give (B, N), minus the log-probability of each item's class, for logits (B, N, P)."""
-    return -logits.log_softmax(-1).gather(-1, index.view(1, -1, 1).expand(len(logits), -1, 1)).squeeze(-1)
-
-
-def _best(strengths: Sequence[float], losses: Tensor) -> tuple[float, list[float]]:
-    listed = [float(loss) for loss in losses]
-    best = min(range(len(listed)), key=lambda i: (listed[i], -strengths[i]))
-    return float(strengths[best]), listed
+    """Give (..., N), minus the log-probability of each item's class, for logits (..., N, P) and classes (N,)."""
+    chosen = index.expand(logits.shape[:-1])[..., None]
+    return -logits.log_softmax(-1).gather(-1, chosen).squeeze(-1)
 
 
 def _over_all_classes(probability: Tensor, present: Tensor, classes: int) -> Tensor:

@@ -10,17 +10,16 @@ from torch import Tensor
 
 from contrast.evaluate.threads import threads_for
 
-TOLERANCE = 1e-7
-ROUGH = 1e-5
-"""Enough for comparing strengths, and about as far as float32 carries."""
-STEPS = 2000
+FINE, LARGE_FINE, ROUGH = 1e-7, 1e-5, 1e-4
+"""Gradient tolerances: of a fit, of a large fit, and for comparing strengths (scikit-learn's own default is 1e-4)."""
+LARGE = 20_000_000
+"""A fit is large from so many multiplications a pass; it goes most of the way in float32, the rest in float64."""
+STEPS = 1000
 HISTORY = 10
 FLOOR = 1e-5
 """Of the doubt: where it is nearly 0, a step in the bias, which no penalty restrains, would explode."""
 ELEMENTS = 30_000_000
 """So many logits, over all items, problems and classes, are held at a time."""
-LARGE = 20_000_000
-"""From so many multiplications a pass, the road there is walked in float32, and only the rest in float64."""
 
 Evaluate = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
 Precondition = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -35,14 +34,45 @@ class Solution:
     converged: Tensor
 
 
+@dataclass(frozen=True)
+class Design:
+    """Items made ready for many solutions.
+
+    Args:
+        x: (N, R + 1) float64, the items, R = min(N, D), and a column of ones for the bias.
+        basis: (D, R), the directions of x's columns where N < D: the minimum lies in the span of the items, so that
+            fewer unknowns give the same answer.
+        values, vectors: (R,) and (R, R), eigenvalues and eigenvectors of the items' mean outer product.
+    """
+
+    x: Tensor
+    basis: Tensor | None
+    values: Tensor
+    vectors: Tensor
+
+
+def prepare(x: Tensor) -> Design:
+    """Give the design of items (N, D), centred; far quicker to solve when standardised."""
+    x, basis = x.double(), None
+    if len(x) < x.shape[1]:
+        with threads_for(len(x) ** 2 * x.shape[1] // 10):
+            basis, triangle = torch.linalg.qr(x.T)
+        x = triangle.T
+    # Whatever its precision, this only decides how quick the road is: float32 and some of the items are enough.
+    some = x[torch.linspace(0, len(x) - 1, min(len(x), 20_000)).long()].float()
+    with threads_for(x.shape[1] ** 3 // 10):
+        values, vectors = torch.linalg.eigh((some.T @ some / len(some)).double())
+    return Design(torch.cat([x, torch.ones_like(x[:, :1])], 1), basis, values.clamp(min=0), vectors)
+
+
 def solve(
-    x: Tensor,
+    design: Design,
     target: Tensor,
     classes: int,
     strengths: Tensor,
     kept: Tensor | None = None,
     *,
-    tolerance: float = TOLERANCE,
+    tolerance: float = FINE,
 ) -> Solution:
     r"""Minimise B penalised cross-entropies over the same items, by preconditioned L-BFGS.
 
@@ -53,65 +83,48 @@ def solve(
     mean loss exceeds the tolerance, in float64. The same input gives the same numbers: nothing here is random.
 
     Args:
-        x: (N, D), centred; far quicker when standardised.
+        design: of the items.
         target: (N,) int64 in [0, C); each class must occur among the items kept, or its bias has no minimum.
         classes: C.
         strengths: lambda > 0, (B,).
         kept: (B, N) bool, the items of each problem; all where it is None.
-        tolerance: of the gradient.
+        tolerance: of the gradient; a large problem takes at least 1e-5.
     """
-    x, strengths = x.double(), strengths.double()
+    x, strengths = design.x, strengths.double()
     kept = torch.ones(len(strengths), len(x), dtype=torch.bool) if kept is None else kept
-    with threads_for(x.numel() * len(strengths) * classes):
-        basis = None
-        if len(x) < x.shape[1]:  # the minimum lies in the span of the items: fewer unknowns, the same answer
-            basis, triangle = torch.linalg.qr(x.T)
-            x = triangle.T.contiguous()
-        problems = max(1, ELEMENTS // (len(x) * classes))
-        curvature = _curvature(x)
+    problems = max(1, ELEMENTS // (len(x) * classes))
+    with threads_for(x.numel() * min(problems, len(strengths)) * classes):
         parts = [
-            _solve_together(x, target, classes, some, some_kept, curvature, tolerance)
+            _solve_together(design, target, classes, some, some_kept, tolerance)
             for some, some_kept in zip(torch.split(strengths, problems), torch.split(kept, problems), strict=True)
         ]
-        theta = torch.cat([part for part, _ in parts], 1).transpose(0, 1)
-        weight = theta[:, :-1] if basis is None else basis @ theta[:, :-1]
+    theta = torch.cat([part for part, _ in parts], 1).transpose(0, 1)
+    weight = theta[:, :-1] if design.basis is None else design.basis @ theta[:, :-1]
     return Solution(weight, theta[:, -1], torch.cat([converged for _, converged in parts]))
 
 
-def _curvature(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Give eigenvalues and eigenvectors of the items' mean outer product; some items are enough for that."""
-    some = x[torch.linspace(0, len(x) - 1, min(len(x), 20_000)).long()].float()
-    values, vectors = torch.linalg.eigh((some.T @ some / len(some)).double())
-    return values.clamp(min=0), vectors
-
-
 def _solve_together(
-    x: Tensor,
-    target: Tensor,
-    classes: int,
-    strengths: Tensor,
-    kept: Tensor,
-    curvature: tuple[Tensor, Tensor],
-    tolerance: float,
+    design: Design, target: Tensor, classes: int, strengths: Tensor, kept: Tensor, tolerance: float
 ) -> tuple[Tensor, Tensor]:
-    """Give theta (D + 1, B, C), the bias last, and which problems converged."""
-    design = torch.cat([x, torch.ones_like(x[:, :1])], 1)
+    """Give theta (R + 1, B, C), the bias last, and which problems converged."""
+    x = design.x
     share = (kept / kept.sum(1, keepdim=True)).T.double()  # (N, B): a mean over each problem's own items
     penalty = strengths / kept.sum(1)
-    theta = design.new_zeros(design.shape[1], len(strengths), classes)
+    theta = x.new_zeros(x.shape[1], len(strengths), classes)
     converged = torch.zeros(len(strengths), dtype=torch.bool)
     stages = [(torch.float64, tolerance)]
-    if design.numel() * len(strengths) * classes > LARGE:
-        stages.insert(0, (torch.float32, max(tolerance, ROUGH)))
+    if x.numel() * len(strengths) * classes > LARGE:
+        tolerance = max(tolerance, LARGE_FINE)
+        stages = [(torch.float32, tolerance), (torch.float64, tolerance)]
     for dtype, reach in stages:
-        evaluate = _loss(design.to(dtype), target, share.to(dtype), penalty.to(dtype))
-        precondition = _mean_newton(curvature, penalty, dtype)
+        evaluate = _loss(x.to(dtype), target, share.to(dtype), penalty.to(dtype))
+        precondition = _mean_newton(design, penalty, dtype)
         theta, converged = _minimise(evaluate, precondition, theta.to(dtype), reach)
     return theta, converged
 
 
-def _loss(design: Tensor, target: Tensor, share: Tensor, penalty: Tensor) -> Evaluate:
-    """Give theta (D + 1, B', C), problems (B',) -> loss (B',), gradient in theta's shape, and doubt (B',).
+def _loss(x: Tensor, target: Tensor, share: Tensor, penalty: Tensor) -> Evaluate:
+    """Give theta (R + 1, B', C), problems (B',) -> loss (B',), gradient in theta's shape, and doubt (B',).
 
     The doubt is the mean of 1 - sum_c p_c^2 over C - 1: 1 / C where all classes are equally likely, near 0 where the
     classifier is sure of everything.
@@ -121,26 +134,26 @@ def _loss(design: Tensor, target: Tensor, share: Tensor, penalty: Tensor) -> Eva
     def evaluate(theta: Tensor, problems: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         weight, strength = share[:, problems], penalty[problems].view(1, -1, 1)
         index = chosen.expand(-1, len(problems), 1)
-        log_probability = (design @ theta.flatten(1)).view(len(design), *theta.shape[1:]).log_softmax(-1)
+        log_probability = (x @ theta.flatten(1)).view(len(x), *theta.shape[1:]).log_softmax(-1)
         cross_entropy = -log_probability.gather(-1, index).squeeze(-1)
         loss = (cross_entropy * weight).sum(0) + (strength * theta[:-1].square()).sum((0, 2)) / 2
         probability = log_probability.exp_()
         doubt = ((1 - probability.square().sum(-1)) * weight).sum(0) / max(1, theta.shape[-1] - 1)
         residual = probability.scatter_add_(-1, index, -torch.ones_like(index, dtype=theta.dtype))
-        gradient = (design.T @ residual.mul_(weight[..., None]).flatten(1)).view_as(theta)
+        gradient = (x.T @ residual.mul_(weight[..., None]).flatten(1)).view_as(theta)
         gradient[:-1] += strength * theta[:-1]
         return loss, gradient, doubt
 
     return evaluate
 
 
-def _mean_newton(curvature: tuple[Tensor, Tensor], penalty: Tensor, dtype: torch.dtype) -> Precondition:
-    """Give gradient (D + 1, B', C), problems and doubt (B',) -> a step, by the inverse of an averaged Hessian.
+def _mean_newton(design: Design, penalty: Tensor, dtype: torch.dtype) -> Precondition:
+    """Give gradient (R + 1, B', C), problems and doubt (B',) -> a step, by the inverse of an averaged Hessian.
 
     At theta = 0 the Hessian is exactly the items' mean outer product / C plus the penalty. Later on each item has its
     own factor; the doubt is their mean. Features that go together no longer slow L-BFGS down.
     """
-    values, vectors, penalty = (each.to(dtype) for each in (*curvature, penalty))
+    values, vectors, penalty = (each.to(dtype) for each in (design.values, design.vectors, penalty))
 
     def precondition(gradient: Tensor, problems: Tensor, doubt: Tensor) -> Tensor:
         doubt = doubt.clamp(min=FLOOR)

@@ -153,7 +153,7 @@ class Linear:
             strength, losses = choose_by_folds(x, target, self.strengths, seed)
             selected_on = f"log loss in {FOLDS}-fold cross-validation of the training items"
         probe = fit_probe(x, target, len(train.classes), strength)
-        chosen = {"strength": strength, "log_loss": losses, "converged": probe.converged, "items": len(target)}
+        chosen = {"strength": strength, "log_loss": _listed(losses), "converged": probe.converged, "items": len(target)}
         return Fitted([probe], [seed], selected_on, chosen)
 
 
@@ -197,7 +197,7 @@ class FewLabels:
         for draw, one in zip(draws, seeds, strict=True):
             x, y = train.features[draw], train.target[draw]
             strength, each = choose_by_folds(x, y, self.strengths, one)
-            losses.append(each)
+            losses.append(_listed(each))
             probes.append(fit_probe(x, y, len(train.classes), strength))
         chosen: dict[str, Any] = {
             "strength": [probe.strength for probe in probes],
@@ -214,6 +214,10 @@ class FewLabels:
             else "nothing: one label a class leaves none to choose on"
         )
         return Fitted(list(probes), seeds, selected_on, chosen)
+
+
+def _listed(losses: Mapping[float, float]) -> dict[str, float]:
+    return {f"{strength:g}": loss for strength, loss in losses.items()}
 
 
 def _check_strengths(strengths: Sequence[float]) -> None:

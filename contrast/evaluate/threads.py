@@ -7,8 +7,8 @@ from contextlib import contextmanager
 
 import torch
 
-SMALL = 1_000_000_000
-"""Up to so many multiplications at a time, a twentieth of a second or so, are work for one thread."""
+SMALL = 200_000_000
+"""Up to so many multiplications between two meetings of the threads are work for one of them."""
 
 
 @contextmanager
