@@ -292,9 +292,10 @@ def _first_comment(file: Path) -> str:
 
 
 def _talk() -> logging.Handler:
-    """Send what the package says about its progress to standard error."""
+    """Send what the package says about its progress to standard error; of several processes the first one speaks."""
     logger = logging.getLogger("contrast")
     voice = logging.StreamHandler(sys.stderr)
+    voice.setLevel(logging.INFO if os.environ.get("LOCAL_RANK", "0") == "0" else logging.ERROR)
     logger.addHandler(voice)
     logger.setLevel(logging.INFO)
     return voice

@@ -3,6 +3,8 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 
 import numpy as np
 import pandas
@@ -126,6 +128,22 @@ def test_a_stopped_and_resumed_run_equals_an_unbroken_one_bit_for_bit(config, tm
         for run in ("whole", "broken")
     ]
     assert losses[0] == losses[1]
+
+
+def test_two_processes_train_as_one(tmp_path):
+    """The whole model: gathered losses, averaged gradients, synchronised batch norm; random views are left out."""
+    images(tmp_path / "bars.npz")
+    words = ["bars.npz", "budget=4 steps", "views=none", "trainer.accelerator=cpu", *QUICK, "evaluate.protocols=[knn]"]
+    for out, more in (("one", []), ("two", ["trainer.devices=2", "trainer.strategy=ddp"])):
+        command = [sys.executable, "-m", "contrast.cli", "pretrain", *words, *more, "--out", out]
+        ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+        assert ran.returncode == 0, ran.stderr
+    assert ran.stderr.count("training for 4 steps") == 1
+    one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
+    assert one.keys() == two.keys()
+    for key, value in one.items():
+        torch.testing.assert_close(two[key], value, rtol=1e-3, atol=1e-5, msg=lambda text, key=key: f"{key}: {text}")
+    assert json.loads((tmp_path / "two/results.json").read_text())["run"]["processes"] == 2
 
 
 def test_resume_goes_beyond_a_finished_budget_and_changes_nothing_else(tmp_path, contrast_says):
