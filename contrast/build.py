@@ -112,6 +112,7 @@ def build_encoder_for(config: Config, data: Data, views: Views, *, pretrained: b
         inputs=inputs_of(data),
         predictor=settings.predictor,
         momentum=settings.momentum,
+        joint=settings.joint,
     )
 
 

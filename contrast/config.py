@@ -46,12 +46,16 @@ class DataSettings:
 
 @dataclass(frozen=True)
 class EncoderSettings:
-    """Backbone and head; `momentum` adds a momentum twin, `predictor` a second head on the online side."""
+    """Backbone and head; `momentum` adds a momentum twin, `predictor` a second head on the online side.
+
+    `joint: false` sends each view through on its own, so that batch normalisation sees one view at a time.
+    """
 
     backbone: Part = "auto"
     head: Part = "mlp"
     momentum: float | None = None
     predictor: Part | None = None
+    joint: bool = True
 
 
 @dataclass(frozen=True)

@@ -189,6 +189,60 @@ def test_a_folder_without_labels_is_pretrained_and_reported(tmp_path, contrast_s
     assert "report:" in out
 
 
+def test_a_flat_folder_with_a_table_keeps_slides_together_and_takes_patients_as_positives(tmp_path, contrast_says):
+    random = np.random.default_rng(0)
+    (tmp_path / "cells").mkdir()
+    lines = ["item,target,slide,patient"]
+    for number in range(48):
+        bright = 60 + 60 * (number % 2)
+        pixels = random.integers(0, bright, (14, 14), dtype=np.uint16) * 200
+        Image.fromarray(pixels).save(f"cells/{number}.png")
+        if number < 40:
+            lines.append(f"{number}.png,{'ab'[number % 2]},slide{number // 4},patient{number // 8}")
+    (tmp_path / "cells/labels.csv").write_text("\n".join(lines) + "\n")
+    words = ["cells", "data.split_by=slide", "data.positives=patient", "budget=3 steps", *QUICK, "batch_size=8"]
+    status, out, err = contrast_says("pretrain", *words, "evaluate.labels_per_class=2")
+    assert status == 0, err
+    assert "pretrained" in out
+    assert "no 'slide' on both sides" in err
+    data = json.loads((tmp_path / "runs/cells-info_nce-001/results.json").read_text())["data"]
+    assert data["test"]["split_by"] == "slide"
+    rows = [json.loads(line) for line in (tmp_path / "runs/cells-info_nce-001/metrics.jsonl").read_text().splitlines()]
+    assert max(row.get("positives", 0) for row in rows) > 1
+
+
+def test_weights_at_hand_add_the_row_off_the_shelf(tmp_path, contrast_says):
+    images(tmp_path / "bars.npz")
+    assert contrast_says("pretrain", "bars.npz", "budget=3 steps", *QUICK, "--out", "first")[0] == 0
+    part = "encoder.backbone={name: small_conv, width: 4, blocks: [1], pretrained: first/backbone.safetensors}"
+    status, out, err = contrast_says("pretrain", "bars.npz", "budget=2 steps", *QUICK, part, "--out", "second")
+    assert status == 0, err
+    first, second = numbers(tmp_path / "first"), numbers(tmp_path / "second")
+    assert second["off_the_shelf", "knn", "accuracy"] == first["pretrained", "knn", "accuracy"]
+    assert second["untrained", "knn", "accuracy"] == first["untrained", "knn", "accuracy"]
+    assert "off the shelf" in out
+
+
+@pytest.mark.parametrize("setting", ["trainer.precision=bf16-mixed", "optimizer=lars", "budget=2s"])
+def test_precision_optimizer_and_a_budget_in_seconds(setting, tmp_path, contrast_says):
+    images(tmp_path / "bars.npz")
+    status, _, err = contrast_says("pretrain", "bars.npz", "budget=3 steps", *QUICK, setting)
+    assert status == 0, err
+    results = json.loads((tmp_path / "runs/bars-info_nce-001/results.json").read_text())["run"]
+    if setting == "budget=2s":
+        assert results["steps"] > 3
+        assert 2 <= results["seconds"] < 20
+
+
+def test_a_diverging_loss_fails_in_a_sentence(tmp_path, contrast_says):
+    images(tmp_path / "bars.npz")
+    words = ["bars.npz", "budget=300 steps", *QUICK, "optimizer={name: sgd, lr: 1e30, warmup: 0}"]
+    status, _, err = contrast_says("pretrain", *words)
+    assert status in (1, 2)
+    assert "Traceback" not in err
+    assert any(word in err for word in ("diverged", "not finite", "NaN"))
+
+
 def test_no_config_at_all_says_what_was_picked_and_writes_it(tmp_path, contrast_says, monkeypatch):
     images(tmp_path / "bars.npz", items=24)
     monkeypatch.setattr("contrast.runs.pick_steps", lambda *_: 2)

@@ -10,12 +10,12 @@ from torch import Tensor
 
 from contrast.evaluate.threads import threads_for
 
-FINE, LARGE_FINE, ROUGH = 1e-7, 1e-5, 1e-4
+FINE, LARGE_FINE, ROUGH = 1e-7, 3e-5, 1e-4
 """Gradient tolerances: of a fit, of a large fit, and for comparing strengths (scikit-learn's own default is 1e-4)."""
 LARGE = 20_000_000
 """A fit is large from so many multiplications a pass; it goes most of the way in float32, the rest in float64."""
 STEPS = 1000
-HISTORY = 10
+HISTORY = 20
 FLOOR = 1e-5
 """Of the doubt: where it is nearly 0, a step in the bias, which no penalty restrains, would explode."""
 ELEMENTS = 30_000_000
@@ -88,7 +88,7 @@ def solve(
         classes: C.
         strengths: lambda > 0, (B,).
         kept: (B, N) bool, the items of each problem; all where it is None.
-        tolerance: of the gradient; a large problem takes at least 1e-5.
+        tolerance: of the gradient; for a large problem at least 3e-5.
     """
     x, strengths = design.x, strengths.double()
     kept = torch.ones(len(strengths), len(x), dtype=torch.bool) if kept is None else kept

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import torch
 
-SMALL = 200_000_000
+SMALL = 500_000_000
 """Up to so many multiplications between two meetings of the threads are work for one of them."""
 
 
