@@ -11,9 +11,9 @@ from typing import Any
 from contrast import config as configuration
 from contrast import named_models, runs
 from contrast.build import read_data
-from contrast.evaluate.features import raw_input
-from contrast.evaluate.protocols import Evaluation
-from contrast.evaluate.protocols import evaluate as measure
+from contrast.evaluation.features import raw_input
+from contrast.evaluation.protocols import Evaluation
+from contrast.evaluation.protocols import evaluate as measure
 from contrast.named_models import Model, load
 from contrast.runs import Run, Stopped
 from contrast.train.results_file import write_evaluations

@@ -145,7 +145,7 @@ def _check(words: argparse.Namespace) -> None:
 
 def _evaluate(words: argparse.Namespace) -> None:
     from contrast import api
-    from contrast.evaluate.compare import table
+    from contrast.evaluation.compare import table
 
     data, settings = None, []
     for word in words.words:
@@ -186,7 +186,7 @@ def _show_model(path: str) -> None:
 def _list(words: argparse.Namespace) -> None:
     from contrast import config as configuration
     from contrast.data import SOURCES
-    from contrast.evaluate.protocols import PROTOCOLS
+    from contrast.evaluation.protocols import PROTOCOLS
     from contrast.losses import LOSSES
     from contrast.models import BACKBONES, HEADS
     from contrast.train.optimizers import OPTIMIZERS

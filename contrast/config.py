@@ -17,7 +17,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from contrast.evaluate.protocols import PROTOCOLS
+from contrast.evaluation.protocols import PROTOCOLS
 from contrast.losses import LOSSES
 from contrast.models.backbones import BACKBONES
 from contrast.models.heads import HEADS

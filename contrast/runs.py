@@ -20,9 +20,9 @@ from contrast import config as configuration
 from contrast.build import Experiment, build, build_encoder_for, pick_steps, read_data
 from contrast.config import Config, Loaded
 from contrast.data import Data
-from contrast.evaluate.compare import table
-from contrast.evaluate.features import extract, raw_input
-from contrast.evaluate.protocols import Evaluation, evaluate
+from contrast.evaluation.compare import table
+from contrast.evaluation.features import extract, raw_input
+from contrast.evaluation.protocols import Evaluation, evaluate
 from contrast.models import save_backbone
 from contrast.named_models import Encode, encode_with
 from contrast.registry import InputError

@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parents[1] / "contrast"
 GROUND = {"distributed", "registry", "retrieval", "seeding"}
 CORE = GROUND | {"embeddings", "reductions", "pairs"}
 ROOMS = {"losses", "memory", "models", "data", "views"}
-UNDER_TRAIN = CORE | ROOMS | {"evaluate"}
+UNDER_TRAIN = CORE | ROOMS | {"evaluation"}
 UNDER_COMMAND = UNDER_TRAIN | {"train", "report"}
 COMMAND = {"config", "build", "named_models", "runs", "checking", "api", "cli"}
 
@@ -21,7 +21,7 @@ MAY_IMPORT = {
     "reductions": GROUND | {"embeddings"},
     "pairs": GROUND | {"embeddings", "reductions"},
     **dict.fromkeys(ROOMS, CORE),
-    "evaluate": CORE | {"models", "data"},
+    "evaluation": CORE | {"models", "data"},
     "train": UNDER_TRAIN,
     "report": UNDER_TRAIN,
     "config": UNDER_COMMAND,
@@ -121,8 +121,8 @@ def test_no_file_uses_torch_distributed_by_another_door():
         ("models", "from contrast import losses"),
         ("views", "import contrast.losses.cacr"),
         ("data", "from contrast.models.encoder import Encoder"),
-        ("evaluate", "import lightning.pytorch as pl"),
-        ("evaluate", "from contrast.losses import LOSSES"),
+        ("evaluation", "import lightning.pytorch as pl"),
+        ("evaluation", "from contrast.losses import LOSSES"),
         ("train", "from omegaconf import OmegaConf"),
         ("train", "from contrast.config import Experiment"),
         ("memory", "import faiss"),
@@ -141,7 +141,7 @@ def test_the_reading_finds_a_forbidden_import(room, source):
     [
         ("reductions", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from contrast.pairs import Pairs"),
         ("losses", "import math\nimport numpy as np\nfrom contrast import distributed"),
-        ("evaluate", "from contrast.data.dataset import Samples"),
+        ("evaluation", "from contrast.data.dataset import Samples"),
         ("distributed", "import torch.distributed as dist"),
         ("train", "import lightning"),
     ],

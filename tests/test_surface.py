@@ -167,3 +167,12 @@ def test_every_loss_says_its_source_and_its_formula(name):
 def test_the_distribution_has_its_own_name_and_brings_its_types():
     assert 'name = "contrast-learning"' in (ROOT / "pyproject.toml").read_text()
     assert (ROOT / "contrast" / "py.typed").exists()
+
+
+def test_the_functions_keep_their_names_whatever_was_imported_before():
+    code = (
+        "import contrast.evaluation.protocols, contrast.api, contrast\n"
+        "print(all(callable(f) for f in (contrast.pretrain, contrast.evaluate, contrast.load, contrast.local)))"
+    )
+    answer = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert answer.stdout == "True\n"

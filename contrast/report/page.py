@@ -14,8 +14,8 @@ import torch
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from contrast.evaluate.features import health
-from contrast.evaluate.results import title
+from contrast.evaluation.features import health
+from contrast.evaluation.results import title
 from contrast.report.pictures import POINTS_OF_A_CURVE, channels_remark, curve, feature_map, sample_picture, shortened
 from contrast.report.record import Record, duration, flat, memory, moment, read_record
 from contrast.report.tables import (

@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from contrast.evaluate.compare import Difference, paired_difference
-from contrast.evaluate.metrics import METRICS
-from contrast.evaluate.results import TITLES, Result, subject
+from contrast.evaluation.compare import Difference, paired_difference
+from contrast.evaluation.metrics import METRICS
+from contrast.evaluation.results import TITLES, Result, subject
 
 PROTOCOLS = ("knn", "linear", "few_labels")
 SPOKEN = {"macro_f1": "macro-F1", "auroc": "AUROC"}

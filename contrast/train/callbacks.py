@@ -15,7 +15,7 @@ import torch
 from tqdm import tqdm
 
 from contrast.data.dataset import Data
-from contrast.evaluate.features import frozen
+from contrast.evaluation.features import frozen
 from contrast.train.module import Pretraining
 from contrast.train.run_folder import RunFolder
 

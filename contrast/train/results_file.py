@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from contrast.data.dataset import Data
-from contrast.evaluate.protocols import Evaluation
+from contrast.evaluation.protocols import Evaluation
 from contrast.train.run_folder import RunFolder
 
 SCHEMA = 1

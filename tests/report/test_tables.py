@@ -1,6 +1,6 @@
 import pytest
 
-from contrast.evaluate.results import Result
+from contrast.evaluation.results import Result
 from contrast.registry import InputError
 from contrast.report.tables import (
     paired_sentences,

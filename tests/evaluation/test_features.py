@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from contrast.evaluate.features import effective_rank, extract, frozen, health, raw_features, raw_input
+from contrast.evaluation.features import effective_rank, extract, frozen, health, raw_features, raw_input
 from contrast.registry import InputError
 
 

@@ -3,8 +3,8 @@ import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
 
-from contrast.evaluate import logistic
-from contrast.evaluate.logistic import prepare, solve
+from contrast.evaluation import logistic
+from contrast.evaluation.logistic import prepare, solve
 
 
 def problem(items: int, width: int, classes: int, seed: int = 0):

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from contrast.evaluate.results import TITLES, Result, title
+from contrast.evaluation.results import TITLES, Result, title
 from contrast.registry import InputError
 
 Column = tuple[str, str]

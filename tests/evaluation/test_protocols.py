@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from contrast.data.dataset import ArrayItems
-from contrast.evaluate.features import raw_input
-from contrast.evaluate.linear import draw_labels
-from contrast.evaluate.protocols import PROTOCOLS, FewLabels, Linear, NearestNeighbours, evaluate, protocol_hash
-from contrast.evaluate.results import Result
+from contrast.evaluation.features import raw_input
+from contrast.evaluation.linear import draw_labels
+from contrast.evaluation.protocols import PROTOCOLS, FewLabels, Linear, NearestNeighbours, evaluate, protocol_hash
+from contrast.evaluation.results import Result
 from contrast.registry import InputError
 
 

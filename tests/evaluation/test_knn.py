@@ -3,8 +3,8 @@ import math
 import pytest
 import torch
 
-from contrast.evaluate import knn
-from contrast.evaluate.knn import fit_neighbours, nearest_items
+from contrast.evaluation import knn
+from contrast.evaluation.knn import fit_neighbours, nearest_items
 
 
 def sorted_by_hand(queries, stored, k):

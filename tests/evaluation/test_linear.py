@@ -4,8 +4,8 @@ import torch
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
-from contrast.evaluate import linear
-from contrast.evaluate.linear import (
+from contrast.evaluation import linear
+from contrast.evaluation.linear import (
     STRENGTHS,
     choose_by_folds,
     choose_on_validation,

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from sklearn import metrics as reference
 
-from contrast.evaluate.metrics import mean_per_class, score
+from contrast.evaluation.metrics import mean_per_class, score
 
 
 def predictions(items: int, classes: int, seed: int = 0):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from contrast.evaluate.threads import threads_for
+from contrast.evaluation.threads import threads_for
 
 FINE, LARGE_FINE, ROUGH = 1e-7, 3e-5, 1e-4
 """Gradient tolerances: of a fit, of a large fit, and for comparing strengths (scikit-learn's own default is 1e-4)."""

@@ -14,9 +14,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from contrast.evaluate.features import Encode, Health, extract, health
-from contrast.evaluate.knn import fit_neighbours
-from contrast.evaluate.linear import (
+from contrast.evaluation.features import Encode, Health, extract, health
+from contrast.evaluation.knn import fit_neighbours
+from contrast.evaluation.linear import (
     FOLDS,
     STRENGTHS,
     choose_by_folds,
@@ -24,8 +24,8 @@ from contrast.evaluate.linear import (
     draw_labels,
     fit_probe,
 )
-from contrast.evaluate.metrics import METRICS, Scores, mean_per_class, score
-from contrast.evaluate.results import Result, subject
+from contrast.evaluation.metrics import METRICS, Scores, mean_per_class, score
+from contrast.evaluation.results import Result, subject
 from contrast.registry import InputError, Registry
 
 if TYPE_CHECKING:
@@ -128,7 +128,7 @@ class Linear:
     Where the data have no validation items, stratified five-fold cross-validation stands in.
 
     Args:
-        strengths: the grid of L2 strengths lambda > 0, as of `contrast.evaluate.logistic.solve`.
+        strengths: the grid of L2 strengths lambda > 0, as of `contrast.evaluation.logistic.solve`.
     """
 
     name: ClassVar[str] = "linear"

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from contrast.evaluate.threads import SMALL, threads_for
+from contrast.evaluation.threads import SMALL, threads_for
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from contrast.evaluate.threads import threads_for
+from contrast.evaluation.threads import threads_for
 from contrast.registry import InputError
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from contrast.evaluate.logistic import ROUGH, prepare, solve
+from contrast.evaluation.logistic import ROUGH, prepare, solve
 
 STRENGTHS = (0.1, 1.0, 10.0, 100.0, 1e3, 1e4, 1e5)
 FOLDS = 5

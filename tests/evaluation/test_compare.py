@@ -2,8 +2,8 @@ from dataclasses import replace
 
 import pytest
 
-from contrast.evaluate.compare import comparisons, markdown, paired_difference, table
-from contrast.evaluate.results import Result
+from contrast.evaluation.compare import comparisons, markdown, paired_difference, table
+from contrast.evaluation.results import Result
 from contrast.registry import InputError
 
 
