@@ -16,7 +16,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from contrast.data.dataset import Data
 from contrast.data.loader import StepSampler, training_loader
-from contrast.train.callbacks import Checkpoints, OnlineProbe, Recorder, StopOnSignal
+from contrast.train.callbacks import Checkpoints, OnlineProbe, Recorder, StopOnSignal, TrainingFailure
 from contrast.train.module import Pretraining
 from contrast.train.run_folder import RunFolder
 
@@ -72,6 +72,9 @@ def fit(
         probe_every: steps between two online probes; None: twenty a run.
         probe_items: items on either side of the online probe; 0: no probe.
         quiet: whether to leave the progress bar out.
+
+    Raises:
+        TrainingFailure: where the loss or the embeddings stop being finite.
     """
     budget = module.budget
     log_every = max(1, (budget.steps or 20 * module.steps_per_epoch) // 200)
@@ -92,6 +95,8 @@ def fit(
             ckpt_path=run.checkpoint if resume else None,
             weights_only=True if resume else None,
         )
+    except ValueError as error:
+        raise TrainingFailure(f"training ended at step {module.global_step:,}: {error}") from error
     finally:
         if threading.current_thread() is threading.main_thread():
             for number, handler in handlers.items():

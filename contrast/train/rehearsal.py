@@ -62,6 +62,8 @@ def rehearse(
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     encoder, loss = copy.deepcopy(encoder).to(device).train(), copy.deepcopy(loss).to(device).train()
     stepper = optimizer.build([encoder, loss])
+    for group in stepper.param_groups:
+        group["lr"] = 0.0  # training starts from there; the full rate without its warm-up could diverge
     seconds, value = [], float("nan")
     batches = iter(sampler)
     originals, drawn, positions = torch.empty(0), [], [0]
