@@ -31,7 +31,10 @@ def check(loaded: Loaded, *, out: Path | None = None, steps: int = 20) -> str:
     a_step = f"{rehearsal.seconds_per_step * 1000:.0f} ms a step of {experiment.config.batch_size} (median of {steps})"
     epochs = f" = {budget.steps / experiment.sampler().steps_per_epoch:.1f} epochs" if budget.steps else ""
     facts = [
-        ("data", f"{data.source}: {data.kind}s of {'x'.join(map(str, data.shape))}"),
+        (
+            "data",
+            f"{data.source}: {'images' if data.kind == 'image' else 'series'} of {'x'.join(map(str, data.shape))}",
+        ),
         *(("", note) for note in data.notes),
         ("splits", _splits(data)),
         ("classes", _classes(data)),

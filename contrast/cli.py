@@ -235,17 +235,25 @@ def _experiment(words: Sequence[str]) -> tuple[Any, str | None]:
         elif data is None:
             data = word
         else:
+            for one in (data, word):
+                _need_data(one)
             raise InputError(
                 f"one CONFIG and one DATA at a time: got {', '.join(filter(None, (config, data)))} and {word}."
             )
     if data is not None:
-        if not _is_data(data):
-            raise InputError(
-                f"'{data}' is no file or folder here, and no shipped config.{nearest(data, configuration.shipped())} "
-                f"Shipped: {', '.join(configuration.shipped())}."
-            )
+        _need_data(data)
         settings.insert(0, f"data.source={data}")
     return configuration.load(config, settings), Path(config).stem if config else None
+
+
+def _need_data(word: str) -> None:
+    from contrast import config as configuration
+
+    if not _is_data(word) and not configuration.is_config(word):
+        raise InputError(
+            f"'{word}' is no file or folder here, and no shipped config.{nearest(word, configuration.shipped())} "
+            f"Shipped: {', '.join(configuration.shipped())}."
+        )
 
 
 def _is_data(word: str) -> bool:

@@ -21,7 +21,7 @@ from contrast.evaluation.protocols import PROTOCOLS
 from contrast.losses import LOSSES
 from contrast.models.backbones import BACKBONES
 from contrast.models.heads import HEADS
-from contrast.registry import InputError, Registry, check_arguments, nearest
+from contrast.registry import InputError, Registry, check_arguments, nearest, schema
 from contrast.train.optimizers import OPTIMIZERS
 from contrast.views.views import RECIPES, VIEWS
 
@@ -119,6 +119,15 @@ PARTS: dict[str, Registry] = {
     "loss": LOSSES,
     "optimizer": OPTIMIZERS,
 }
+_AT_LEAST = {
+    "seed": 0,
+    "data.workers": 0,
+    "probe.every": 1,
+    "probe.items": 0,
+    "evaluate.draws": 1,
+    "evaluate.labels_per_class": 1,
+}
+"""The keys of the experiment itself that count something; parts look after their own arguments."""
 _BUDGET_SAYS = ("max_epochs", "max_steps", "max_time", "min_epochs", "min_steps")
 _OURS = ("callbacks", "logger", "default_root_dir", "enable_checkpointing", "enable_progress_bar", "profiler")
 
@@ -155,11 +164,7 @@ def load(config: str | None = None, words: Sequence[str] = ()) -> Loaded:
             _lay(tree, [str(key)], value, origins, str(config))
     for word in words:
         key, _, text = word.partition("=")
-        try:
-            value = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))["value"]  # type: ignore[index, call-overload]
-        except (OmegaConfBaseException, yaml.YAMLError) as error:
-            raise InputError(f"on the command line: {word}: {_first_line(error)}") from None
-        _lay(tree, key.split("."), value, origins, "command line")
+        _lay(tree, key.split("."), _value(word, key, text), origins, "command line")
     try:
         return Loaded(check(tree), origins)
     except InputError as error:
@@ -174,6 +179,10 @@ def check(tree: Mapping[str, Any]) -> Config:
         for key, value in tree.items()
     }
     config = Config(**check_arguments(Config, settings, where="", owner="the config"))
+    values = flat(config)
+    for key, least in _AT_LEAST.items():
+        if values[key] is not None and values[key] < least:
+            raise InputError(f"{key} must be {least} or more; got {values[key]}.")
     for number, protocol in enumerate(config.evaluate.protocols):
         PROTOCOLS.check(protocol, where=f"evaluate.protocols[{number}]")
     _check_trainer(config.trainer)
@@ -258,6 +267,19 @@ def _read_yaml(file: Path) -> dict[str, Any]:
     if not isinstance(tree, dict):
         raise InputError(f"{file} must hold `key: value` lines; it holds a {type(tree).__name__}.")
     return {str(key): value for key, value in tree.items()}
+
+
+def _value(word: str, key: str, text: str) -> Any:
+    """Read what stands behind `key=` as YAML; where the key wants text, as it stands: a folder may be called 2024."""
+    section, _, name = key.rpartition(".")
+    owner = SECTIONS.get(section) if section else Config
+    annotation = schema(owner)[name][0] if owner and name in schema(owner) else None
+    if annotation in (str, str | None) and text not in ("", "null"):
+        return text
+    try:
+        return OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))["value"]  # type: ignore[index, call-overload]
+    except (OmegaConfBaseException, yaml.YAMLError) as error:
+        raise InputError(f"on the command line: {word}: {_first_line(error)}") from None
 
 
 def _lay(tree: dict[str, Any], path: list[str], value: Any, origins: dict[str, str], origin: str) -> None:

@@ -121,4 +121,4 @@ def _imported(name: str) -> Encode:
 
 
 def _items(kind: str, shape: tuple[int, ...]) -> str:
-    return f"{kind}s of {'x'.join(map(str, shape))}"
+    return f"{'images' if kind == 'image' else kind} of {'x'.join(map(str, shape))}"

@@ -28,7 +28,7 @@ from contrast.named_models import Encode, encode_with
 from contrast.registry import InputError
 from contrast.report import save_samples, views_picture, write_report
 from contrast.train.budget import Budget
-from contrast.train.fit import Outcome, fit
+from contrast.train.fit import Outcome, check_trainer, fit
 from contrast.train.module import Pretraining
 from contrast.train.rehearsal import Rehearsal, peak_bytes, rehearse
 from contrast.train.results_file import write_results
@@ -115,6 +115,7 @@ def resume(path: str | Path, words: Sequence[str] = ()) -> Run:
     if not folder.checkpoint.is_file():
         raise InputError(f"{folder.path} has no checkpoint to go on from; start it anew with `contrast pretrain`.")
     config = configuration.load(str(folder.path / "config.yaml"), words).config
+    check_trainer(config.trainer)
     data = read_data(config)
     if folder.read_json("data.json") != dict(data.fingerprint):
         raise InputError(
@@ -123,6 +124,8 @@ def resume(path: str | Path, words: Sequence[str] = ()) -> Run:
     experiment = build(config, data)
     budget = Budget.parse(config.budget, steps_per_epoch=experiment.sampler().steps_per_epoch)
     step = latest_step(folder.checkpoint)
+    if budget.steps and budget.steps < step:
+        raise InputError(f"budget is {budget}, and {folder.path} has {step:,} steps behind it; give that or more.")
     log.info("%s: going on from step %s of %s", folder.path, f"{step:,}", budget)
     if words:
         folder.write("config.yaml", configuration.to_yaml(config))
@@ -133,6 +136,7 @@ def resume(path: str | Path, words: Sequence[str] = ()) -> Run:
 
 def prepare(config: Config, data: Data, *, steps: int = 3) -> tuple[Experiment, Budget, Rehearsal]:
     """Build everything, take a few steps on copies, and settle the budget, before anything is written."""
+    check_trainer(config.trainer)
     experiment = build(config, data)
     rehearsal = rehearse(
         experiment.encoder,

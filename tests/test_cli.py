@@ -152,6 +152,9 @@ def test_resume_goes_beyond_a_finished_budget_and_changes_nothing_else(tmp_path,
     status, _, err = contrast_says("resume", "run", "loss.temperature=1")
     assert status == 2
     assert "loss.temperature: a resumed run goes on as it was" in err
+    status, _, err = contrast_says("resume", "run", "budget=2 steps")
+    assert status == 2
+    assert "run has 3 steps behind it" in err
     assert contrast_says("resume", "run", "budget=5 steps")[0] == 0
     assert json.loads((tmp_path / "run/state.json").read_text())["step"] == 5
 
@@ -404,6 +407,16 @@ def targets_that_a_loss_lacks(tmp_path):
     return ["pretrain", "bars.npz", "loss=negative_cosine", *QUICK], ["loss", "targets"]
 
 
+def a_device_that_is_not_there(tmp_path):
+    images(tmp_path / "bars.npz")
+    return ["pretrain", "bars.npz", *QUICK, "budget=2 steps", "trainer.accelerator=tpu"], ["trainer.accelerator=tpu"]
+
+
+def a_misspelt_config_beside_data(tmp_path):
+    images(tmp_path / "bars.npz")
+    return ["pretrain", "simcrl", "bars.npz"], ["simcrl", "Did you mean 'simclr'?"]
+
+
 def supervised_without_labels(tmp_path):
     np.savez(tmp_path / "bare.npz", x=np.random.default_rng(0).integers(0, 255, (30, 8, 8), np.uint8))
     return ["pretrain", "supcon", "bare.npz", *QUICK], ["positives", "label"]
@@ -421,6 +434,8 @@ WRONG = [
     a_checkpoint_of_another_backbone,
     a_pickle_with_code,
     targets_that_a_loss_lacks,
+    a_device_that_is_not_there,
+    a_misspelt_config_beside_data,
     supervised_without_labels,
     lambda _: (["pretrain", "simcrl"], ["simcrl", "simclr"]),
     lambda _: (["pretrain", "nowhere/at/all"], ["nowhere/at/all"]),

@@ -72,6 +72,11 @@ MISTAKES = {
     "inside a value": (["seed.inner=1"], "seed.inner: seed is 0", "nothing inside"),
     "not yaml": (["loss={name: cacr"], "on the command line: loss={name: cacr", ""),
     "auto": (["views={name: auto, strength: 2}"], "views.strength: 'auto' does not take it", "simclr"),
+    "seed": (["seed=-1"], "on the command line: seed must be 0 or more", "-1"),
+    "draws": (["evaluate.draws=0"], "evaluate.draws must be 1 or more", "0"),
+    "labels a class": (["evaluate.labels_per_class=-1"], "evaluate.labels_per_class must be 1 or more", "-1"),
+    "probe": (["probe.items=-1"], "probe.items must be 0 or more", "-1"),
+    "workers": (["data.workers=-1"], "data.workers must be 0 or more", "-1"),
     "version": (["version=2"], "version must be one of 1", "2"),
 }
 
@@ -97,6 +102,13 @@ def test_a_broken_file_is_named(tmp_path):
         configuration.load(written(tmp_path, "loss: {name: info_nce\n"))
     with pytest.raises(InputError, match=r"mine\.yaml must hold"):
         configuration.load(written(tmp_path, "- a\n- b\n"))
+
+
+@pytest.mark.parametrize("source", ["2024", "a: b", "[x", "1e5", "on"])
+def test_a_path_is_taken_as_it_stands(source, tmp_path):
+    config = configuration.load(None, [f"data.source={source}", "data.target=0"]).config
+    assert (config.data.source, config.data.target) == (source, "0")
+    assert configuration.load(written(tmp_path, configuration.to_yaml(config))).config == config
 
 
 def test_an_unknown_config_is_told_the_nearest():

@@ -155,5 +155,7 @@ def _remember(norm: _BatchNorm, count: Tensor, mean: Tensor, unbiased_variance: 
     share = 1 / norm.num_batches_tracked if norm.momentum is None else norm.momentum
     # Nothing observed anywhere says nothing about the data: the running statistics stay.
     share = torch.where(count > 0, share, 0.0)
-    norm.running_mean += share * (mean.to(norm.running_mean.dtype) - norm.running_mean)
-    norm.running_var += share * (unbiased_variance.to(norm.running_var.dtype) - norm.running_var)
+    # Through .data, as PyTorch's own kernel does: a call without a mask, made before this one, has saved the running
+    # statistics for its backward pass, never reads them there, and would refuse ones that were changed in between.
+    norm.running_mean.data += share * (mean.to(norm.running_mean.dtype) - norm.running_mean)
+    norm.running_var.data += share * (unbiased_variance.to(norm.running_var.dtype) - norm.running_var)

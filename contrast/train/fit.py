@@ -12,10 +12,12 @@ from typing import Any
 
 import lightning
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from contrast.data.dataset import Data
 from contrast.data.loader import StepSampler, training_loader
+from contrast.registry import InputError
 from contrast.train.callbacks import Checkpoints, OnlineProbe, Recorder, StopOnSignal, TrainingFailure
 from contrast.train.module import Pretraining
 from contrast.train.run_folder import RunFolder
@@ -112,6 +114,20 @@ def fit(
     )
 
 
+def check_trainer(trainer: Mapping[str, Any]) -> None:
+    """Let Lightning judge `trainer.*` before anything is written.
+
+    Raises:
+        InputError: in Lightning's words, for a device that is not there or values that do not go together.
+    """
+    try:
+        _lightning(logger=False, **trainer)
+    except (ValueError, TypeError, ImportError, MisconfigurationException) as error:
+        given = ", ".join(f"trainer.{key}={value}" for key, value in trainer.items())
+        said = " ".join(str(error).split())
+        raise InputError(f"{given}: Lightning's Trainer does not take this here: {said}") from None
+
+
 def _trainer(
     run: RunFolder,
     callbacks: list[lightning.Callback],
@@ -120,30 +136,27 @@ def _trainer(
     *,
     tensorboard: bool,
 ) -> lightning.Trainer:
+    logger = TensorBoardLogger(save_dir=run.path, name="", version="tensorboard") if tensorboard else False
+    return _lightning(max_steps=steps or -1, max_epochs=-1, callbacks=callbacks, logger=logger, **further)
+
+
+def _lightning(**settings: Any) -> lightning.Trainer:
     """Make Lightning's Trainer; what it prints about itself is left out."""
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     logging.getLogger("lightning.fabric").setLevel(logging.ERROR)
     for quiet in (".*num_workers.*", ".*does not have many workers.*", ".*`IterableDataset`.*", ".*sync_dist.*"):
         warnings.filterwarnings("ignore", quiet)
     warnings.filterwarnings("ignore", category=FutureWarning, module="lightning.*")
-    logger = TensorBoardLogger(save_dir=run.path, name="", version="tensorboard") if tensorboard else False
-    settings: dict[str, Any] = {
+    ours: dict[str, Any] = {
         "accelerator": "auto",
         "devices": 1,
         "precision": "bf16-mixed" if torch.cuda.is_available() else "32-true",
         "deterministic": "warn" if torch.cuda.is_available() else None,
-        **further,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "num_sanity_val_steps": 0,
+        "use_distributed_sampler": False,
+        "log_every_n_steps": 1,
     }
-    return lightning.Trainer(
-        max_steps=steps or -1,
-        max_epochs=-1,
-        callbacks=callbacks,
-        logger=logger,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-        use_distributed_sampler=False,
-        log_every_n_steps=1,
-        **settings,
-    )
+    return lightning.Trainer(**{**ours, **settings})

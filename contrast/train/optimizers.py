@@ -93,6 +93,10 @@ class SGD(Optimizer):
     momentum: float = 0.9
     nesterov: bool = False
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_momentum(self.momentum, nesterov=self.nesterov)
+
     def over(self, groups: list[dict[str, object]]) -> torch.optim.Optimizer:
         """Make torch's SGD."""
         return torch.optim.SGD(groups, lr=self.lr, momentum=self.momentum, nesterov=self.nesterov)
@@ -113,9 +117,20 @@ class LARS(Optimizer):
     momentum: float = 0.9
     trust: float = field(default=0.001)
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_momentum(self.momentum)
+
     def over(self, groups: list[dict[str, object]]) -> torch.optim.Optimizer:
         """Make timm's Lars; biases and normalisation layers take plain steps."""
         from timm.optim.lars import Lars
 
         made: torch.optim.Optimizer = Lars(groups, lr=self.lr, momentum=self.momentum, trust_coeff=self.trust)
         return made
+
+
+def _check_momentum(momentum: float, *, nesterov: bool = False) -> None:
+    if not 0 <= momentum < 1:
+        raise ValueError(f"momentum is the share of the last step that is kept, in [0, 1); got {momentum}.")
+    if nesterov and momentum == 0:
+        raise ValueError("nesterov looks ahead along the momentum, which is 0; give a momentum, or leave nesterov out.")

@@ -88,6 +88,17 @@ def test_nothing_observed_leaves_the_running_statistics():
     assert norm.running_var.tolist() == [1.0] * 4
 
 
+def test_a_plain_and_a_masked_call_share_one_backward_pass():
+    """Two views go through one by one (SimSiam), and only one of them has padding."""
+    x, mask, _ = inputs("masked")
+    norm, apart = layer(MaskedBatchNorm1d), layer(MaskedBatchNorm1d)
+    (norm(x) + norm(x, mask) * mask[:, None]).sum().backward()
+    apart(x).sum().backward()
+    (apart(x, mask) * mask[:, None]).sum().backward()
+    torch.testing.assert_close(norm.weight.grad, apart.weight.grad)
+    torch.testing.assert_close(norm.running_mean, apart.running_mean)
+
+
 @pytest.mark.parametrize("momentum", [0.3, None])
 @pytest.mark.parametrize("affine", [True, False])
 def test_one_process_is_plain_batch_normalisation(momentum, affine):

@@ -45,7 +45,7 @@ def test_the_learning_rate_warms_up_and_falls_along_a_cosine():
     assert optimizer.learning_rate(1) == pytest.approx(0, abs=1e-12)
 
 
-@pytest.mark.parametrize("wrong", [{"lr": 0}, {"weight_decay": -1}, {"warmup": 10}])
+@pytest.mark.parametrize("wrong", [{"lr": 0}, {"weight_decay": -1}, {"warmup": 10}, {"momentum": 2}, {"momentum": -1}])
 def test_impossible_values_are_refused_by_key(wrong):
     with pytest.raises(InputError, match=next(iter(wrong))):
         OPTIMIZERS.build({"name": "sgd", **wrong}, where="optimizer")
