@@ -33,16 +33,17 @@ def pretrain(
         data: a path, "digits", "torchvision:NAME" or "aeon:NAME"; the config's own where it is not given.
         config: a shipped config or a .yaml file.
         out: the run's folder; the next free one under `runs/` where it is not given.
-        **settings: of the config, a section as a mapping: `loss="cacr"`, `budget="2h"`, `optimizer={"lr": 1e-3}`.
+        **settings: of the config, a section as a mapping: `loss="cacr"`, `budget="2h"`, `optimizer={"lr": 1e-3}`;
+            keys of `data` stand alone: `split_by="patient"`.
 
     Raises:
         InputError: for anything that does not fit, before anything is written.
         Stopped: where a signal ended training.
     """
-    words = [f"{key}={_word(value)}" for key, value in _dotted(settings)]
+    words = _words(settings)
     if data is not None:
         words.insert(0, f"data.source={data}")
-    loaded = configuration.load(config, words)
+    loaded = configuration.load(config, words, by="call")
     return runs.start(loaded, out=None if out is None else Path(out), name=Path(config).stem if config else None)
 
 
@@ -68,9 +69,7 @@ def evaluate(
     """
     model = str(model)
     own = Path(model) / "config.yaml"
-    keys = {field.name for field in dataclasses.fields(configuration.DataSettings)}
-    dotted = [(f"data.{key}" if key in keys else key, value) for key, value in _dotted(settings)]
-    given = [*words, *(f"{key}={_word(value)}" for key, value in dotted)]
+    given = [*words, *_words(settings)]
     if data is not None:
         # Another data set is not split, labelled or sized as the run's own was.
         fresh = [
@@ -79,7 +78,8 @@ def evaluate(
             if field.default is None
         ]
         given = [*(fresh if own.is_file() else []), f"data.source={data}", *given]
-    config = configuration.load(str(own) if own.is_file() else None, given).config
+    by = "command line" if words else "call"
+    config = configuration.load(str(own) if own.is_file() else None, given, by=by).config
     opened = read_data(config)
     name, encode = named_models.find(model, config, opened)
     found = measure({"raw": raw_input(opened), name: encode}, opened, **runs.measuring(config))
@@ -88,6 +88,13 @@ def evaluate(
         for folder in write_evaluations(RunFolder(target), opened, found):
             log.info("written: %s", folder)
     return found
+
+
+def _words(settings: Mapping[str, Any]) -> list[str]:
+    """Give `key=value` for each setting as the command line has it; keys of `data` may have stood alone."""
+    keys = {field.name for field in dataclasses.fields(configuration.DataSettings)}
+    dotted = [(f"data.{key}" if key in keys else key, value) for key, value in _dotted(settings)]
+    return [f"{key}={_word(value)}" for key, value in dotted]
 
 
 def _dotted(settings: Mapping[str, Any]) -> list[tuple[str, Any]]:

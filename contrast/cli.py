@@ -49,6 +49,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return answer(command)
 
 
+def entry() -> NoReturn:
+    """Be the `contrast` command: run it, then leave without minding a late Ctrl-C."""
+    status = main()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    sys.exit(status)
+
+
 def answer(command: Callable[[], int]) -> int:
     """Run a program and give its exit status; what goes wrong becomes one sentence on standard error."""
     voice = _talk()
@@ -82,6 +90,7 @@ def answer(command: Callable[[], int]) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="contrast",
+        allow_abbrev=False,
         description="Contrastive representation learning for images and time series.",
         epilog=_EPILOGUE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -90,7 +99,12 @@ def _parser() -> argparse.ArgumentParser:
 
     def command(name: str, run: Callable[[argparse.Namespace], int | None], words: str) -> argparse.ArgumentParser:
         made = commands.add_parser(
-            name, help=words, description=words, epilog=_EPILOGUE, formatter_class=argparse.RawDescriptionHelpFormatter
+            name,
+            allow_abbrev=False,
+            help=words,
+            description=words,
+            epilog=_EPILOGUE,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         made.set_defaults(run=run)
         return made
@@ -169,10 +183,11 @@ def _show(words: argparse.Namespace) -> None:
         return _show_model(first)
     else:
         loaded, _ = _experiment(words.words)
-    values = configuration.flat(loaded.config)
+    values, written = configuration.resolved(loaded.config), configuration.flat(loaded.config)
     width = max(len(key) for key in values)
     for key, value in values.items():
-        print(f"{key:<{width}}  {configuration.in_words(value):<40}  {_origin(key, loaded.origins)}")
+        origin = _origin(key, loaded.origins) if key in written else "default"
+        print(f"{key:<{width}}  {configuration.in_words(value):<40}  {origin}")
     return None
 
 
@@ -319,4 +334,4 @@ def _say(message: object, status: int) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    entry()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import importlib.util
+import inspect
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -128,6 +129,7 @@ _AT_LEAST = {
     "evaluate.labels_per_class": 1,
 }
 """The keys of the experiment itself that count something; parts look after their own arguments."""
+_WHERE = {"command line": "on the command line", "call": "in the call"}
 _BUDGET_SAYS = ("max_epochs", "max_steps", "max_time", "min_epochs", "min_steps")
 _OURS = ("callbacks", "logger", "default_root_dir", "enable_checkpointing", "enable_progress_bar", "profiler")
 
@@ -145,12 +147,13 @@ class Loaded:
     origins: Mapping[str, str]
 
 
-def load(config: str | None = None, words: Sequence[str] = ()) -> Loaded:
+def load(config: str | None = None, words: Sequence[str] = (), *, by: str = "command line") -> Loaded:
     """Read a config and lay `key=value` words over it.
 
     Args:
         config: a shipped name, a `.yaml` file, or nothing for the defaults.
         words: "loss.temperature=0.2", later ones win.
+        by: where the words were written: "command line", or "call" for a call in Python.
 
     Raises:
         InputError: naming the file and the key, for the first thing that does not fit.
@@ -164,11 +167,11 @@ def load(config: str | None = None, words: Sequence[str] = ()) -> Loaded:
             _lay(tree, [str(key)], value, origins, str(config))
     for word in words:
         key, _, text = word.partition("=")
-        _lay(tree, key.split("."), _value(word, key, text), origins, "command line")
+        _lay(tree, key.split("."), _value(word, key, text), origins, by)
     try:
         return Loaded(check(tree), origins)
     except InputError as error:
-        raise InputError(_with_origin(str(error), origins)) from None
+        raise InputError(with_origin(str(error), origins)) from None
 
 
 def check(tree: Mapping[str, Any]) -> Config:
@@ -186,6 +189,9 @@ def check(tree: Mapping[str, Any]) -> Config:
     for number, protocol in enumerate(config.evaluate.protocols):
         PROTOCOLS.check(protocol, where=f"evaluate.protocols[{number}]")
     _check_trainer(config.trainer)
+    # What needs no data is built once and forgotten, for the values that its constructor refuses.
+    LOSSES.build(config.loss, where="loss", samples=1)
+    OPTIMIZERS.build(config.optimizer, where="optimizer")
     return config
 
 
@@ -227,6 +233,19 @@ def to_yaml(config: Config) -> str:
 def flat(config: Config) -> dict[str, Any]:
     """Give every value by its dotted key."""
     return dict(_flatten(_plain(dataclasses.asdict(config))))
+
+
+def resolved(config: Config) -> dict[str, Any]:
+    """Give every value by its dotted key, also the defaults of the parts' own arguments."""
+    values = flat(config)
+    for key, registry in PARTS.items():
+        name = str(values.get(f"{key}.name"))
+        if name in registry:
+            for argument, (_, default) in schema(registry[name]).items():
+                if default is not inspect.Parameter.empty:
+                    values.setdefault(f"{key}.{argument}", default)
+    order = [field.name for field in dataclasses.fields(Config)]
+    return dict(sorted(values.items(), key=lambda item: order.index(item[0].split(".")[0])))
 
 
 def shipped() -> dict[str, Path]:
@@ -403,7 +422,8 @@ def _plain(value: Any) -> Any:
     return [_plain(inner) for inner in value] if isinstance(value, list | tuple) else value
 
 
-def _with_origin(message: str, origins: Mapping[str, str]) -> str:
+def with_origin(message: str, origins: Mapping[str, str]) -> str:
+    """Put where a key was written, a file or the command line, before a message that begins with that key."""
     key = re.split(r"[:\s]", message, maxsplit=1)[0].lstrip(".")
     while key and key not in origins:
         key = key.rpartition(".")[0]
@@ -411,7 +431,7 @@ def _with_origin(message: str, origins: Mapping[str, str]) -> str:
     message = message.lstrip(".")
     if origin is None:
         return message
-    return f"on the command line: {message}" if origin == "command line" else f"{origin}: {message}"
+    return f"{_WHERE.get(origin, origin)}: {message}"
 
 
 def _names(section: Callable[..., Any]) -> list[str]:
@@ -419,7 +439,7 @@ def _names(section: Callable[..., Any]) -> list[str]:
 
 
 def _first_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]
+    return " ".join(str(error).replace('in "<unicode string>", ', "").split())[:300]
 
 
 def in_words(value: Any, *, whole: bool = False) -> str:

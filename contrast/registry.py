@@ -135,8 +135,10 @@ def check_arguments(
             if accepts_any:
                 checked[key] = value
                 continue
-            takes = f"It takes: {', '.join(known)}." if known else "It takes no arguments."
-            raise InputError(f"{where}.{key}: {owner} has no such argument.{nearest(key, known)} {takes}")
+            near, takes = nearest(key, known), f" It takes: {', '.join(known)}." if known else " It takes no arguments."
+            raise InputError(
+                f"{where}.{key}: {owner} has no such argument.{near}{takes if not near or len(known) < 12 else ''}"
+            )
         checked[key] = convert(value, known[key][0], where=f"{where}.{key}")
     return checked
 
@@ -145,7 +147,7 @@ def convert(value: Any, annotation: Any, *, where: str) -> Any:
     """Give `value` as the annotated type (an int where a float is wanted becomes one), or raise an InputError."""
     fits, converted = _fit(value, annotation)
     if not fits:
-        raise InputError(f"{where} must be {describe(annotation)}; got {value!r} ({type(value).__name__}).")
+        raise InputError(f"{where} must be {describe(annotation)}; got {'nothing' if value is None else repr(value)}.")
     return converted
 
 

@@ -76,10 +76,15 @@ def start(loaded: Loaded, *, out: Path | None = None, name: str | None = None) -
         InputError: for anything that does not fit.
         Stopped: where a signal ended the run.
     """
+    if out is not None:
+        RunFolder.refuse_used(out)
     data = read_data(loaded.config)
+    try:
+        experiment, budget, rehearsal = prepare(loaded.config, data)
+    except InputError as error:
+        raise InputError(configuration.with_origin(str(error), loaded.origins)) from error
     for note in data.notes:
         log.info("data: %s", note)
-    experiment, budget, rehearsal = prepare(loaded.config, data)
     config = experiment.config
     for key, value in experiment.picked.items():
         log.info("picked %s: %s", key, configuration.in_words(value))
@@ -174,7 +179,7 @@ def measuring(config: Config) -> dict[str, Any]:
 def duration(seconds: float) -> str:
     """Say a time: "40 seconds", "12 minutes", "3.5 hours"."""
     if seconds < 90:
-        return f"{seconds:.0f} seconds"
+        return f"{seconds:.0f} seconds" if seconds >= 1.5 else "a second"
     return f"{seconds / 60:.0f} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"
 
 
@@ -246,8 +251,8 @@ def _measure(experiment: Experiment, folder: RunFolder, outcome: Outcome) -> Run
     if config.evaluate.protocols and len(data.test) and len(data.classes) > 1:
         models = {"raw": raw_input(data), **_before_training(experiment), "pretrained": pretrained}
         evaluation = evaluate(models, data, **measuring(config))
-    else:
-        log.info("nothing to probe: %s has no labelled test items, or evaluate.protocols is empty", data.source)
+    elif config.evaluate.protocols:
+        log.info("nothing to probe: %s has no labelled test items", data.source)
     shown = data.train.subset(torch.linspace(0, len(data.train) - 1, min(len(data.train), 5000)).long().numpy())
     train_features, _ = extract(pretrained, shown)
     test_features = train_features[:0]
@@ -266,7 +271,8 @@ def _measure(experiment: Experiment, folder: RunFolder, outcome: Outcome) -> Run
         prepare=lambda raw: encoder.cpu().prepare(raw),
         samples=config.report.samples,
     )
-    write_results(folder, _facts(config, folder, outcome, time.monotonic() - start), data, evaluation)
+    facts = _facts(config, folder, outcome, time.monotonic() - start)
+    write_results(folder, facts, data, evaluation, names=config.report.samples)
     folder.set_state("done", outcome.step)
     log.info("writing the report")
     return Run(folder.path, evaluation, write_report(folder.path, samples=config.report.samples))

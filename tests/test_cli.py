@@ -325,6 +325,7 @@ def test_show_says_every_value_and_where_it_came_from(contrast_says):
     lines = {line.split()[0]: line for line in out.splitlines()}
     assert "command line" in lines["seed"]
     assert lines["loss.repulsion_scale"].split()[1:] == ["2.0", "cacr"]
+    assert lines["loss.attraction_scale"].split()[1:] == ["1.0", "default"]
     assert lines["budget"].split()[1:] == ["auto", "default"]
 
 

@@ -3,6 +3,7 @@
 import pytest
 
 from contrast import config as configuration
+from contrast.losses import LOSSES
 from contrast.registry import InputError
 
 
@@ -128,6 +129,9 @@ def test_a_plugin_brings_its_own_loss(tmp_path):
         "        return -self.weight * pairs.mean('positive')\n"
     )
     config = written(tmp_path, f"plugins: ['{tmp_path / 'mine.py'}']\nloss: {{name: mine_from_a_plugin, weight: 2}}\n")
-    assert configuration.load(config).config.loss == {"name": "mine_from_a_plugin", "weight": 2}
+    try:
+        assert configuration.load(config).config.loss == {"name": "mine_from_a_plugin", "weight": 2}
+    finally:
+        LOSSES._parts.pop("mine_from_a_plugin", None)
     with pytest.raises(InputError, match=r"plugins: nowhere\.py cannot be imported"):
         configuration.load(None, ["plugins=[nowhere.py]"])

@@ -28,9 +28,9 @@ class StepSampler(Sampler[list[int]]):
     """
 
     def __init__(self, count: int, batch_size: int, *, seed: int = 0, start: int = 0) -> None:
-        if not 1 <= batch_size <= count:
+        if not 2 <= batch_size <= count:
             raise InputError(
-                f"batch_size must lie between 1 and the {count:,} training items; got {batch_size:,}. "
+                f"batch_size must lie between 2 and the {count:,} training items; got {batch_size:,}. "
                 f"Give a smaller batch_size, or more data."
             )
         self.count, self.batch_size, self.seed, self.start = count, batch_size, seed, start

@@ -315,21 +315,20 @@ def evaluate(
     found = Evaluation()
     seconds: dict[tuple[str, str], float] = {}
     for model, encode in models.items():
-        tell(f"{subject(model)}: features of {len(train):,} labelled training items")
+        tell(f"{subject(model)}: {', '.join(each.name for each in chosen)} on {len(train):,} labelled training items")
         features, target = extract(encode, train, batch_size)
         found.health[model] = health(features, subject(model))
         if not found.health[model].finite:
             continue
         labelled = Labelled(features, target, validation, data.classes)
         for protocol in chosen:
-            tell(f"{subject(model)}: {protocol.name}, {protocol.labels} labels")
             start = time.perf_counter()
             found.fitted.setdefault(protocol.name, {})[model] = protocol.fit(labelled, seed)
             seconds[protocol.name, model] = time.perf_counter() - start
     for model, encode in models.items():
         if not found.health[model].finite:
             continue
-        tell(f"{subject(model)}: features of {len(data.test):,} test items")
+        tell(f"{subject(model)}: {len(judged):,} test items")
         features, target = extract(encode, data.test, batch_size)
         verdict = health(features, subject(model))
         if not verdict.finite:

@@ -117,16 +117,18 @@ _ON_THE_BAR = {"loss": "loss", "probe_accuracy": "probe"}
 
 
 class Checkpoints(lightning.Callback):
-    """Keeps `checkpoints/last.ckpt`: every few minutes and at the end, each written whole before it replaces the last.
+    """Keeps `checkpoints/last.ckpt`: soon after the start, every few minutes and at the end.
+
+    Each is written whole before it replaces the last.
 
     Args:
         run: where to write.
-        minutes: between two checkpoints.
+        minutes: between two checkpoints; the first comes after a tenth of that.
     """
 
     def __init__(self, run: RunFolder, *, minutes: float = 5.0) -> None:
         self.run, self.minutes = run, minutes
-        self._saved = time.monotonic()
+        self._saved = time.monotonic() - 0.9 * 60 * minutes
 
     def on_train_batch_end(
         self, trainer: lightning.Trainer, module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -15,7 +15,9 @@ from contrast.train.run_folder import RunFolder
 SCHEMA = 1
 
 
-def write_results(run: RunFolder, about: Mapping[str, Any], data: Data, evaluation: Evaluation | None) -> Path:
+def write_results(
+    run: RunFolder, about: Mapping[str, Any], data: Data, evaluation: Evaluation | None, *, names: bool = True
+) -> Path:
     """Write `results.json`, schema 1, and a folder for each protocol with its rows and predictions.
 
     Args:
@@ -23,10 +25,11 @@ def write_results(run: RunFolder, about: Mapping[str, Any], data: Data, evaluati
         about: the run: command, config hash, commit, seed, status, device, seconds and the like.
         data: what was read.
         evaluation: what was measured; None where there was nothing to measure.
+        names: whether the predictions say what each item is called.
     """
     rows = [] if evaluation is None else [result.row() for result in evaluation.results]
     if evaluation is not None:
-        write_evaluations(run, data, evaluation)
+        write_evaluations(run, data, evaluation, names=names)
     return run.write_json(
         "results.json",
         {
@@ -58,8 +61,15 @@ def describe(data: Data) -> dict[str, Any]:
     }
 
 
-def write_evaluations(run: RunFolder, data: Data, evaluation: Evaluation) -> list[Path]:
-    """Write `evaluations/<protocol>-v1-<data>-<hash>/` with `result.json` and `predictions.parquet`."""
+def write_evaluations(run: RunFolder, data: Data, evaluation: Evaluation, *, names: bool = True) -> list[Path]:
+    """Write `evaluations/<protocol>-v1-<data>-<hash>/` with `result.json` and `predictions.parquet`.
+
+    Args:
+        run: where to write.
+        data: what was read.
+        evaluation: what was measured.
+        names: whether the predictions say what each item is called; its sample index stays either way.
+    """
     folders = []
     for protocol, models in evaluation.predictions.items():
         results = [result for result in evaluation.results if result.protocol == protocol]
@@ -70,28 +80,28 @@ def write_evaluations(run: RunFolder, data: Data, evaluation: Evaluation) -> lis
             f"{folder}/result.json",
             {"schema": SCHEMA, "data": describe(data), "results": [result.row() for result in results]},
         )
-        _write_predictions(run.path / folder / "predictions.parquet", data, models)
+        _write_predictions(run.path / folder / "predictions.parquet", data, models, names=names)
         folders.append(run.path / folder)
     return folders
 
 
-def _write_predictions(file: Path, data: Data, models: Mapping[str, Any]) -> None:
+def _write_predictions(file: Path, data: Data, models: Mapping[str, Any], *, names: bool) -> None:
     """Write a row an item and model: what it is, what was said, and how likely each class was held to be."""
     import pandas
 
-    names = dict(zip(data.test.sample.tolist(), data.test.names, strict=True))
+    named = dict(zip(data.test.sample.tolist(), data.test.names, strict=True))
     frames = []
     for model, said in models.items():
         frame = {
             "model": model,
-            "item": [names[sample] for sample in said.sample.tolist()],
+            **({"item": [named[sample] for sample in said.sample.tolist()]} if names else {}),
             "sample": said.sample,
             "target": [data.classes[target] for target in said.target],
             "predicted": [data.classes[predicted] for predicted in said.predicted],
         }
         frame |= {
-            f"probability_{name}": np.asarray(said.probabilities[:, place], dtype=np.float32)
-            for place, name in enumerate(data.classes)
+            f"probability_{label}": np.asarray(said.probabilities[:, place], dtype=np.float32)
+            for place, label in enumerate(data.classes)
         }
         frames.append(pandas.DataFrame(frame))
     pandas.concat(frames, ignore_index=True).to_parquet(file, index=False)

@@ -40,10 +40,7 @@ class RunFolder:
             InputError: where `out` holds something already.
         """
         if out is not None:
-            if out.exists() and (not out.is_dir() or any(out.iterdir())):
-                raise InputError(
-                    f"--out {out}: it exists and is not empty; name a new folder, or `contrast resume` it."
-                )
+            cls.refuse_used(out)
             out.mkdir(parents=True, exist_ok=True)
             return cls(out)
         stem = re.sub(r"[^\w.-]+", "-", base).strip("-.") or "run"
@@ -56,6 +53,12 @@ class RunFolder:
                 continue
             return cls(parent / f"{stem}-{number:03d}")
         raise InputError(f"{parent} holds 9,999 runs called {stem}; clear it up, or name a folder with --out.")
+
+    @staticmethod
+    def refuse_used(out: Path) -> None:
+        """Raise an InputError where a new run's folder holds something already."""
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise InputError(f"--out {out}: it exists and is not empty; name a new folder, or `contrast resume` it.")
 
     @classmethod
     def open(cls, path: str | Path) -> RunFolder:

@@ -39,5 +39,10 @@ def test_the_processes_share_each_batch(monkeypatch):
 
 
 def test_fewer_items_than_the_batch_is_one_sentence():
-    with pytest.raises(InputError, match="batch_size must lie between 1 and the 3 training items; got 4"):
+    with pytest.raises(InputError, match="batch_size must lie between 2 and the 3 training items; got 4"):
         StepSampler(3, 4)
+
+
+def test_a_batch_of_one_has_nobody_to_tell_apart():
+    with pytest.raises(InputError, match="batch_size must lie between 2"):
+        StepSampler(3, 1)
