@@ -21,7 +21,9 @@ from contrast.train.optimizers import OPTIMIZERS, Optimizer
 from contrast.views.views import Views, build_views
 
 TINY = 40
-"""Images up to this height and width, in pixels, get the small network; without an accelerator, up to 96."""
+"""Images up to this height and width, in pixels, get the small network."""
+UNAIDED = 96
+"""The same without an accelerator; larger ones are then read at 64 pixels, where everything is left to "auto"."""
 SEEN = 400_000
 """Samples that a run of budget "auto" sees at most, where time allows."""
 MINUTES = 5
@@ -123,6 +125,15 @@ def inputs_of(data: Data) -> ImageInputs | SeriesInputs:
     return SeriesInputs(data.mean, data.std)
 
 
+def pick_size(config: Config, data: Data) -> tuple[Config, Data]:
+    """Read large images at 64 pixels where there is no accelerator, and neither size nor backbone was chosen."""
+    left_to_us = config.data.size is None and config.encoder.backbone == "auto"
+    if data.kind == "series" or max(data.shape[1:]) <= UNAIDED or torch.cuda.is_available() or not left_to_us:
+        return config, data
+    config = replace(config, data=replace(config.data, size=64))
+    return config, read_data(config)
+
+
 def pick(config: Config, data: Data) -> tuple[Config, dict[str, Any]]:
     """Give the config with every "auto" but the budget's filled in, and what was filled in."""
     picked: dict[str, Any] = {}
@@ -166,5 +177,5 @@ def _recipe(data: Data) -> str:
 def _backbone(data: Data) -> str:
     if data.kind == "series":
         return "resnet1d"
-    small = TINY if torch.cuda.is_available() else 96
+    small = TINY if torch.cuda.is_available() else UNAIDED
     return "small_conv" if max(data.shape[1:]) <= small else "timm:resnet18"

@@ -24,6 +24,7 @@ def check(loaded: Loaded, *, out: Path | None = None, steps: int = 20) -> str:
     """
     data = read_data(loaded.config)
     experiment, budget, rehearsal = prepare(loaded.config, data, steps=steps)
+    data = experiment.data
     picture = out or Path("views.png")
     picture.write_bytes(views_of(rehearsal, data))
     weights = sum(parameter.numel() for parameter in experiment.encoder.parameters() if parameter.requires_grad)

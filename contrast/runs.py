@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from contrast import config as configuration
-from contrast.build import Experiment, build, build_encoder_for, pick_steps, read_data
+from contrast.build import Experiment, build, build_encoder_for, pick_size, pick_steps, read_data
 from contrast.config import Config, Loaded
 from contrast.data import Data
 from contrast.evaluation.compare import table
@@ -83,9 +83,9 @@ def start(loaded: Loaded, *, out: Path | None = None, name: str | None = None) -
         experiment, budget, rehearsal = prepare(loaded.config, data)
     except InputError as error:
         raise InputError(configuration.with_origin(str(error), loaded.origins)) from error
+    config, data = experiment.config, experiment.data
     for note in data.notes:
         log.info("data: %s", note)
-    config = experiment.config
     for key, value in experiment.picked.items():
         log.info("picked %s: %s", key, configuration.in_words(value))
     log.info(
@@ -140,7 +140,12 @@ def resume(path: str | Path, words: Sequence[str] = ()) -> Run:
 
 
 def prepare(config: Config, data: Data, *, steps: int = 3) -> tuple[Experiment, Budget, Rehearsal]:
-    """Build everything, take a few steps on copies, and settle the budget, before anything is written."""
+    """Build everything, take a few steps on copies, and settle the budget, before anything is written.
+
+    The experiment's data is not always the data given: without an accelerator large images may be read smaller.
+    """
+    asked = config.data.size
+    config, data = pick_size(config, data)
     check_trainer(config.trainer)
     experiment = build(config, data)
     rehearsal = rehearse(
@@ -152,10 +157,11 @@ def prepare(config: Config, data: Data, *, steps: int = 3) -> tuple[Experiment, 
         experiment.sampler(),
         steps=steps,
     )
+    picked: dict[str, Any] = {} if config.data.size == asked else {"data.size": config.data.size}
     if config.budget == "auto":
-        chosen = f"{pick_steps(experiment, rehearsal.seconds_per_step)} steps"
-        settled = replace(experiment.config, budget=chosen)
-        experiment = replace(experiment, config=settled, picked={**experiment.picked, "budget": chosen})
+        picked["budget"] = f"{pick_steps(experiment, rehearsal.seconds_per_step)} steps"
+    settled = replace(experiment.config, budget=picked.get("budget", config.budget))
+    experiment = replace(experiment, config=settled, picked={**experiment.picked, **picked})
     budget = Budget.parse(experiment.config.budget, steps_per_epoch=experiment.sampler().steps_per_epoch)
     return experiment, budget, rehearsal
 

@@ -259,6 +259,23 @@ def test_no_config_at_all_says_what_was_picked_and_writes_it(tmp_path, contrast_
     assert "auto" not in (tmp_path / "runs/bars-info_nce-001/config.yaml").read_text()
 
 
+def test_large_images_are_read_smaller_where_nothing_else_was_chosen(tmp_path, contrast_says, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr("contrast.runs.pick_steps", lambda *_: 1)
+    for name in ("cat", "dog"):
+        (tmp_path / "pets" / name).mkdir(parents=True)
+        for number in range(6):
+            pixels = np.random.default_rng(number).integers(0, 255, (110, 120, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(f"pets/{name}/{number}.png")
+    status, _, err = contrast_says("pretrain", "pets", "evaluate.protocols=[knn]", "logger=none")
+    assert status == 0, err
+    assert "picked data.size: 64" in err
+    assert "size: 64" in (tmp_path / "runs/pets-info_nce-001/config.yaml").read_text()
+    status, out, _ = contrast_says("check", "pets", "data.size=100", *QUICK, "batch_size=4")
+    assert status == 0
+    assert "3x100x100" in out
+
+
 def test_evaluate_measures_a_run_on_its_own_and_on_other_data(tmp_path, contrast_says):
     images(tmp_path / "bars.npz")
     images(tmp_path / "others.npz", seed=5)
@@ -325,7 +342,7 @@ def test_show_says_every_value_and_where_it_came_from(contrast_says):
     lines = {line.split()[0]: line for line in out.splitlines()}
     assert "command line" in lines["seed"]
     assert lines["loss.repulsion_scale"].split()[1:] == ["2.0", "cacr"]
-    assert lines["loss.attraction_scale"].split()[1:] == ["1.0", "default"]
+    assert lines["loss.attraction_weight"].split()[1:] == ["1.0", "default"]
     assert lines["budget"].split()[1:] == ["auto", "default"]
 
 
