@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,12 @@ def pretrain(
     if data is not None:
         words.insert(0, f"data.source={data}")
     loaded = configuration.load(config, words, by="call")
-    return runs.start(loaded, out=None if out is None else Path(out), name=Path(config).stem if config else None)
+    return runs.start(
+        loaded,
+        out=None if out is None else Path(out),
+        name=Path(config).stem if config else None,
+        command=shlex.join(["contrast", "pretrain", *filter(None, [config]), *words]),
+    )
 
 
 def evaluate(

@@ -64,13 +64,14 @@ class Run:
         return "" if self.evaluation is None else table(self.evaluation.results, self.evaluation.warnings)
 
 
-def start(loaded: Loaded, *, out: Path | None = None, name: str | None = None) -> Run:
+def start(loaded: Loaded, *, out: Path | None = None, name: str | None = None, command: str | None = None) -> Run:
     """Train, evaluate and report an experiment in a new folder; nothing is written before everything fits together.
 
     Args:
         loaded: the experiment.
         out: the folder; the next free one under `runs/` where it is not given.
         name: what the config is called, for the folder's name.
+        command: what makes this run again; the command line of this process where it is not given.
 
     Raises:
         InputError: for anything that does not fit.
@@ -96,7 +97,7 @@ def start(loaded: Loaded, *, out: Path | None = None, name: str | None = None) -
     )
     folder = _new_folder(config, data, out, name)
     if _first_process():
-        folder.describe()
+        folder.describe(command)
         folder.write("config.yaml", configuration.to_yaml(_with_whole_path(config)))
         folder.write_json("data.json", dict(data.fingerprint))
         if config.report.samples:

@@ -312,6 +312,10 @@ def test_python_does_what_the_command_does(tmp_path):
         evaluate={"protocols": ["knn"]},
         logger="none",
     )
+    assert (
+        "pretrain data.source=bars.npz 'loss={name: cacr, repulsion_scale: 2.0}'"
+        in (run.path / "command.txt").read_text()
+    )
     model = contrast.load(run.path)
     features = model.features(torch.from_numpy(np.load("bars.npz")["x"][:, None]))
     assert features.shape == (60, 4)

@@ -22,7 +22,7 @@ def demo() -> int:
     made: list[tuple[str, runs.Run]] = []
     for number, (config, words) in enumerate(SETS.items(), 1):
         print(f"\n[{number} of {len(SETS)}] {words}", file=sys.stderr)
-        made.append((words, runs.start(configuration.load(config), name=config)))
+        made.append((words, runs.start(configuration.load(config), name=config, command=f"contrast pretrain {config}")))
     for words, run in made:
         print(f"\n{words}\n\n{run.table()}\nreport: {run.report}")
     print(f"\ndone in {(time.monotonic() - began) / 60:.1f} minutes")
