@@ -77,7 +77,7 @@ def start(loaded: Loaded, *, out: Path | None = None, name: str | None = None, c
         InputError: for anything that does not fit.
         Stopped: where a signal ended the run.
     """
-    if out is not None:
+    if out is not None and _first_process():
         RunFolder.refuse_used(out)
     data = read_data(loaded.config)
     try:
