@@ -24,7 +24,7 @@ def demo() -> int:
         print(f"\n[{number} of {len(SETS)}] {words}", file=sys.stderr)
         made.append((words, runs.start(configuration.load(config), name=config, command=f"contrast pretrain {config}")))
     for words, run in made:
-        print(f"\n{words}\n\n{run.table()}\nreport: {run.report}")
+        print(f"\n{words}\n\n{run.table()}\nreport: {run.report.resolve()}")
     print(f"\ndone in {(time.monotonic() - began) / 60:.1f} minutes")
     return 0
 
