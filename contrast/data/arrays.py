@@ -92,6 +92,10 @@ def read_arrays(path: Path, *, size: int | None, channels: int | None) -> Collec
 
 
 def _load(path: Path) -> dict[str, Array]:
+    with path.open("rb") as file:
+        start = file.read(6)
+    if not start.startswith((b"PK", b"\x93NUMPY")):
+        raise InputError(f"{path}: expected arrays that numpy saved; its first bytes are not theirs. Save it anew.")
     try:
         loaded = np.load(path, allow_pickle=False)
         if not isinstance(loaded, Mapping):

@@ -179,3 +179,9 @@ def test_a_file_that_is_no_archive_is_named(tmp_path, content):
     (tmp_path / "x.npz").write_bytes(content)
     with pytest.raises(InputError, match=r"x\.npz"):
         open_data(str(tmp_path / "x.npz"))
+
+
+def test_a_text_file_called_npz_is_told_apart_from_arrays_with_code(tmp_path):
+    (tmp_path / "notes.npz").write_text("hello")
+    with pytest.raises(InputError, match=r"notes\.npz: expected arrays that numpy saved"):
+        open_data(str(tmp_path / "notes.npz"))
