@@ -77,12 +77,9 @@ def evaluate(
     own = Path(model) / "config.yaml"
     given = [*words, *_words(settings)]
     if data is not None:
-        # Another data set is not split, labelled or sized as the run's own was.
-        fresh = [
-            f"data.{field.name}=null"
-            for field in dataclasses.fields(configuration.DataSettings)
-            if field.default is None
-        ]
+        # Another data set is not split or labelled as the run's own was; it is read at the same size.
+        fresh = ["data.labels=null", "data.target=null", "data.split_by=null", "data.splits=null"]
+        fresh.append("data.positives=sample")
         given = [*(fresh if own.is_file() else []), f"data.source={data}", *given]
     by = "command line" if words else "call"
     config = configuration.load(str(own) if own.is_file() else None, given, by=by).config

@@ -23,7 +23,7 @@ def check(loaded: Loaded, *, out: Path | None = None, steps: int = 20) -> str:
         InputError: for anything on which `pretrain` would stop.
     """
     data = read_data(loaded.config)
-    experiment, budget, rehearsal = prepare(loaded.config, data, steps=steps)
+    experiment, budget, rehearsal = prepare(loaded, data, steps=steps)
     data = experiment.data
     picture = out or Path("views.png")
     picture.write_bytes(views_of(rehearsal, data))

@@ -167,7 +167,7 @@ def load(config: str | None = None, words: Sequence[str] = (), *, by: str = "com
             _lay(tree, [str(key)], value, origins, str(config))
     for word in words:
         key, _, text = word.partition("=")
-        _lay(tree, key.split("."), _value(word, key, text), origins, by)
+        _lay(tree, key.split("."), _value(word, key, text, by), origins, by)
     try:
         return Loaded(check(tree), origins)
     except InputError as error:
@@ -209,8 +209,6 @@ def part(key: str, value: Any) -> Any:
         return _operations(key, value)
     if key == "encoder.backbone":
         return _backbone(key, value)
-    if key == "loss" and isinstance(value, Mapping) and isinstance(value.get("loss"), Mapping | str):
-        value = {**value, "loss": part("loss", value["loss"])}
     name, arguments = registry.check(value, where=key)
     return {"name": name, **arguments}
 
@@ -288,7 +286,7 @@ def _read_yaml(file: Path) -> dict[str, Any]:
     return {str(key): value for key, value in tree.items()}
 
 
-def _value(word: str, key: str, text: str) -> Any:
+def _value(word: str, key: str, text: str, by: str) -> Any:
     """Read what stands behind `key=` as YAML; where the key wants text, as it stands: a folder may be called 2024."""
     section, _, name = key.rpartition(".")
     owner = SECTIONS.get(section) if section else Config
@@ -298,7 +296,7 @@ def _value(word: str, key: str, text: str) -> Any:
     try:
         return OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))["value"]  # type: ignore[index, call-overload]
     except (OmegaConfBaseException, yaml.YAMLError) as error:
-        raise InputError(f"on the command line: {word}: {_first_line(error)}") from None
+        raise InputError(f"{_WHERE[by]}: {word}: {_first_line(error)}") from None
 
 
 def _lay(tree: dict[str, Any], path: list[str], value: Any, origins: dict[str, str], origin: str) -> None:

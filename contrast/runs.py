@@ -80,10 +80,7 @@ def start(loaded: Loaded, *, out: Path | None = None, name: str | None = None, c
     if out is not None and _first_process():
         RunFolder.refuse_used(out)
     data = read_data(loaded.config)
-    try:
-        experiment, budget, rehearsal = prepare(loaded.config, data)
-    except InputError as error:
-        raise InputError(configuration.with_origin(str(error), loaded.origins)) from error
+    experiment, budget, rehearsal = prepare(loaded, data)
     config, data = experiment.config, experiment.data
     for note in data.notes:
         log.info("data: %s", note)
@@ -140,11 +137,21 @@ def resume(path: str | Path, words: Sequence[str] = ()) -> Run:
     return _train_and_measure(experiment, budget, folder, step=step)
 
 
-def prepare(config: Config, data: Data, *, steps: int = 3) -> tuple[Experiment, Budget, Rehearsal]:
+def prepare(loaded: Loaded, data: Data, *, steps: int = 3) -> tuple[Experiment, Budget, Rehearsal]:
     """Build everything, take a few steps on copies, and settle the budget, before anything is written.
 
     The experiment's data is not always the data given: without an accelerator large images may be read smaller.
+
+    Raises:
+        InputError: naming the key and where it was written, for parts that do not fit the data or each other.
     """
+    try:
+        return _prepare(loaded.config, data, steps)
+    except InputError as error:
+        raise InputError(configuration.with_origin(str(error), loaded.origins)) from error
+
+
+def _prepare(config: Config, data: Data, steps: int) -> tuple[Experiment, Budget, Rehearsal]:
     asked = config.data.size
     config, data = pick_size(config, data)
     check_trainer(config.trainer)

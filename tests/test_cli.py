@@ -292,6 +292,18 @@ def test_evaluate_measures_a_run_on_its_own_and_on_other_data(tmp_path, contrast
     assert "reads images of 1x8x8" in err
 
 
+def test_other_data_need_not_have_the_columns_of_the_runs_own(tmp_path, contrast_says):
+    random = np.random.default_rng(0)
+    x, y = random.integers(0, 255, (60, 8, 8), dtype=np.uint8), np.arange(60) % 3
+    np.savez(tmp_path / "own.npz", x=x, y=y, patient=np.arange(60) // 4)
+    words = ["own.npz", "budget=2 steps", "data.positives=patient", "data.split_by=patient", *QUICK]
+    assert contrast_says("pretrain", *words, "evaluate.labels_per_class=1", "--out", "run")[0] == 0
+    images(tmp_path / "bars.npz")
+    status, out, err = contrast_says("evaluate", "run", "bars.npz")
+    assert status == 0, err
+    assert "pretrained" in out
+
+
 def test_evaluate_takes_a_function_of_ones_own(tmp_path, contrast_says):
     images(tmp_path / "bars.npz")
     (tmp_path / "my_encoder.py").write_text("def encode(x):\n    return x.float().mean(2).flatten(1)\n")
@@ -329,6 +341,14 @@ def test_check_writes_a_picture_and_no_run(tmp_path, contrast_says):
         assert word in out
     assert Image.open(tmp_path / "views.png").width > 100
     assert not (tmp_path / "runs").exists()
+
+
+def test_check_names_the_file_of_a_value_that_does_not_fit_the_data(tmp_path, contrast_says):
+    images(tmp_path / "bars.npz")
+    (tmp_path / "mine.yaml").write_text("views: {name: simclr, size: 32}\n")
+    status, out, err = contrast_says("check", "mine.yaml", "bars.npz")
+    assert (status, out) == (2, "")
+    assert err.startswith("contrast: mine.yaml: views")
 
 
 def test_check_finds_copies_across_the_splits(tmp_path, contrast_says):

@@ -90,7 +90,7 @@ def rehearse(
             value = total.item()
             seconds.append(time.perf_counter() - start)
     if value != value:
-        raise InputError("the loss is NaN after a few steps on this data; look at the values with `contrast check`.")
+        raise InputError("the loss is NaN on the first batches of this data; look for extreme values in it.")
     return Rehearsal(
         statistics.median(seconds[1:] or seconds),
         peak_bytes(device),
