@@ -48,6 +48,7 @@ class Pairs:
     * `over`: "positive", "negative", "remembered" (negatives that come from a memory) or "all" (positive + negative).
     * `among`: (M,) bool, only these candidates.
     * `above`: (N,) or (H, N), only similarities >= it.
+    * `rows`: (N,) bool, only these anchors; the others have no candidates.
 
     Args:
         anchor: N embeddings; the rows.
@@ -74,9 +75,10 @@ class Pairs:
         among: Tensor | None = None,
         log_weight: PairValue | None = None,
         above: Tensor | None = None,
+        rows: Tensor | None = None,
     ) -> Tensor:
         """Give log sum_j exp(scale * s_ij + log_weight_ij)."""
-        return self.reduce(LogSumExp(scale, over, among, log_weight, above))[0]
+        return self.reduce(LogSumExp(scale, over, among, log_weight, above, rows))[0]
 
     def mean(
         self,
@@ -85,11 +87,12 @@ class Pairs:
         among: Tensor | None = None,
         weight: PairValue | str | None = None,
         above: Tensor | None = None,
+        rows: Tensor | None = None,
     ) -> Tensor:
         """Give sum_j w_ij s_ij / sum_j w_ij; `weight="reference"` stands for (<u_i, u_j> + 1) / 2."""
         if isinstance(weight, str) and weight != "reference":
             raise ValueError(f"weight is 'reference', a number, a tensor or a PairFunction; got {weight!r}.")
-        return self.reduce(Mean(over, among, weight, above))[0]  # type: ignore[arg-type]
+        return self.reduce(Mean(over, among, weight, above, rows))[0]  # type: ignore[arg-type]
 
     def soft_mean(
         self,
@@ -99,15 +102,22 @@ class Pairs:
         among: Tensor | None = None,
         detach: bool = False,
         above: Tensor | None = None,
+        rows: Tensor | None = None,
     ) -> Tensor:
         """Give sum_j p_ij s_ij with p = softmax_j(scale * s_ij); `detach` takes the gradient out of p."""
-        return self.reduce(SoftMean(scale, over, among, detach, above))[0]
+        return self.reduce(SoftMean(scale, over, among, detach, above, rows))[0]
 
     def softplus_sum(
-        self, scale: PairValue, bias: float | Tensor, over: Relation, *, among: Tensor | None = None
+        self,
+        scale: PairValue,
+        bias: float | Tensor,
+        over: Relation,
+        *,
+        among: Tensor | None = None,
+        rows: Tensor | None = None,
     ) -> Tensor:
         """Give sum_j log(1 + exp(scale * s_ij + bias_i)); bias: a number or (N,), differentiable."""
-        return self.reduce(SoftplusSum(scale, bias, over, among))[0]
+        return self.reduce(SoftplusSum(scale, bias, over, among, rows))[0]
 
     def topk(self, k: int, over: Relation, *, among: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Give the k largest similarities, (N, k) with gradient, and their candidates' positions (-1 for none)."""
@@ -117,9 +127,16 @@ class Pairs:
         """Give the k-th largest similarity as a threshold, without gradient; k: a number or (N,)."""
         return self.reduce(Kth(k, over, among))[0]
 
-    def count(self, over: Relation, *, among: Tensor | None = None, above: Tensor | None = None) -> Tensor:
+    def count(
+        self,
+        over: Relation,
+        *,
+        among: Tensor | None = None,
+        above: Tensor | None = None,
+        rows: Tensor | None = None,
+    ) -> Tensor:
         """Count the candidates, int64."""
-        return self.reduce(Count(over, among, above))[0]
+        return self.reduce(Count(over, among, above, rows))[0]
 
     def reduce(self, *asked: Reduction) -> tuple[Tensor, ...]:
         """Give several reductions from one pass over the similarities, in the order asked."""

@@ -34,6 +34,7 @@ class LogSumExp:
     among: Tensor | None = None
     log_weight: PairValue | None = None
     above: Tensor | None = None
+    rows: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,6 +45,7 @@ class Mean:
     among: Tensor | None = None
     weight: PairValue | Literal["reference"] | None = None
     above: Tensor | None = None
+    rows: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,6 +57,7 @@ class SoftMean:
     among: Tensor | None = None
     detach: bool = False
     above: Tensor | None = None
+    rows: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,6 +68,7 @@ class SoftplusSum:
     bias: float | Tensor
     over: Relation
     among: Tensor | None = None
+    rows: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,6 +87,7 @@ class Count:
     over: Relation
     among: Tensor | None = None
     above: Tensor | None = None
+    rows: Tensor | None = None
 
 
 Reduction = LogSumExp | Mean | SoftMean | SoftplusSum | Kth | Count
@@ -111,7 +116,7 @@ def _logsumexp(pairs: Pairs, similarity: Tensor, asked: LogSumExp) -> Tensor:
     logits = _value(asked.scale, pairs, similarity) * similarity
     if asked.log_weight is not None:
         logits = logits + _value(asked.log_weight, pairs, similarity)
-    counts = _counting(pairs, asked.over, asked.among, similarity, asked.above)
+    counts = _counting(pairs, asked.over, asked.among, similarity, asked.above, asked.rows)
     logits = logits.masked_fill(~counts, -torch.inf)
     empty = (logits == -torch.inf).all(dim=-1)
     logits = logits.masked_fill(empty.unsqueeze(-1), 0)
@@ -124,7 +129,7 @@ def _logsumexp_rows(logits: Tensor) -> Tensor:
 
 
 def _mean(pairs: Pairs, similarity: Tensor, asked: Mean) -> Tensor:
-    counts = _counting(pairs, asked.over, asked.among, similarity, asked.above)
+    counts = _counting(pairs, asked.over, asked.among, similarity, asked.above, asked.rows)
     if asked.weight is None:
         weight = counts.to(similarity.dtype)
     elif isinstance(asked.weight, str):
@@ -137,7 +142,7 @@ def _mean(pairs: Pairs, similarity: Tensor, asked: Mean) -> Tensor:
 
 def _soft_mean(pairs: Pairs, similarity: Tensor, asked: SoftMean) -> Tensor:
     logits = _value(asked.scale, pairs, similarity) * similarity
-    counts = _counting(pairs, asked.over, asked.among, similarity, asked.above)
+    counts = _counting(pairs, asked.over, asked.among, similarity, asked.above, asked.rows)
     logits = logits.masked_fill(~counts, -torch.inf)
     logits = logits.masked_fill(~counts.any(dim=-1, keepdim=True), 0)
     weight = torch.softmax(logits, dim=-1).masked_fill(~counts, 0)
@@ -148,7 +153,8 @@ def _softplus_sum(pairs: Pairs, similarity: Tensor, asked: SoftplusSum) -> Tenso
     bias = asked.bias.unsqueeze(-1) if isinstance(asked.bias, Tensor) and asked.bias.ndim else asked.bias
     logits = _value(asked.scale, pairs, similarity) * similarity + bias
     # torch calls softplus(x) x above the threshold; its default of 20 loses digits in float64.
-    return F.softplus(logits, threshold=40).masked_fill(~_counting(pairs, asked.over, asked.among), 0).sum(dim=-1)
+    counts = _counting(pairs, asked.over, asked.among, rows=asked.rows)
+    return F.softplus(logits, threshold=40).masked_fill(~counts, 0).sum(dim=-1)
 
 
 def _kth(pairs: Pairs, similarity: Tensor, asked: Kth) -> Tensor:
@@ -163,7 +169,7 @@ def _kth(pairs: Pairs, similarity: Tensor, asked: Kth) -> Tensor:
 
 
 def _count(pairs: Pairs, similarity: Tensor, asked: Count) -> Tensor:
-    return _counting(pairs, asked.over, asked.among, similarity, asked.above).sum(dim=-1)
+    return _counting(pairs, asked.over, asked.among, similarity, asked.above, asked.rows).sum(dim=-1)
 
 
 _DENSE: dict[type, Callable[..., Tensor]] = {
@@ -182,11 +188,14 @@ def _counting(
     among: Tensor | None,
     similarity: Tensor | None = None,
     above: Tensor | None = None,
+    rows: Tensor | None = None,
 ) -> Tensor:
     """Give (N, M) or (H, N, M) bool: the candidates that count."""
     counts = pairs.relation(over)
     if among is not None:
         counts = counts & among
+    if rows is not None:
+        counts = counts & rows.unsqueeze(-1)
     if above is not None and similarity is not None:
         counts = counts & (similarity >= above.unsqueeze(-1))
     return counts
