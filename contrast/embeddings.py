@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -37,6 +37,8 @@ class Embeddings:
     group: Tensor
     view: Tensor
     reference: Tensor | None = None
+    parts: tuple[Embeddings, ...] = field(default=(), init=False, repr=False)
+    """What `concatenate` put together, by which `Pairs` knows that its anchors are its candidates."""
 
     def __post_init__(self) -> None:
         if self.z.ndim not in (2, 3):
@@ -93,13 +95,17 @@ def concatenate(parts: Sequence[Embeddings]) -> Embeddings:
     if len(parts) == 1:
         return parts[0]
     references = [part.reference for part in parts if part.reference is not None]
-    return Embeddings(
+    sample = torch.cat([part.sample for part in parts])
+    same = all(part.group is part.sample for part in parts)
+    made = Embeddings(
         torch.cat([part.z for part in parts], dim=-2),
-        torch.cat([part.sample for part in parts]),
-        torch.cat([part.group for part in parts]),
+        sample,
+        sample if same else torch.cat([part.group for part in parts]),
         torch.cat([part.view for part in parts]),
         torch.cat(references) if len(references) == len(parts) else None,
     )
+    object.__setattr__(made, "parts", tuple(parts))
+    return made
 
 
 def gather_all(parts: Sequence[Embeddings]) -> list[Embeddings]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from contrast.reductions import (
     SoftMean,
     SoftplusSum,
 )
+from contrast.reductions.identity import Identity
 
 Rule = Callable[..., Tensor]
 """rule(anchor, candidate, similarity, *rows of per_anchor) -> bool tile, True = leave this negative out."""
@@ -66,6 +68,11 @@ class Pairs:
 
     def __len__(self) -> int:
         return len(self.anchor)
+
+    @cached_property
+    def identity(self) -> Identity:
+        """What the identities say of all pairs, for the reductions."""
+        return Identity(self.anchor, self.candidates, self.across)
 
     def logsumexp(
         self,

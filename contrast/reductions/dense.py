@@ -1,100 +1,37 @@
-"""The row reductions of `Pairs`: what is asked (one small class each) and the dense road that answers.
-
-The dense road holds the similarities as one matrix. It is the reference for every other road and the right one for
-small sizes. Whatever the road, a row without candidates gives 0 (a log-sum-exp: `finfo.min / 2`) and no gradient.
-"""
+"""The dense road: the similarities as one matrix; the reference for every other road, and right for small sizes."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
+
+from contrast import distributed
+from contrast.reductions.asked import (
+    Count,
+    Kth,
+    LogSumExp,
+    Mean,
+    PairValue,
+    Reduction,
+    Relation,
+    SoftMean,
+    SoftplusSum,
+    arguments,
+)
 
 if TYPE_CHECKING:
     from contrast.pairs import Pairs
 
-Relation = Literal["positive", "negative", "remembered", "all"]
-"""Which candidates count; "remembered" are the negatives that come from a memory, "all" = positive + negative."""
-
-PairValue = float | Tensor | nn.Module
-"""A number; a tensor that spans at most one of N and M: (N, 1), (1, M) or (H, 1, 1); or a PairFunction, a module
-`(anchor, candidate) -> (n, m)` or `(H, n, m)` on two `Embeddings`, evaluated a tile at a time."""
-
-
-@dataclass(frozen=True, eq=False)
-class LogSumExp:
-    """log sum_j exp(scale * s_ij + log_weight_ij)."""
-
-    scale: PairValue
-    over: Relation
-    among: Tensor | None = None
-    log_weight: PairValue | None = None
-    above: Tensor | None = None
-    rows: Tensor | None = None
-
-
-@dataclass(frozen=True, eq=False)
-class Mean:
-    """sum_j w_ij s_ij / sum_j w_ij; w = 1, or (<u_i, u_j> + 1) / 2 of the reference vectors for "reference"."""
-
-    over: Relation
-    among: Tensor | None = None
-    weight: PairValue | Literal["reference"] | None = None
-    above: Tensor | None = None
-    rows: Tensor | None = None
-
-
-@dataclass(frozen=True, eq=False)
-class SoftMean:
-    """sum_j p_ij s_ij with p = softmax_j(scale * s_ij), which takes no gradient where `detach` says so."""
-
-    scale: PairValue
-    over: Relation
-    among: Tensor | None = None
-    detach: bool = False
-    above: Tensor | None = None
-    rows: Tensor | None = None
-
-
-@dataclass(frozen=True, eq=False)
-class SoftplusSum:
-    """sum_j log(1 + exp(scale * s_ij + bias_i))."""
-
-    scale: PairValue
-    bias: float | Tensor
-    over: Relation
-    among: Tensor | None = None
-    rows: Tensor | None = None
-
-
-@dataclass(frozen=True, eq=False)
-class Kth:
-    """The k-th largest s_ij (the smallest where there are fewer), without gradient; k: a number or (N,)."""
-
-    k: int | Tensor
-    over: Relation
-    among: Tensor | None = None
-
-
-@dataclass(frozen=True, eq=False)
-class Count:
-    """How many candidates count, int64."""
-
-    over: Relation
-    among: Tensor | None = None
-    above: Tensor | None = None
-    rows: Tensor | None = None
-
-
-Reduction = LogSumExp | Mean | SoftMean | SoftplusSum | Kth | Count
-
 
 def reduce(pairs: Pairs, reductions: Sequence[Reduction]) -> tuple[Tensor, ...]:
     """Give each reduction of each anchor's row, (N,) or (H, N), from one computation of the similarities."""
+    for reduction in reductions:
+        check(reduction, pairs)
     similarity = pairs.similarity
     return tuple(_DENSE[type(reduction)](pairs, similarity, reduction) for reduction in reductions)
 
@@ -203,11 +140,30 @@ def _counting(
 
 def _value(value: PairValue, pairs: Pairs, similarity: Tensor) -> float | Tensor:
     if isinstance(value, nn.Module):
-        tiles: list[Tensor] = [value(pairs.anchor, part) for part in pairs.candidates]
+        parameters = {name: distributed.shared(parameter) for name, parameter in value.named_parameters()}
+        tiles: list[Tensor] = [functional_call(value, parameters, (pairs.anchor, part)) for part in pairs.candidates]
         return torch.cat(tiles, dim=-1).to(similarity.dtype)
-    if isinstance(value, Tensor) and value.ndim >= 2 and value.shape[-2] > 1 and value.shape[-1] > 1:
-        raise ValueError(
-            f"a scale, weight or log_weight spans at most one of N and M: (N, 1), (1, M) or (H, 1, 1); got the shape "
-            f"{tuple(value.shape)}. For a value of each pair give a PairFunction, a module (anchor, candidate) -> tile."
-        )
     return value
+
+
+def check(asked: Reduction, pairs: Pairs) -> None:
+    """Refuse a relation that is none, references that are missing, an argument that spans both N and M."""
+    if asked.over not in ("positive", "negative", "remembered", "all"):
+        raise ValueError(f"over is 'positive', 'negative', 'remembered' or 'all'; got {asked.over!r}.")
+    if getattr(asked, "weight", None) == "reference" and any(
+        part.reference is None for part in (pairs.anchor, *pairs.candidates)
+    ):
+        raise ValueError("weight 'reference' needs the vectors of a frozen tower: give the loss reference=(N, R).")
+    for name, value in arguments(asked).items():
+        if (
+            name != "bias"
+            and isinstance(value, Tensor)
+            and value.ndim >= 2
+            and value.shape[-2] > 1
+            and value.shape[-1] > 1
+        ):
+            raise ValueError(
+                f"a scale, weight or log_weight spans at most one of N and M: (N, 1), (1, M) or (H, 1, 1); got the "
+                f"shape {tuple(value.shape)}. For a value of each pair give a PairFunction, a module "
+                "(anchor, candidate) -> tile."
+            )

@@ -1,0 +1,110 @@
+"""The row reductions of `Pairs`, behind which stand three roads with the same numbers; here one is chosen.
+
+dense: the similarities as one matrix, for small sizes and as the reference; tiles: any device, memory O(N + M);
+kernels: Triton on CUDA. Whatever the road, a row without candidates gives 0 (a log-sum-exp: `finfo.min / 2`) and no
+gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from torch import Tensor
+
+from contrast.reductions import dense, sweep
+from contrast.reductions.asked import (
+    Count,
+    Kth,
+    LogSumExp,
+    Mean,
+    PairValue,
+    Reduction,
+    Relation,
+    SoftMean,
+    SoftplusSum,
+)
+
+if TYPE_CHECKING:
+    from contrast.pairs import Pairs
+
+__all__ = [
+    "Count",
+    "Kth",
+    "LogSumExp",
+    "Mean",
+    "PairValue",
+    "Reduction",
+    "Relation",
+    "SoftMean",
+    "SoftplusSum",
+    "reduce",
+    "road",
+    "topk",
+]
+
+SMALL = 2**12
+"""Up to this many similarities the dense road is taken: one product costs less than the book-keeping of tiles."""
+
+
+@dataclass(frozen=True)
+class _Road:
+    name: Literal["dense", "tiles", "kernels"]
+    size: int
+
+
+_taken: ContextVar[_Road | None] = ContextVar("contrast_road", default=None)
+
+
+@contextmanager
+def road(name: Literal["dense", "tiles", "kernels"], *, size: int = sweep.TILE) -> Iterator[None]:
+    """Take this road for all reductions inside the block, for tests and measurements.
+
+    Args:
+        name: "dense", "tiles" or "kernels".
+        size: rows and columns of a tile.
+
+    Raises:
+        ValueError: for another name or a size below 1.
+    """
+    if name not in ("dense", "tiles", "kernels"):
+        raise ValueError(f"the roads are 'dense', 'tiles' and 'kernels'; got {name!r}.")
+    if size < 1:
+        raise ValueError(f"a tile has 1 row and column or more; got {size}.")
+    token = _taken.set(_Road(name, size))
+    try:
+        yield
+    finally:
+        _taken.reset(token)
+
+
+def chosen(pairs: Pairs) -> _Road:
+    """Choose the road: the one that `road` names, else by size and device."""
+    taken = _taken.get()
+    if taken is not None:
+        return taken
+    similarities = len(pairs) * sum(len(part) for part in pairs.candidates)
+    return _Road("dense" if similarities <= SMALL else "tiles", sweep.TILE)
+
+
+def reduce(pairs: Pairs, asked: Sequence[Reduction]) -> tuple[Tensor, ...]:
+    """Give each reduction of each anchor's row, (N,) or (H, N), from one walk over the similarities."""
+    taken = chosen(pairs)
+    if taken.name == "dense":
+        found = dense.reduce(pairs, asked)
+        return found if _taken.get() else sweep.without_second(found, pairs)
+    return sweep.reduce(pairs, asked, taken.size)
+
+
+def topk(pairs: Pairs, k: int, over: Relation, among: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Give the k largest similarities of each row, with gradient, and the positions of their candidates.
+
+    Where a row has fewer than k, its last values are 0 and their positions -1.
+    """
+    taken = chosen(pairs)
+    if taken.name == "dense":
+        return dense.topk(pairs, k, over, among)
+    return sweep.topk(pairs, k, over, among, taken.size)

@@ -1,0 +1,476 @@
+"""The sweep for the CPU where exponents are bounded: constants for arguments, no mask, no running maximum.
+
+Unit vectors keep |scale * s| small, so exp(scale * s) needs no maximum, its sums have no order, and a tile serves the
+rows of its anchors and, where the anchors are the candidates, the rows of its candidates too.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from contrast.reductions.asked import LogSumExp, SoftMean, SoftplusSum
+from contrast.reductions.identity import Matches, Run, cut
+from contrast.reductions.work import Gradients, Work, nothing
+
+WIDEST = {torch.float32: 75.0, torch.float64: 650.0}
+"""exp(x), and sums of a hundred thousand of them, are normal numbers for |x| up to this."""
+FAINT = -60.0
+"""A shifted sum below exp of this may have lost terms."""
+
+
+class NotBoundedError(Exception):
+    """An exponent left the range; the general tiles take over."""
+
+
+@dataclass
+class _Term:
+    """One reduction in numbers, for one head.
+
+    Args:
+        number: its place among all that is asked.
+        asked: the reduction.
+        scale: multiplies the similarity.
+        shift: is taken from the exponent.
+        bias: is added to it; a number or (N,).
+        blank: the pairs that do not count.
+    """
+
+    number: int
+    asked: LogSumExp | SoftMean | SoftplusSum
+    scale: float
+    shift: float
+    bias: float | Tensor
+    blank: Matches | None
+
+
+class Bounded:
+    """One sweep over the tiles for some of the reductions.
+
+    Args:
+        work: the whole call.
+        numbers: which of its reductions.
+        size: rows and columns of a tile.
+    """
+
+    def __init__(self, work: Work, numbers: list[int], size: int) -> None:
+        self.work, self.numbers, self.size = work, numbers, size
+        self.asked: list[Any] = [work.asked[number] for number in numbers]
+        identity = work.identity
+        self.columns = [block for run in identity.candidate_runs for block in cut(run, size)]
+        self.mirrored = work.mirrored if self._may_mirror() else 0
+        if self.mirrored:
+            self.rows = [block for block in self.columns if block.part < self.mirrored]
+        else:
+            self.rows = [block for run in identity.anchor_runs for block in cut(run, size)]
+        self.meets = [self._meetings(asked) for asked in self.asked]
+        # What a softmax of the anchors over candidates without gradient gives back is known in the forward pass.
+        alone = len(self.asked) == 1 and isinstance(self.asked[0], LogSumExp)
+        wanted = work.wants_anchor or (numbers[0], "scale") in work.wants_argument
+        self.at_once = [
+            alone and wanted and not wants and part >= self.mirrored for part, wants in enumerate(work.wants_part)
+        ]
+        self._blanks: dict[int, dict[tuple[int, int], Tensor]] = {}
+
+    @staticmethod
+    def accepts(work: Work, number: int) -> bool:
+        """Say whether this reduction has numbers for arguments, and whole runs for `among` and `rows`."""
+        asked = work.asked[number]
+        if not isinstance(asked, LogSumExp | SoftMean | SoftplusSum) or getattr(asked, "above", None) is not None:
+            return False
+        if getattr(asked, "log_weight", None) is not None or (work.rules and asked.over != "positive"):
+            return False
+        if not _is_number(asked.scale, work.heads):
+            return False
+        learned = (number, "scale") in work.wants_argument
+        if learned and (isinstance(asked, SoftMean) or not bool(torch.as_tensor(asked.scale).all())):
+            return False
+        if isinstance(asked, SoftplusSum) and isinstance(asked.bias, Tensor) and asked.bias.ndim > 1:
+            return False
+        runs = ((asked.rows, work.identity.anchor_runs), (asked.among, work.identity.candidate_runs))
+        return all(_whole(which, run) is not None for which, of in runs for run in of)
+
+    def _may_mirror(self) -> bool:
+        per_row = any(isinstance(asked, SoftplusSum) and _spans(asked.bias) for asked in self.asked)
+        views = [run.view for run in self.columns if run.part < self.work.mirrored]
+        return not per_row and all(view is not None and view >= 0 for view in views)
+
+    def _meetings(self, asked: Any) -> list[list[tuple[bool, bool]]]:
+        """Say whose rows a tile serves in this reduction: its anchors', and its candidates' where they are anchors."""
+        identity = self.work.identity
+        rows = [_whole(asked.rows, run) for run in self.rows]
+        columns = [_whole(asked.among, run) for run in self.columns]
+        meets = [
+            [
+                bool(asks and counts and identity.meets(anchors, candidates, asked.over))
+                for candidates, counts in zip(self.columns, columns, strict=True)
+            ]
+            for anchors, asks in zip(self.rows, rows, strict=True)
+        ]
+        if not self.mirrored:
+            return [[(met, False) for met in row] for row in meets]
+        known = len(self.rows)
+        return [
+            [
+                (met and (j >= i), j > i and j < known and meets[j][i]) if j < known else (met, False)
+                for j, met in enumerate(row)
+            ]
+            for i, row in enumerate(meets)
+        ]
+
+    def _terms(self, head: int) -> list[_Term]:
+        terms, identity = [], self.work.identity
+        for number, asked in zip(self.numbers, self.asked, strict=True):
+            scale = _of_head(asked.scale, head)
+            bias: float | Tensor = 0.0
+            if isinstance(asked, SoftplusSum):
+                bias = asked.bias if isinstance(asked.bias, Tensor) and _spans(asked.bias) else _number(asked.bias)
+            reach = abs(scale) * self.reach
+            widest = WIDEST[self.work.x.dtype]
+            shift = 0.0 if isinstance(asked, SoftplusSum) else max(0.0, reach - widest)
+            highest = float(bias.max()) if isinstance(bias, Tensor) else bias
+            if not math.isfinite(reach) or (isinstance(asked, SoftplusSum) and not reach + highest <= widest):
+                raise NotBoundedError
+            blank = identity.excluded if asked.over == "all" or identity.strangers is None else identity.strangers
+            terms.append(_Term(number, asked, scale, shift, bias, blank))
+        return terms
+
+    def forward(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Give the reductions, (N,) or (H, N) each, and what the backward pass needs of this one.
+
+        Raises:
+            NotBoundedError: where an exponent may have left the range.
+        """
+        work = self.work
+        self.reach = _longest(work.x) * max((_longest(part.z) for part in work.candidates), default=0.0)
+        heads = work.heads[0] if work.heads else 1
+        sums = work.x.new_zeros(len(self.asked), heads, len(work.anchor))
+        moments = torch.zeros_like(sums) if any(isinstance(asked, SoftMean) for asked in self.asked) else None
+        weighted = work.x.new_zeros(heads, *work.x.shape[-2:]) if any(self.at_once) else None
+        for head in range(heads):
+            self._forward(head, sums[:, head], moments if moments is None else moments[:, head], weighted)
+        outputs, saved = [], []
+        for place, asked in enumerate(self.asked):
+            total = sums[place]
+            if isinstance(asked, SoftplusSum):
+                outputs.append(total)
+                continue
+            shift = total.new_tensor([self._terms(head)[place].shift for head in range(heads)]).unsqueeze(-1)
+            faint = (total < math.exp(FAINT)) & (shift > 0)
+            if bool(faint.any()) and bool(
+                (faint & (work.identity.count(asked.over, asked.among, asked.rows) > 0)).any()
+            ):
+                raise NotBoundedError
+            empty = total == 0
+            value = total.masked_fill(empty, 1).log_().add_(shift)
+            saved.append(value.masked_fill(empty, math.inf))
+            if isinstance(asked, SoftMean):
+                assert moments is not None
+                outputs.append(moments[place] / total.masked_fill(empty, 1))
+            else:
+                outputs.append(value.masked_fill(empty, nothing(value.dtype)))
+        if weighted is not None:
+            saved.append(weighted)
+        return [output if work.heads else output[0] for output in outputs], saved
+
+    def _forward(self, head: int, sums: Tensor, moments: Tensor | None, weighted: Tensor | None) -> None:
+        terms, x, parts = self._terms(head), _head(self.work.x, head), self._parts(head)
+        fold = _common_scale(terms)
+        buffers = _Buffers(x, self.size, 2)
+        for i, rows in enumerate(self.rows):
+            scaled = x[rows.start : rows.stop] if fold is None else x[rows.start : rows.stop] * fold
+            for j, columns in enumerate(self.columns):
+                served = [meets[i][j] for meets in self.meets]
+                if not any(row or column for row, column in served):
+                    continue
+                others = parts[columns.part][self._within(columns)]
+                tile = torch.mm(scaled, others.T, out=buffers.tile(0, rows, columns))
+                for place, (term, (row, column)) in enumerate(zip(terms, served, strict=True)):
+                    if not (row or column):
+                        continue
+                    # The tile itself may be overwritten where nobody reads it again.
+                    keep = place + 1 < len(terms) or isinstance(term.asked, SoftMean)
+                    e = buffers.tile(1, rows, columns) if keep else tile
+                    self._exponential(term, tile, e, fold, i, j)
+                    if isinstance(term.asked, SoftplusSum):
+                        self._add_softplus(sums[place], e, i, j, row, column)
+                        continue
+                    self._add(sums[place], e, i, j, row, column)
+                    if weighted is not None and self.at_once[columns.part]:
+                        weighted[head, rows.start : rows.stop].addmm_(e, others)
+                    if isinstance(term.asked, SoftMean) and moments is not None:
+                        e.mul_(tile)
+                        if fold is not None:
+                            e.div_(fold)
+                        self._add(moments[place], e, i, j, row, column)
+
+    def _exponential(self, term: _Term, tile: Tensor, out: Tensor, fold: float | None, i: int, j: int) -> None:
+        """Write exp(scale * s + bias - shift), 0 where a pair does not count."""
+        logits = tile if fold is not None else torch.mul(tile, term.scale, out=out)
+        if isinstance(term.bias, Tensor):
+            logits = torch.add(logits, term.bias[self.rows[i].start : self.rows[i].stop].unsqueeze(1), out=out)
+        elif term.bias - term.shift:
+            logits = torch.add(logits, term.bias - term.shift, out=out)
+        torch.exp(logits, out=out)
+        self._blank(term, out, i, j)
+
+    def _blank(self, term: _Term, e: Tensor, i: int, j: int) -> None:
+        """Set to 0 what does not count: the pairs listed for this tile, or whole groups where they are many."""
+        entries = self._entries(term.blank).get((i, j))
+        if entries is not None:
+            e.view(-1).index_fill_(0, entries, 0)
+        if term.asked.over != "all" and self.work.identity.strangers is None:
+            anchors, candidates, _ = self.work.identity.groups
+            rows, columns = self.rows[i], self.columns[j]
+            same = anchors[rows.start : rows.stop, None] == candidates[columns.start : columns.stop]
+            e.masked_fill_(~same if term.asked.over == "positive" else same, 0)
+
+    def _entries(self, pairs: Matches | None) -> dict[tuple[int, int], Tensor]:
+        assert pairs is not None
+        known = self._blanks.get(id(pairs))
+        if known is None:
+            known = self._blanks[id(pairs)] = _by_tile(pairs, self.rows, self.columns)
+        return known
+
+    def _add(self, into: Tensor, e: Tensor, i: int, j: int, row: bool, column: bool) -> None:
+        if row:
+            into[self.rows[i].start : self.rows[i].stop] += e.sum(1)
+        if column:
+            into[self.columns[j].start : self.columns[j].stop] += e.sum(0)
+
+    def _add_softplus(self, into: Tensor, e: Tensor, i: int, j: int, row: bool, column: bool) -> None:
+        for serves, run, dim in ((row, self.rows[i], 1), (column, self.columns[j], 0)):
+            if serves:
+                into[run.start : run.stop] += _sum_of_log1p(e, dim)
+
+    def backward(self, outputs: list[Tensor], saved: list[Tensor], upstream: list[Tensor], into: Gradients) -> None:
+        """Add the gradients, tile by tile, from the similarities computed again."""
+        work = self.work
+        weighted = saved[-1] if any(self.at_once) else None
+        for head in range(work.heads[0] if work.heads else 1):
+            terms, normalisers = self._terms(head), iter(saved)
+            factors: list[tuple[Tensor, Tensor | None]] = []
+            for term, output, given in zip(terms, outputs, upstream, strict=True):
+                g = given[head] if work.heads else given
+                if isinstance(term.asked, SoftplusSum):
+                    factors.append((g * term.scale, None))
+                    continue
+                p = g * (term.shift - next(normalisers)[head]).exp()
+                if isinstance(term.asked, LogSumExp):
+                    factors.append((p * term.scale, None))
+                elif term.asked.detach:
+                    factors.append((p, None))
+                else:
+                    value = output[head] if work.heads else output
+                    factors.append((p * (1 - term.scale * value), p * term.scale))
+            self._backward(head, terms, factors, into)
+            if weighted is not None:
+                self._add_at_once(head, terms[0], factors[0][0].unsqueeze(1) * weighted[head], into)
+
+    def _add_at_once(self, head: int, term: _Term, gradient: Tensor, into: Gradients) -> None:
+        if into.anchor is not None:
+            _head(into.anchor, head).add_(gradient)
+        if (term.number, "scale") in into.arguments:
+            share = (gradient * _head(self.work.x, head)).sum() / term.scale
+            _add_to_head(into.arguments[term.number, "scale"], head, share)
+
+    def _backward(
+        self, head: int, terms: list[_Term], factors: list[tuple[Tensor, Tensor | None]], into: Gradients
+    ) -> None:
+        x, parts = _head(self.work.x, head), self._parts(head)
+        to_x = None if into.anchor is None else _head(into.anchor, head)
+        to_parts = [None if gradient is None else _head(gradient, head) for gradient in into.parts]
+        learned = any((term.number, name) in into.arguments for term in terms for name in ("scale", "bias"))
+        fold = _common_scale(terms)
+        buffers = _Buffers(x, self.size, 3)
+        for i, rows in enumerate(self.rows):
+            anchors = x[rows.start : rows.stop]
+            scaled = anchors if fold is None else anchors * fold
+            for j, columns in enumerate(self.columns):
+                mirror = columns.part < self.mirrored
+                to_y = to_x if mirror else to_parts[columns.part]
+                served = [meets[i][j] for meets in self.meets]
+                if self.at_once[columns.part] or not any(row or column for row, column in served):
+                    continue
+                if to_x is None and to_y is None and not learned:
+                    continue
+                others = parts[columns.part][self._within(columns)]
+                tile = torch.mm(scaled, others.T, out=buffers.tile(0, rows, columns))
+                gradient = None
+                for place, (term, (row, column)) in enumerate(zip(terms, served, strict=True)):
+                    if not (row or column):
+                        continue
+                    spare = place + 1 == len(terms) and factors[place][1] is None and not learned
+                    e = tile if spare else buffers.tile(1 if gradient is None else 2, rows, columns)
+                    self._exponential(term, tile, e, fold, i, j)
+                    if isinstance(term.asked, SoftplusSum):
+                        _share_of_log1p(e)
+                    diagonal = mirror and i == j
+                    self._times(e, tile, factors[place], fold, i, j, row, column or diagonal)
+                    if learned:
+                        self._learn(term, e, tile, fold, i, 0.5 if diagonal else 1.0, head, into)
+                    gradient = e if gradient is None else gradient.add_(e)
+                assert gradient is not None
+                if to_x is not None:
+                    to_x[rows.start : rows.stop].addmm_(gradient, others)
+                if to_y is not None and not (mirror and i == j):
+                    own = slice(columns.start, columns.stop) if mirror else self._within(columns)
+                    to_y[own].addmm_(gradient.T, anchors)
+
+    def _times(
+        self,
+        e: Tensor,
+        tile: Tensor,
+        factors: tuple[Tensor, Tensor | None],
+        fold: float | None,
+        i: int,
+        j: int,
+        row: bool,
+        column: bool,
+    ) -> None:
+        """Multiply by the anchors' factors, those of the rows and, where the tile serves them, of the columns."""
+        constant, slope = (self._factor(one, i, j, row, column) for one in factors)
+        if slope is None:
+            e.mul_(constant)
+        else:
+            e.mul_(torch.addcmul(constant, tile, slope, value=1.0 if fold is None else 1 / fold))
+
+    def _factor(self, factor: Tensor | None, i: int, j: int, row: bool, column: bool) -> Any:
+        if factor is None:
+            return None
+        rows = factor[self.rows[i].start : self.rows[i].stop].unsqueeze(1)
+        columns = factor[self.columns[j].start : self.columns[j].stop] if column else None
+        if columns is None:
+            return rows
+        return rows + columns if row else columns.unsqueeze(0)
+
+    def _learn(
+        self, term: _Term, e: Tensor, tile: Tensor, fold: float | None, i: int, share: float, head: int, into: Gradients
+    ) -> None:
+        """Add the gradient of the scale, sum of dL/dlogit * s, and of the bias, sum of dL/dlogit; e is dL/ds."""
+        if (term.number, "scale") in into.arguments:
+            total = torch.dot(e.view(-1), tile.view(-1)) * (share / (term.scale * (fold or 1.0)))
+            _add_to_head(into.arguments[term.number, "scale"], head, total)
+        if (term.number, "bias") in into.arguments:
+            to_bias = into.arguments[term.number, "bias"]
+            if _spans(to_bias):
+                to_bias[self.rows[i].start : self.rows[i].stop] += e.sum(1) / term.scale
+            else:
+                to_bias += (e.sum() * (share / term.scale)).reshape(to_bias.shape)
+
+    def _parts(self, head: int) -> list[Tensor]:
+        return [_head(part.z, head) for part in self.work.candidates]
+
+    def _within(self, columns: Run) -> slice:
+        start = self.work.starts[columns.part]
+        return slice(columns.start - start, columns.stop - start)
+
+
+class _Buffers:
+    """Tiles that are written again and again.
+
+    Args:
+        like: their dtype and device.
+        size: rows and columns at most.
+        count: how many.
+    """
+
+    def __init__(self, like: Tensor, size: int, count: int) -> None:
+        self._like, self._size = like, size
+        self._flat: list[Tensor | None] = [None] * count
+
+    def tile(self, number: int, rows: Run, columns: Run) -> Tensor:
+        """Give a buffer of the shape of this tile."""
+        height, width = rows.stop - rows.start, columns.stop - columns.start
+        flat = self._flat[number]
+        if flat is None or len(flat) < height * width:
+            flat = self._flat[number] = self._like.new_empty(height * width)
+        return flat[: height * width].view(height, width)
+
+
+def _by_tile(pairs: Matches, rows: list[Run], columns: list[Run]) -> dict[tuple[int, int], Tensor]:
+    """Sort listed pairs into the tiles: (block of anchors, block of candidates) -> positions in the flat tile."""
+    row_start = torch.tensor([run.start for run in rows])
+    column_start = torch.tensor([run.start for run in columns])
+    width = torch.tensor([run.stop - run.start for run in columns])
+    i = torch.bucketize(pairs.rows, row_start, right=True) - 1
+    j = torch.bucketize(pairs.columns, column_start, right=True) - 1
+    flat = (pairs.rows - row_start[i]) * width[j] + pairs.columns - column_start[j]
+    tile, order = (i * len(columns) + j).sort(stable=True)
+    tiles, counts = torch.unique_consecutive(tile, return_counts=True)
+    parts = torch.split(flat[order], counts.tolist())
+    return {divmod(key, len(columns)): part for key, part in zip(tiles.tolist(), parts, strict=True)}
+
+
+def _sum_of_log1p(e: Tensor, dim: int) -> Tensor:
+    """Sum log(1 + e) by logarithms of products, kept without their 1: (1 + a)(1 + b) - 1 = a + b + ab."""
+    product = e
+    for _ in range(3):
+        half = product.shape[dim] // 2
+        if not half or product.shape[dim] % 2:
+            break
+        first, second = torch.split(product, half, dim)
+        product = torch.addcmul(first + second, first, second)
+    total = torch.log1p(product).sum(dim)
+    return total if bool(torch.isfinite(total).all()) else _plain_sum_of_log1p(e, dim)
+
+
+def _plain_sum_of_log1p(e: Tensor, dim: int) -> Tensor:
+    return torch.log1p(e).sum(dim)
+
+
+def _share_of_log1p(e: Tensor) -> None:
+    """Turn e into e / (1 + e) in place."""
+    torch.div(e, e + 1, out=e)
+
+
+def _head(z: Tensor, head: int) -> Tensor:
+    return z[head] if z.ndim == 3 else z
+
+
+def _longest(z: Tensor) -> float:
+    return math.sqrt(float(z.square().sum(dim=-1).max())) if z.numel() else 0.0
+
+
+def _spans(value: object) -> bool:
+    return isinstance(value, Tensor) and value.numel() > 1
+
+
+def _is_number(value: object, heads: tuple[int, ...]) -> bool:
+    if isinstance(value, Tensor):
+        return value.numel() == 1 or (bool(heads) and value.shape == (*heads, 1, 1))
+    return isinstance(value, int | float)
+
+
+def _number(value: float | Tensor) -> float:
+    """Give a number, or a tensor of one; 0 of none, which is the bias of no anchor."""
+    return float(value.sum()) if isinstance(value, Tensor) else float(value)
+
+
+def _of_head(value: float | Tensor, head: int) -> float:
+    if not isinstance(value, Tensor):
+        return float(value)
+    return float(value) if value.numel() == 1 else float(value[head])
+
+
+def _add_to_head(gradient: Tensor, head: int, share: Tensor) -> None:
+    place = gradient if gradient.numel() == 1 else gradient[head]
+    place += share.reshape(place.shape)
+
+
+def _common_scale(terms: list[_Term]) -> float | None:
+    """Give the one scale of all terms, which then goes into the product; None where they differ or it is 0."""
+    scales = {term.scale for term in terms}
+    return scales.pop() or None if len(scales) == 1 else None
+
+
+def _whole(which: Tensor | None, run: Run) -> bool | None:
+    """Say whether all (True) or none (False) of a run are asked; None for some."""
+    if which is None:
+        return True
+    asked = int(which[run.start : run.stop].sum())
+    return True if asked == run.stop - run.start else None if asked else False

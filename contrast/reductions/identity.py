@@ -1,0 +1,231 @@
+"""Who is whose: what the integer identities say, found once for all tiles by sorting, never as an N x M mask.
+
+Everything here looks at numbers on the host, so it serves the CPU; elsewhere a tile compares the identities itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from contrast.embeddings import PADDING, REMEMBERED, Embeddings
+from contrast.reductions.asked import Relation
+
+FEW = 24
+"""Matches are listed pair by pair up to this many for each anchor and candidate."""
+RUNS = 64
+"""More runs of one view than this are not told apart."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """Neighbouring rows of one view: [start, stop), and the part of the candidates that they stand in.
+
+    `view` is None where views are mixed.
+    """
+
+    start: int
+    stop: int
+    view: int | None
+    part: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class Matches:
+    """Pairs (anchor, candidate) one by one, (P,) int64 each, in the anchors' order; candidates count over all parts."""
+
+    rows: Tensor
+    columns: Tensor
+
+    def __getitem__(self, which: Tensor) -> Matches:
+        return Matches(self.rows[which], self.columns[which])
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
+class Identity:
+    """What the identities of these anchors and candidates say of each pair.
+
+    Args:
+        anchor: N embeddings.
+        candidates: the parts, M embeddings together.
+        across: whether candidates of the anchor's own view do not count.
+    """
+
+    def __init__(self, anchor: Embeddings, candidates: Sequence[Embeddings], across: bool) -> None:
+        self.across = across
+        self.rows, self.columns = len(anchor), sum(len(part) for part in candidates)
+        self.anchor_sample, self.anchor_group, self.anchor_view = anchor.sample, anchor.group, anchor.view
+        self.sample = _joined([part.sample for part in candidates], anchor.sample)
+        self.group = _joined([part.group for part in candidates], anchor.group)
+        self.view = _joined([part.view for part in candidates], anchor.view)
+        self.sizes = [len(part) for part in candidates]
+
+    @cached_property
+    def anchor_runs(self) -> list[Run]:
+        """The anchors' runs of one view, in order."""
+        return _runs(self.anchor_view, 0, 0)
+
+    @cached_property
+    def candidate_runs(self) -> list[Run]:
+        """The candidates' runs of one view, none beyond its part, counted over all parts."""
+        runs, start = [], 0
+        for part, size in enumerate(self.sizes):
+            runs += _runs(self.view[start : start + size], start, part)
+            start += size
+        return runs
+
+    @cached_property
+    def plain(self) -> bool:
+        """Whether every run is of one known view and the pairs that need care are few enough to list."""
+        runs = [*self.anchor_runs, *self.candidate_runs]
+        return all(run.view is not None for run in runs) and self.excluded is not None
+
+    @cached_property
+    def _same_group(self) -> Matches | None:
+        return _matches(self.anchor_group, self.group)
+
+    @cached_property
+    def _same_sample(self) -> Matches | None:
+        if torch.equal(self.anchor_sample, self.anchor_group) and torch.equal(self.sample, self.group):
+            return self._same_group
+        return _matches(self.anchor_sample, self.sample)
+
+    def _itself(self, pairs: Matches) -> Tensor:
+        """Give (P,) bool: which of the pairs are an anchor and itself, or its own remembered sample."""
+        view = self.view[pairs.columns]
+        same = (view == self.anchor_view[pairs.rows]) | (view == REMEMBERED)
+        if self._same_sample is not pairs:
+            same &= self.sample[pairs.columns] == self.anchor_sample[pairs.rows]
+        return same
+
+    @cached_property
+    def excluded(self) -> Matches | None:
+        """Pairs that are neither positive nor negative because they are one sample; None where they are too many."""
+        return None if self._same_sample is None else self._same_sample[self._itself(self._same_sample)]
+
+    @cached_property
+    def positive(self) -> Matches | None:
+        """The positives one by one; None where they are too many (labels)."""
+        if self._same_group is None:
+            return None
+        eligible = ~self._itself(self._same_group)
+        view, anchor_view = self.view[self._same_group.columns], self.anchor_view[self._same_group.rows]
+        eligible &= (view != PADDING) & (anchor_view != PADDING)
+        if self.across:
+            eligible &= view != anchor_view
+        return self._same_group[eligible]
+
+    @cached_property
+    def strangers(self) -> Matches | None:
+        """The pairs that `negative` leaves out, one by one: excluded and positive; None where they are too many."""
+        if self.excluded is None or self.positive is None:
+            return None
+        rows = torch.cat([self.excluded.rows, self.positive.rows])
+        return Matches(rows, torch.cat([self.excluded.columns, self.positive.columns]))
+
+    @cached_property
+    def groups(self) -> tuple[Tensor, Tensor, int]:
+        """The groups numbered from 0: (N,) and (M,) int32, and how many there are."""
+        values, numbers = torch.unique(torch.cat([self.anchor_group, self.group]), return_inverse=True)
+        numbers = numbers.to(torch.int32)
+        return numbers[: self.rows], numbers[self.rows :], len(values)
+
+    def meets(self, anchors: Run, candidates: Run, over: Relation) -> bool:
+        """Say whether anchors of one run may have candidates of the other at all; both of a known view."""
+        if PADDING in (anchors.view, candidates.view):
+            return False
+        if over == "remembered" and candidates.view != REMEMBERED:
+            return False
+        return not (self.across and anchors.view == candidates.view)
+
+    def count(self, over: Relation, among: Tensor | None, rows: Tensor | None) -> Tensor:
+        """Count each anchor's candidates, (N,) int64; for a plain identity."""
+        counts = torch.zeros(self.rows, dtype=torch.int64)
+        if over != "positive":
+            for anchors in self.anchor_runs:
+                met = [run for run in self.candidate_runs if self.meets(anchors, run, over)]
+                counts[anchors.start : anchors.stop] = sum(
+                    run.stop - run.start if among is None else int(among[run.start : run.stop].sum()) for run in met
+                )
+        if over in ("positive", "negative", "remembered"):
+            sign = 1 if over == "positive" else -1
+            counts += sign * self._count_positive(among, remembered=over == "remembered")
+        if over in ("negative", "remembered", "all"):
+            counts -= self._count_listed(self.excluded, among, remembered=over == "remembered")
+        return counts if rows is None else counts * rows
+
+    def _count_listed(self, pairs: Matches | None, among: Tensor | None, remembered: bool) -> Tensor:
+        """Count listed pairs by anchor, those that a run could meet."""
+        assert pairs is not None
+        view, anchor_view = self.view[pairs.columns], self.anchor_view[pairs.rows]
+        kept = (view != PADDING) & (anchor_view != PADDING)
+        if self.across:
+            kept &= view != anchor_view
+        if among is not None:
+            kept &= among[pairs.columns]
+        if remembered:
+            kept &= view == REMEMBERED
+        return torch.bincount(pairs.rows[kept], minlength=self.rows)
+
+    def _count_positive(self, among: Tensor | None, remembered: bool) -> Tensor:
+        if self.positive is not None:
+            return self._count_listed(self.positive, among, remembered)
+        anchor_group, group, kinds = self.groups
+        counts = torch.zeros(self.rows, dtype=torch.int64)
+        for anchors in self.anchor_runs:
+            if anchors.view == PADDING:
+                continue
+            table = torch.zeros(kinds, dtype=torch.int64)
+            for run in self.candidate_runs:
+                if self.meets(anchors, run, "remembered" if remembered else "all"):
+                    weights = None if among is None else among[run.start : run.stop].double()
+                    found = torch.bincount(group[run.start : run.stop], weights, minlength=kinds)
+                    table += found.to(torch.int64)
+            counts[anchors.start : anchors.stop] = table[anchor_group[anchors.start : anchors.stop].long()]
+        assert self.excluded is not None
+        same_group = self.group[self.excluded.columns] == self.anchor_group[self.excluded.rows]
+        return counts - self._count_listed(self.excluded[same_group], among, remembered)
+
+
+def _joined(values: list[Tensor], like: Tensor) -> Tensor:
+    return values[0] if len(values) == 1 else torch.cat(values) if values else like[:0]
+
+
+def _runs(view: Tensor, offset: int, part: int) -> list[Run]:
+    if not len(view):
+        return []
+    if bool((view == view[0]).all()):
+        return [Run(offset, offset + len(view), int(view[0]), part)]
+    views, lengths = torch.unique_consecutive(view, return_counts=True)
+    if len(views) > RUNS:
+        return [Run(offset, offset + len(view), None, part)]
+    runs, start = [], offset
+    for value, length in zip(views.tolist(), lengths.tolist(), strict=True):
+        runs.append(Run(start, start + length, value, part))
+        start += length
+    return runs
+
+
+def _matches(anchor: Tensor, candidate: Tensor) -> Matches | None:
+    """List the pairs of equal numbers, in the anchors' order; None where there are too many."""
+    ordered, order = candidate.sort(stable=True)
+    first = torch.searchsorted(ordered, anchor)
+    counts = torch.searchsorted(ordered, anchor, right=True) - first
+    total = int(counts.sum())
+    if total > FEW * (len(anchor) + len(candidate)):
+        return None
+    rows = torch.repeat_interleave(torch.arange(len(anchor)), counts, output_size=total)
+    before = counts.cumsum(0) - counts
+    return Matches(rows, order[torch.arange(total) + (first - before)[rows]])
+
+
+def cut(run: Run, size: int) -> list[Run]:
+    """Cut a run into blocks of at most `size`."""
+    starts = range(run.start, run.stop, size)
+    return [Run(start, min(start + size, run.stop), run.view, run.part) for start in starts]

@@ -1,0 +1,194 @@
+"""Reductions over positives that are few enough to list: pair by pair, never through tiles."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from contrast.reductions.asked import Count, Kth, LogSumExp, Mean, Reduction, SoftMean, SoftplusSum, arguments
+from contrast.reductions.identity import Matches
+from contrast.reductions.shares import Arguments, logits, shares, softplus
+from contrast.reductions.work import Gradients, Work, nothing
+
+AT_ONCE = 8192
+"""Pairs whose vectors are gathered at a time."""
+
+
+def dots(work: Work, pairs: Matches) -> Tensor:
+    """Give the similarities of listed pairs, (P,) or (H, P)."""
+    made = work.x.new_empty(*work.heads, len(pairs))
+    for where, rows, part, columns in _slices(work, pairs):
+        made[..., where] = (work.x[..., rows, :] * work.candidates[part].z[..., columns, :]).sum(dim=-1)
+    return made
+
+
+def add_dots(work: Work, pairs: Matches, gradient: Tensor, into: Gradients) -> None:
+    """Add what the gradient of listed similarities, (P,) or (H, P), gives the vectors."""
+    for where, rows, part, columns in _slices(work, pairs):
+        g = gradient[..., where].unsqueeze(-1)
+        if into.anchor is not None:
+            into.anchor.index_add_(-2, rows, (g * work.candidates[part].z[..., columns, :]).expand(*work.heads, -1, -1))
+        to_part = into.parts[part]
+        if to_part is not None:
+            to_part.index_add_(
+                -2, columns, (g * work.x[..., rows, :]).sum_to_size(*to_part.shape[:-2], len(rows), to_part.shape[-1])
+            )
+
+
+def _slices(work: Work, pairs: Matches) -> list[tuple[Any, Tensor, int, Tensor]]:
+    """Split listed pairs by part, and into slices: (where in the list, rows, part, columns within the part)."""
+    made: list[tuple[Any, Tensor, int, Tensor]] = []
+    for part, (start, stop) in enumerate(zip(work.starts, work.starts[1:], strict=False)):
+        if len(work.candidates) == 1:
+            inside = torch.arange(len(pairs))
+        else:
+            inside = ((pairs.columns >= start) & (pairs.columns < stop)).nonzero().squeeze(1)
+        made += [
+            (where, pairs.rows[where], part, pairs.columns[where] - start)
+            for where in torch.split(inside, AT_ONCE)
+            if len(where)
+        ]
+    return made
+
+
+class Listed:
+    """Some reductions over listed positives.
+
+    Args:
+        work: the whole call.
+        numbers: which of its reductions.
+    """
+
+    def __init__(self, work: Work, numbers: list[int]) -> None:
+        assert work.identity.positive is not None
+        self.work, self.numbers, self.pairs = work, numbers, work.identity.positive
+        self.asked = [work.asked[number] for number in numbers]
+
+    def forward(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Give the reductions, (N,) or (H, N) each, and what the backward pass needs."""
+        s = dots(self.work, self.pairs)
+        outputs, saved = [], [s]
+        for asked in self.asked:
+            output, normaliser = self._reduce(asked, s, self._counts(asked, s))
+            outputs.append(output)
+            saved.append(normaliser)
+        return outputs, saved
+
+    def _counts(self, asked: Any, s: Tensor) -> Tensor:
+        rows, columns = self.pairs.rows, self.pairs.columns
+        counts = torch.ones(len(rows), dtype=torch.bool) if asked.among is None else asked.among[columns]
+        if getattr(asked, "rows", None) is not None:
+            counts = counts & asked.rows[rows]
+        if getattr(asked, "above", None) is not None:
+            counts = counts & (s >= self._spread(asked.above))
+        return counts.expand(s.shape)
+
+    def _given(self, asked: Reduction) -> Arguments:
+        given = {name: value for name, value in arguments(asked).items() if value is not None}
+        of_rows = isinstance(given.get("bias"), Tensor) and given["bias"].numel() > 1
+        return Arguments(
+            **{
+                name: self._spread(value) if name == "bias" and of_rows else self._at(value)
+                for name, value in given.items()
+            }
+        )
+
+    def _at(self, value: Any) -> Any:
+        """Give an argument at the listed pairs."""
+        if not isinstance(value, Tensor) or value.numel() == 1:
+            return value if not isinstance(value, Tensor) else value.reshape(())
+        if not len(self.pairs):
+            return value.new_zeros(0)
+        if value.ndim == 1:
+            return value[self.pairs.columns]
+        if value.shape[-1] > 1:
+            return value[..., 0, :][..., self.pairs.columns]
+        return value[..., 0][..., self.pairs.rows] if value.shape[-2] > 1 else value[..., 0]
+
+    def _spread(self, of_rows: Tensor) -> Tensor:
+        return of_rows[..., self.pairs.rows]
+
+    def _collect(self, of_pairs: Tensor) -> Tensor:
+        return self.work.new_rows().index_add_(-1, self.pairs.rows, of_pairs.expand(*self.work.heads, -1))
+
+    def _reduce(self, asked: Reduction, s: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+        """Give a reduction, and what its derivative needs: a normaliser of each row."""
+        if isinstance(asked, Count):
+            return torch.zeros((*counts.shape[:-1], len(self.work.anchor)), dtype=torch.int64).index_add_(
+                -1, self.pairs.rows, counts.to(torch.int64)
+            ), s.new_zeros(0)
+        if isinstance(asked, Kth):
+            return self._kth(asked, s, counts), s.new_zeros(0)
+        given = self._given(asked)
+        if isinstance(asked, Mean):
+            weight = torch.where(counts, torch.as_tensor(given.weight, dtype=s.dtype), 0)
+            mass = self._collect(weight)
+            mass = mass.where(mass != 0, 1)
+            return self._collect(weight * s) / mass, mass
+        exponent = logits(s, given)
+        if isinstance(asked, SoftplusSum):
+            return self._collect(torch.where(counts, softplus(exponent), 0)), s.new_zeros(0)
+        exponent = exponent.masked_fill(~counts, -torch.inf)
+        largest = self.work.new_rows().fill_(-torch.inf)
+        largest = largest.scatter_reduce_(-1, self.pairs.rows.expand(exponent.shape), exponent, "amax")
+        empty = largest == -torch.inf
+        largest = largest.masked_fill(empty, 0)
+        total = self._collect((exponent - self._spread(largest)).exp()).masked_fill(empty, 1).log() + largest
+        normaliser = total.masked_fill(empty, torch.inf)
+        if isinstance(asked, LogSumExp):
+            return total.masked_fill(empty, nothing(s.dtype)), normaliser
+        assert isinstance(asked, SoftMean)
+        p = (exponent - self._spread(normaliser)).exp()
+        return self._collect(torch.where(counts, p * s, 0)), normaliser
+
+    def _kth(self, asked: Kth, s: Tensor, counts: Tensor) -> Tensor:
+        order = s.masked_fill(~counts, -torch.inf).argsort(dim=-1, descending=True, stable=True)
+        rows = self.pairs.rows.expand(s.shape).gather(-1, order)
+        order = order.gather(-1, rows.argsort(dim=-1, stable=True))
+        ordered = s.gather(-1, order)
+        listed = torch.bincount(self.pairs.rows, minlength=len(self.work.anchor))
+        found = torch.zeros_like(self.work.new_rows(), dtype=torch.int64).index_add_(
+            -1, self.pairs.rows, counts.to(torch.int64)
+        )
+        k = torch.minimum(torch.as_tensor(asked.k), found).clamp(min=1)
+        place = (listed.cumsum(0) - listed + k - 1).clamp(max=max(len(self.pairs) - 1, 0))
+        if not len(self.pairs):
+            return self.work.new_rows()
+        return ordered.gather(-1, place).masked_fill(found == 0, 0)
+
+    def backward(self, outputs: list[Tensor], saved: list[Tensor], upstream: list[Tensor], into: Gradients) -> None:
+        """Add the gradients of the vectors and of the arguments."""
+        s, *normalisers = saved
+        gradient = torch.zeros_like(s)
+        for number, asked, output, g, normaliser in zip(
+            self.numbers, self.asked, outputs, upstream, normalisers, strict=True
+        ):
+            if isinstance(asked, Count | Kth):
+                continue
+            to_s, to_arguments = shares(
+                asked, s, self._counts(asked, s), self._given(asked), self._spread, g, output, normaliser
+            )
+            gradient += to_s
+            for name, share in to_arguments.items():
+                if (number, name) in into.arguments:
+                    self._add_argument(into.arguments[number, name], share.expand(s.shape), name == "bias")
+        add_dots(self.work, self.pairs, gradient, into)
+
+    def _add_argument(self, to_argument: Tensor, share: Tensor, of_rows: bool) -> None:
+        """Add the gradient of an argument at each pair to the place it was read from."""
+        if not len(self.pairs):
+            return
+        if to_argument.numel() == 1:
+            to_argument += share.sum().reshape(to_argument.shape)
+        elif of_rows:
+            to_argument.index_add_(-1, self.pairs.rows, share.sum_to_size(*to_argument.shape[:-1], share.shape[-1]))
+        elif to_argument.ndim == 1 or to_argument.shape[-1] > 1:
+            flat = to_argument if to_argument.ndim == 1 else to_argument[..., 0, :]
+            flat.index_add_(-1, self.pairs.columns, share.sum_to_size(*flat.shape[:-1], share.shape[-1]))
+        elif to_argument.shape[-2] > 1:
+            flat = to_argument[..., 0]
+            flat.index_add_(-1, self.pairs.rows, share.sum_to_size(*flat.shape[:-1], share.shape[-1]))
+        else:
+            to_argument += share.sum(-1)[..., None, None]

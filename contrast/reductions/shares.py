@@ -1,0 +1,80 @@
+"""What one pair has of a row's gradient: the closed derivatives of every reduction, for tiles and for listed pairs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from contrast.reductions.asked import LogSumExp, Mean, Reduction, SoftMean, SoftplusSum
+
+
+@dataclass(eq=False)
+class Arguments:
+    """The arguments of a reduction at some pairs: numbers, or tensors that broadcast over them."""
+
+    scale: float | Tensor = 1.0
+    log_weight: float | Tensor = 0.0
+    weight: float | Tensor = 1.0
+    bias: float | Tensor = 0.0
+
+
+def logits(s: Tensor, given: Arguments) -> Tensor:
+    """Give scale * s + log_weight + bias."""
+    made = given.scale * s
+    for more in (given.log_weight, given.bias):
+        if isinstance(more, Tensor) or more:
+            made = made + more
+    return made
+
+
+def shares(
+    asked: Reduction,
+    s: Tensor,
+    counts: Tensor,
+    given: Arguments,
+    spread: Callable[[Tensor], Tensor],
+    upstream: Tensor,
+    output: Tensor,
+    normaliser: Tensor | None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Give dL/ds of each pair, and dL/d(argument) of each pair by the argument's name.
+
+    Args:
+        asked: the reduction.
+        s: the similarities.
+        counts: which pairs count, bool.
+        given: its arguments at these pairs.
+        spread: makes a number of each row a number of each pair.
+        upstream: dL/d(reduction) of each row.
+        output: the reduction itself.
+        normaliser: what the forward pass kept: a log-sum-exp (inf for an empty row), or a mean's mass.
+    """
+    g = spread(upstream)
+    if isinstance(asked, Mean):
+        assert normaliser is not None
+        per_mass = torch.where(counts, g / spread(normaliser), 0)
+        return per_mass * given.weight, {"weight": per_mass * (s - spread(output))}
+    exponent = logits(s, given)
+    if isinstance(asked, SoftplusSum):
+        to_logit = torch.where(counts, g * torch.sigmoid(exponent), 0)
+        return to_logit * given.scale, {"scale": to_logit * s, "bias": to_logit}
+    assert normaliser is not None
+    p = torch.where(counts, exponent - spread(normaliser), -torch.inf).exp()
+    if isinstance(asked, LogSumExp):
+        to_logit = g * p
+        return to_logit * given.scale, {"scale": to_logit * s, "log_weight": to_logit}
+    assert isinstance(asked, SoftMean)
+    direct = g * p
+    if asked.detach:
+        return direct, {"scale": torch.zeros_like(direct)}
+    to_logit = direct * (s - spread(output))
+    return direct + to_logit * given.scale, {"scale": to_logit * s}
+
+
+def softplus(x: Tensor) -> Tensor:
+    """Give log(1 + e^x); torch calls it x above a threshold whose default of 20 loses digits in float64."""
+    return F.softplus(x, threshold=40)

@@ -1,0 +1,326 @@
+"""The sweep for any device and any argument: every tile asks the identities, with a running maximum for each row."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from contrast.embeddings import PADDING, REMEMBERED, Embeddings
+from contrast.reductions.asked import Count, Kth, Mean, Reduction, Relation, SoftMean, SoftplusSum, arguments
+from contrast.reductions.shares import Arguments, logits, shares, softplus
+from contrast.reductions.work import Gradients, Work, learned, nothing, spanned
+
+STRIP = 2**22
+"""Numbers in a strip of whole rows, for what must see a row at once."""
+
+
+class Tiles:
+    """One sweep over the tiles for some of the reductions.
+
+    Args:
+        work: the whole call.
+        numbers: which of its reductions.
+        size: rows and columns of a tile.
+    """
+
+    def __init__(self, work: Work, numbers: list[int], size: int) -> None:
+        self.work, self.numbers = work, numbers
+        self.asked: list[Any] = [work.asked[number] for number in numbers]
+        # A threshold found by `kth` must meet the same similarities to the bit, so all sweeps have one grid.
+        heads = work.heads[0] if work.heads else 1
+        most = max(16, STRIP // max(1, heads * sum(len(part) for part in work.candidates)))
+        self.height, self.width = min(size, most), size
+
+    def rows(self) -> Iterator[slice]:
+        """Walk the anchors block by block."""
+        for start in range(0, len(self.work.anchor), self.height):
+            yield slice(start, min(start + self.height, len(self.work.anchor)))
+
+    def columns(self) -> Iterator[tuple[int, slice, slice]]:
+        """Walk the candidates block by block: (part, place in the part, place among all)."""
+        for part, start in zip(range(len(self.work.candidates)), self.work.starts, strict=False):
+            length = len(self.work.candidates[part])
+            for first in range(0, length, self.width):
+                last = min(first + self.width, length)
+                yield part, slice(first, last), slice(start + first, start + last)
+
+    def similarity(self, rows: slice, part: int, within: slice) -> Tensor:
+        """Give a tile of similarities, (n, m) or (H, n, m)."""
+        return self.work.x[..., rows, :] @ self.work.candidates[part].z[..., within, :].mT
+
+    def counting(
+        self, asked: Any, s: Tensor, rows: slice, part: int, within: slice, columns: slice, known: dict[Any, Tensor]
+    ) -> Tensor:
+        """Give (n, m) or (H, n, m) bool: the candidates of a tile that count."""
+        if asked.over not in known:
+            known[asked.over] = relation(self.work, asked.over, s, rows, part, within)
+        counts = known[asked.over]
+        if asked.among is not None:
+            counts = counts & asked.among[columns]
+        if getattr(asked, "rows", None) is not None:
+            counts = counts & asked.rows[rows].unsqueeze(-1)
+        if getattr(asked, "above", None) is not None:
+            counts = counts & (s >= asked.above[..., rows].unsqueeze(-1))
+        return counts
+
+    def given(
+        self, asked: Reduction, rows: slice, part: int, within: slice, columns: slice, known: dict[Any, Tensor]
+    ) -> Arguments:
+        """Give the arguments of a reduction on a tile."""
+        made: dict[str, Any] = {}
+        for name, value in arguments(asked).items():
+            if value is None:
+                continue
+            if isinstance(value, nn.Module):
+                if id(value) not in known:
+                    known[id(value)] = value(self.work.anchor[rows], self.work.candidates[part][within])
+                made[name] = known[id(value)]
+            elif isinstance(value, str):
+                u, v = self.work.anchor.reference, self.work.candidates[part].reference
+                assert u is not None
+                assert v is not None
+                made[name] = ((u[rows] @ v[within].T + 1) / 2).to(self.work.x.dtype)
+            elif isinstance(value, Tensor) and name == "bias":
+                made[name] = value[..., rows].unsqueeze(-1) if value.ndim else value
+            else:
+                made[name] = spanned(value, rows, columns) if isinstance(value, Tensor) else value
+        return Arguments(**made)
+
+    def forward(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Give the reductions, (N,) or (H, N) each, and a normaliser of each for the backward pass."""
+        whole = any(isinstance(asked, Kth) for asked in self.asked)
+        outputs: list[list[Tensor]] = [[] for _ in self.asked]
+        saved: list[list[Tensor]] = [[] for _ in self.asked]
+        for rows in self.rows():
+            states = [_State(asked, self.work.x, rows) for asked in self.asked]
+            strip: list[tuple[Tensor, list[Tensor]]] = []
+            for part, within, columns in self.columns():
+                known: dict[Any, Tensor] = {}
+                s = self.similarity(rows, part, within)
+                counted = [self.counting(asked, s, rows, part, within, columns, known) for asked in self.asked]
+                for state, counts, asked in zip(states, counted, self.asked, strict=True):
+                    if not isinstance(asked, Kth):
+                        state.add(s, counts, self.given(asked, rows, part, within, columns, known))
+                if whole:
+                    strip.append((s, counted))
+            for place, (state, asked) in enumerate(zip(states, self.asked, strict=True)):
+                if isinstance(asked, Kth):
+                    output, normaliser = self._kth(asked, rows, strip, place), s_like(self.work.x)
+                else:
+                    output, normaliser = state.close()
+                outputs[place].append(output)
+                saved[place].append(normaliser)
+        if not len(self.work.anchor):
+            kinds = [torch.int64 if isinstance(asked, Count) else self.work.x.dtype for asked in self.asked]
+            return [self.work.new_rows().to(kind) for kind in kinds], [s_like(self.work.x) for _ in self.asked]
+        return [torch.cat(rows, dim=-1) for rows in outputs], [torch.cat(rows, dim=-1) for rows in saved]
+
+    def _kth(self, asked: Kth, rows: slice, strip: list[tuple[Tensor, list[Tensor]]], place: int) -> Tensor:
+        empty = self.work.new_rows()[..., rows]
+        if not strip:
+            return empty
+        s = torch.cat([tile.masked_fill(~counted[place], -torch.inf) for tile, counted in strip], dim=-1)
+        found = (s > -torch.inf).sum(dim=-1)
+        k = torch.as_tensor(asked.k, device=s.device)
+        k = torch.minimum(k[rows] if k.ndim else k, found).clamp(min=1)
+        return kth_largest(s, k).masked_fill(found == 0, 0)
+
+    def topk(self, k: int, over: Relation, among: Tensor | None) -> Tensor:
+        """Give the places of the k largest similarities, (N, k) or (H, N, k), -1 where there are fewer."""
+        asked, made = Count(over, among), []
+        for rows in self.rows():
+            tiles = []
+            for part, within, columns in self.columns():
+                s = self.similarity(rows, part, within)
+                counts = self.counting(asked, s, rows, part, within, columns, {})
+                tiles.append(s.masked_fill(~counts, -torch.inf))
+            empty = self.work.x.new_full((*self.work.heads, rows.stop - rows.start, k), -torch.inf)
+            values, places = torch.cat([*tiles, empty], dim=-1).topk(k, dim=-1)
+            made.append(places.masked_fill(values == -torch.inf, -1))
+        shape = (*self.work.heads, len(self.work.anchor), k)
+        return torch.cat(made, dim=-2) if made else torch.empty(shape, dtype=torch.int64, device=self.work.x.device)
+
+    def backward(self, outputs: list[Tensor], saved: list[Tensor], upstream: list[Tensor], into: Gradients) -> None:
+        """Add the gradients, tile by tile, from the similarities computed again."""
+        work = self.work
+        active = [place for place, asked in enumerate(self.asked) if not isinstance(asked, Count | Kth)]
+        for rows in self.rows() if active else ():
+            x = work.x[..., rows, :]
+            for part, within, columns in self.columns():
+                known: dict[Any, Tensor] = {}
+                s = self.similarity(rows, part, within)
+                gradient = torch.zeros_like(s)
+                to_modules: dict[int, tuple[nn.Module, Tensor]] = {}
+                for place in active:
+                    asked = self.asked[place]
+                    counts = self.counting(asked, s, rows, part, within, columns, known)
+                    given = self.given(asked, rows, part, within, columns, known)
+                    to_s, to_arguments = shares(
+                        asked,
+                        s,
+                        counts,
+                        given,
+                        _spread,
+                        upstream[place][..., rows],
+                        outputs[place][..., rows],
+                        saved[place][..., rows] if saved[place].numel() else None,
+                    )
+                    gradient += to_s
+                    for name, share in to_arguments.items():
+                        value = getattr(asked, name)
+                        if isinstance(value, nn.Module):
+                            _, sofar = to_modules.get(id(value), (value, 0.0))
+                            to_modules[id(value)] = (value, sofar + share)
+                        elif (self.numbers[place], name) in into.arguments:
+                            self._add_argument(into, place, name, share, rows, columns)
+                for module, share in to_modules.values():
+                    self._into_module(module, share, rows, part, within, into)
+                if into.anchor is not None:
+                    into.anchor[..., rows, :] += gradient @ work.candidates[part].z[..., within, :]
+                to_part = into.parts[part]
+                if to_part is not None:
+                    place_of = to_part[..., within, :]
+                    place_of += (gradient.mT @ x).sum_to_size(place_of.shape)
+
+    def _add_argument(self, into: Gradients, place: int, name: str, share: Tensor, rows: slice, columns: slice) -> None:
+        number = self.numbers[place]
+        if name != "bias":
+            into.add_argument(number, name, share, rows, columns)
+            return
+        to_bias = into.arguments[number, name]
+        part = to_bias[..., rows] if to_bias.ndim and to_bias.shape[-1] > 1 else to_bias
+        part += share.sum(dim=-1).sum_to_size(part.shape)
+
+    def _into_module(
+        self, module: nn.Module, share: Tensor, rows: slice, part: int, within: slice, into: Gradients
+    ) -> None:
+        """Send a tile's gradient back through a PairFunction: to its parameters, and to the vectors it reads."""
+        anchor, candidate = self.work.anchor[rows], self.work.candidates[part][within]
+        x, y = anchor.z.detach().requires_grad_(into.anchor is not None), candidate.z.detach()
+        y.requires_grad_(into.parts[part] is not None)
+        known = learned(module)
+        with torch.enable_grad():
+            tile = module(_with(anchor, x), _with(candidate, y))
+        if not tile.requires_grad:
+            return
+        wanted = [tensor for tensor in (x, y, *known) if tensor.requires_grad]
+        found = torch.autograd.grad(
+            tile, wanted, share.sum_to_size(tile.shape).to(tile.dtype), allow_unused=True, materialize_grads=True
+        )
+        gradients = dict(zip(map(id, wanted), found, strict=True))
+        if id(x) in gradients and into.anchor is not None:
+            into.anchor[..., rows, :] += gradients[id(x)]
+        to_part = into.parts[part]
+        if id(y) in gradients and to_part is not None:
+            to_part[..., within, :] += gradients[id(y)]
+        for tensor in known:
+            into.add_parameter(tensor, gradients[id(tensor)])
+
+
+class _State:
+    """What a reduction knows of a block of rows so far.
+
+    Args:
+        asked: the reduction.
+        x: all anchors.
+        rows: the block.
+    """
+
+    def __init__(self, asked: Any, x: Tensor, rows: slice) -> None:
+        self.asked = asked
+        shape = (*x.shape[:-2], rows.stop - rows.start)
+        self.largest = x.new_full(shape, -torch.inf)
+        self.mass, self.total = x.new_zeros(shape), x.new_zeros(shape)
+        self.number = torch.zeros(shape[-1:], dtype=torch.int64, device=x.device)
+
+    def add(self, s: Tensor, counts: Tensor, given: Arguments) -> None:
+        """Take in a tile."""
+        if isinstance(self.asked, Count):
+            self.number = self.number + counts.sum(dim=-1)
+        elif isinstance(self.asked, Mean):
+            weight = torch.where(counts, torch.as_tensor(given.weight, dtype=s.dtype, device=s.device), 0)
+            self.mass = self.mass + weight.sum(dim=-1)
+            self.total = self.total + (weight * s).sum(dim=-1)
+        elif isinstance(self.asked, SoftplusSum):
+            self.total = self.total + torch.where(counts, softplus(logits(s, given)), 0).sum(dim=-1)
+        elif s.shape[-1]:
+            exponent = torch.where(counts, logits(s, given), -torch.inf)
+            largest = torch.maximum(self.largest, exponent.amax(dim=-1))
+            reach = largest.masked_fill(largest == -torch.inf, 0)
+            fade = (self.largest - reach).exp()
+            e = (exponent - reach.unsqueeze(-1)).exp()
+            self.mass = self.mass * fade + e.sum(dim=-1)
+            if isinstance(self.asked, SoftMean):
+                self.total = self.total * fade + (e * s).sum(dim=-1)
+            self.largest = largest
+
+    def close(self) -> tuple[Tensor, Tensor]:
+        """Give the reduction, and the normaliser that its derivative needs."""
+        if isinstance(self.asked, Count):
+            return self.number, self.mass
+        if isinstance(self.asked, SoftplusSum):
+            return self.total, self.mass
+        if isinstance(self.asked, Mean):
+            mass = self.mass.where(self.mass != 0, 1)
+            return self.total / mass, mass
+        empty = self.largest == -torch.inf
+        mass = self.mass.masked_fill(empty, 1)
+        value = mass.log() + self.largest.masked_fill(empty, 0)
+        normaliser = value.masked_fill(empty, torch.inf)
+        if isinstance(self.asked, SoftMean):
+            return self.total / mass, normaliser
+        return value.masked_fill(empty, nothing(value.dtype)), normaliser
+
+
+def relation(work: Work, over: Relation, s: Tensor, rows: slice, part: int, within: slice) -> Tensor:
+    """Give (n, m) or (H, n, m) bool: which candidates of a tile stand in this relation."""
+    anchor, candidate = work.anchor, work.candidates[part]
+    view, its_view = anchor.view[rows, None], candidate.view[within]
+    same_sample = anchor.sample[rows, None] == candidate.sample[within]
+    same_group = anchor.group[rows, None] == candidate.group[within]
+    remembered = its_view == REMEMBERED
+    eligible = ~(same_sample & ((view == its_view) | remembered))
+    eligible &= (view != PADDING) & (its_view != PADDING)
+    if work.across:
+        eligible &= view != its_view
+    if over == "positive":
+        return eligible & same_group
+    negative = eligible & ~same_group
+    for rule, per_anchor in work.rules:
+        block = [values[rows].unsqueeze(-1) for values in per_anchor]
+        negative = negative & ~rule(anchor[rows], candidate[within], s, *block)
+    if over == "negative":
+        return negative
+    return negative & remembered if over == "remembered" else negative | (eligible & same_group)
+
+
+def kth_largest(s: Tensor, k: Tensor) -> Tensor:
+    """Give the k-th largest of each row of (..., M); k: (...) from 1 to M. On the CPU numpy selects faster."""
+    if not s.shape[-1]:
+        return s.sum(dim=-1)
+    if s.device.type != "cpu":
+        return s.sort(dim=-1, descending=True).values.gather(-1, (k - 1).unsqueeze(-1)).squeeze(-1)
+    k = k.expand(s.shape[:-1])
+    flat, place = s.reshape(-1, s.shape[-1]).numpy(), (s.shape[-1] - k.reshape(-1)).numpy()
+    found = np.empty(len(flat), dtype=flat.dtype)
+    for one in np.unique(place):
+        which = place == one
+        found[which] = np.partition(flat[which], one, axis=-1)[:, one]
+    return torch.from_numpy(found).reshape(s.shape[:-1])
+
+
+def s_like(x: Tensor) -> Tensor:
+    """Give nothing, where a reduction keeps no normaliser."""
+    return x.new_zeros(0)
+
+
+def _spread(of_rows: Tensor) -> Tensor:
+    return of_rows.unsqueeze(-1)
+
+
+def _with(embeddings: Embeddings, z: Tensor) -> Embeddings:
+    return Embeddings(z, embeddings.sample, embeddings.group, embeddings.view, embeddings.reference)

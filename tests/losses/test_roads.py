@@ -1,0 +1,53 @@
+"""Every loss has one value and one gradient, whatever the road behind its reductions."""
+
+import pytest
+import torch
+
+from contrast import reductions
+from contrast.embeddings import REMEMBERED, Embeddings, normalise
+from tests.losses.cases import CASES, DIMS
+
+every_loss = pytest.mark.parametrize("case", CASES, ids=str)
+LABELS = torch.tensor([0, 1, 0, 2, 1, 1, 0])
+ASKED = {
+    "two views": {},
+    "four views": {"views": 4},
+    "labels": {"views": 3, "group": LABELS},
+    "one class": {"group": LABELS * 0},
+    "repeated samples": {"sample": torch.tensor([3, 1, 3, 4, 5, 6, 6])},
+    "heads": {"views": 3, "heads": 2},
+    "queue": {"sample": torch.arange(7), "queue": True},
+    "heads and a learned extra": {"heads": 2, "learned": True},
+}
+
+
+def outcome(case, asked):
+    asked = dict(asked)
+    generator = torch.Generator().manual_seed(8)
+    queue, learned = asked.pop("queue", False), asked.pop("learned", False)
+    views, given = case.inputs(samples=7, **asked)
+    more = torch.randn(6, DIMS, generator=generator, dtype=torch.float64)
+    leaves = [*views]
+    if queue and "extra" not in given:
+        index = torch.tensor([2, 30, 31, 4, 32, 33])
+        given["extra"] = [Embeddings(normalise(more), index, index, torch.full_like(index, REMEMBERED))]
+    if learned:
+        leaves.append(more.requires_grad_())
+        given["extra"] = [more]
+    loss = case.make().double()
+    leaves += list(loss.parameters())
+    value = loss(*views, **given)
+    gradients = torch.autograd.grad(value, leaves, allow_unused=True, materialize_grads=True)
+    return value, gradients, loss.metrics
+
+
+@every_loss
+@pytest.mark.parametrize("asked", ASKED.values(), ids=ASKED)
+def test_tiles_change_nothing(case, asked):
+    """Walking the similarities in tiles bounds memory; it must not touch value, gradient or metrics."""
+    with reductions.road("dense"):
+        expected = outcome(case, asked)
+    for size in (1, 3, 512):
+        with reductions.road("tiles", size=size):
+            found = outcome(case, asked)
+        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
