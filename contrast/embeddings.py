@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +17,20 @@ REMEMBERED = -1
 """The view of a candidate that comes from a queue or a bank."""
 PADDING = -2
 """The view of a row that is nothing at all: never a candidate, never a valid anchor."""
+
+
+class Known(NamedTuple):
+    """All of one view, every sample once, each its own group.
+
+    Args:
+        sample: the very tensor of the samples.
+        view: the view.
+        fresh: whether no other embeddings can have these samples, but for those that share the tensor.
+    """
+
+    sample: Tensor
+    view: int
+    fresh: bool
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,6 +55,10 @@ class Embeddings:
     reference: Tensor | None = None
     parts: tuple[Embeddings, ...] = field(default=(), init=False, repr=False)
     """What `concatenate` put together, by which `Pairs` knows that its anchors are its candidates."""
+    known: Known | None = field(default=None, init=False, repr=False)
+    """What is known of the identities without looking, which saves looking."""
+    unit: bool = field(default=False, init=False, repr=False)
+    """Whether no vector is longer than 1, but for rounding; known without looking."""
 
     def __post_init__(self) -> None:
         if self.z.ndim not in (2, 3):
@@ -68,7 +88,9 @@ class Embeddings:
 
     def detach(self) -> Embeddings:
         """Give the same embeddings without their history."""
-        return replace(self, z=self.z.detach())
+        made = object.__new__(Embeddings)
+        made.__dict__.update(self.__dict__, z=self.z.detach(), parts=())
+        return made
 
     def gathered(self) -> Embeddings:
         """Give every process's embeddings in rank order, with gradient; local sizes may differ, also 0."""
@@ -82,12 +104,100 @@ def normalise(z: Tensor) -> Tensor:
         z: (..., D) in any floating type.
     """
     z = z.to(torch.promote_types(z.dtype, torch.float32))
-    # The direction does not depend on this constant, so it carries no gradient; it keeps the squares in range.
-    largest = z.detach().abs().amax(dim=-1, keepdim=True) if z.shape[-1] else z.new_ones(*z.shape[:-1], 1)
-    z = z / torch.where(largest == 0, 1, largest)
-    squared = z.square().sum(dim=-1, keepdim=True)
-    zero = squared == 0
-    return torch.where(zero, 0, z / torch.where(zero, 1, squared).sqrt())
+    function = _UnitOfTransforms if torch._C._are_functorch_transforms_active() else _Unit
+    unit: Tensor = function.apply(z)[0]
+    return unit
+
+
+class _Unit(torch.autograd.Function):
+    """z / |z| and 1 / |z|; both 0 where z is 0."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor) -> tuple[Tensor, Tensor]:
+        output = _unit(z)
+        ctx.save_for_backward(*output)
+        ctx.set_materialize_grads(False)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> Tensor | None:
+        (unit, inverse), (g, to_inverse) = ctx.saved_tensors, gradients
+        if g is None:
+            return None if to_inverse is None else -to_inverse * inverse.square() * unit
+        with full_precision(g):
+            along = (g * unit).sum(dim=-1, keepdim=True)
+            # Only a second derivative asks for that of 1 / |z|.
+            along = along if to_inverse is None else along + to_inverse * inverse
+            found: Tensor = torch.addcmul(g, unit, along, value=-1) * inverse
+            return found
+
+
+class _UnitOfTransforms(_Unit):
+    """The same inside torch.func, which wants the context apart."""
+
+    @staticmethod
+    def forward(z: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        return _unit(z)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: tuple[Tensor, Tensor]) -> None:  # noqa: ARG004
+        ctx.save_for_backward(*output)
+        ctx.set_materialize_grads(False)
+
+
+_SAFE = (1e-24, 1e24)
+"""Squared lengths between these are far from the ends of float32."""
+
+
+def _unit(z: Tensor) -> tuple[Tensor, Tensor]:
+    if not z.shape[-1]:
+        return z.clone(), z.new_zeros(*z.shape[:-1], 1)
+    if z.device.type == "cpu" and z.numel() and not torch.compiler.is_compiling():
+        squared = z.square().sum(dim=-1, keepdim=True)
+        least, most = squared.aminmax()
+        if least > _SAFE[0] and most < _SAFE[1]:
+            inverse = squared.sqrt_().reciprocal_()
+            return z * inverse, inverse
+    # The largest coordinate becomes 1, so that squares stay in range; a row that is not 0 is then 1 or longer.
+    largest = torch.linalg.vector_norm(z, ord=torch.inf, dim=-1, keepdim=True).clamp_(min=torch.finfo(z.dtype).tiny)
+    unit = z / largest
+    length = torch.linalg.vector_norm(unit, dim=-1, keepdim=True)
+    unit /= length.clamp(min=0.5)
+    return unit, torch.where(length > 0, 1 / (length * largest), 0)
+
+
+def full_precision(z: Tensor) -> AbstractContextManager[Any]:
+    """Switch autocast off inside the block, on the device of `z`, if it is on."""
+    device = z.device.type
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+
+
+def of_view(
+    z: Tensor,
+    sample: Tensor,
+    group: Tensor,
+    view: int,
+    reference: Tensor | None,
+    *,
+    fresh: bool | None,
+    unit: bool,
+) -> Embeddings:
+    """Give embeddings of one view; `fresh` says what is known of samples that are all distinct, None that nothing is.
+
+    Args:
+        z: (N, D) or (H, N, D).
+        sample: (N,) int64.
+        group: (N,) int64.
+        view: the view of all.
+        reference: (N, R), or None.
+        fresh: True where no other embeddings but those that share the tensor `sample` can have these samples, False
+            where others may; None where samples may repeat or have groups.
+        unit: whether the vectors are of unit length, or 0.
+    """
+    made = Embeddings(z, sample, group, torch.full_like(sample, view), reference)
+    known = None if fresh is None else Known(sample, view, fresh)
+    made.__dict__.update(known=known, unit=unit)
+    return made
 
 
 def concatenate(parts: Sequence[Embeddings]) -> Embeddings:
@@ -98,14 +208,26 @@ def concatenate(parts: Sequence[Embeddings]) -> Embeddings:
     sample = torch.cat([part.sample for part in parts])
     same = all(part.group is part.sample for part in parts)
     made = Embeddings(
-        torch.cat([part.z for part in parts], dim=-2),
+        _joined([part.z for part in parts]),
         sample,
         sample if same else torch.cat([part.group for part in parts]),
         torch.cat([part.view for part in parts]),
         torch.cat(references) if len(references) == len(parts) else None,
     )
-    object.__setattr__(made, "parts", tuple(parts))
+    made.__dict__.update(parts=tuple(parts), unit=all(part.unit for part in parts))
     return made
+
+
+def _joined(vectors: Sequence[Tensor]) -> Tensor:
+    """Put vectors after one another; those that are neighbouring slices of a tensor give that tensor."""
+    base, start = vectors[0]._base, 0
+    if base is None or base.ndim != vectors[0].ndim:
+        return torch.cat(list(vectors), dim=-2)
+    for z in vectors:
+        if z._base is not base or z.stride() != base.stride() or z.storage_offset() != start * base.stride(-2):
+            return torch.cat(list(vectors), dim=-2)
+        start += z.shape[-2]
+    return base if start == base.shape[-2] else torch.cat(list(vectors), dim=-2)
 
 
 def gather_all(parts: Sequence[Embeddings]) -> list[Embeddings]:
@@ -134,5 +256,5 @@ def unknown_samples(count: int, device: torch.device) -> Tensor:
     """Give (count,) sample indices for embeddings that came without: negative, new on every process and every call."""
     # 2**24 rows a call, 2**10 processes: 2**29 calls before int64 ends.
     world, rank = distributed.world_size(), distributed.rank()
-    first = next(_calls) * 2**24
-    return -1 - ((first + torch.arange(count, device=device)) * world + rank)
+    first = -1 - (next(_calls) * 2**24 * world + rank)
+    return torch.arange(first, first - count * world, -world, device=device)

@@ -23,7 +23,7 @@ from contrast.reductions import (
     SoftMean,
     SoftplusSum,
 )
-from contrast.reductions.identity import Identity
+from contrast.reductions.identity import Identity, identify
 
 Rule = Callable[..., Tensor]
 """rule(anchor, candidate, similarity, *rows of per_anchor) -> bool tile, True = leave this negative out."""
@@ -72,7 +72,7 @@ class Pairs:
     @cached_property
     def identity(self) -> Identity:
         """What the identities say of all pairs, for the reductions."""
-        return Identity(self.anchor, self.candidates, self.across)
+        return identify(self.anchor, self.candidates, self.across)
 
     def logsumexp(
         self,

@@ -13,6 +13,7 @@ from contrast import distributed
 from contrast.embeddings import concatenate, gather_all
 from contrast.losses.pair_loss import LOSSES, Extra, PairLoss
 from contrast.pairs import Pairs, two_sided
+from contrast.reductions import LogSumExp, Mean
 
 LARGEST_SCALE = 100.0
 """A learned 1 / temperature stays below this, as in CLIP."""
@@ -114,15 +115,16 @@ class InfoNCE(PairLoss):
         if self.positives == "alone":
             repel = pairs.logsumexp(scale, over="remembered" if memory else "negative")
             return pairs.softplus_sum(-scale, repel, over="positive") / pairs.count("positive").clamp(min=1)
+        inside = self.positives == "inside"
+        attract = LogSumExp(scale, "positive") if inside else Mean("positive")
         if memory:
-            denominator = torch.logaddexp(
-                pairs.logsumexp(scale, over="remembered"), pairs.logsumexp(scale, over="positive")
+            repel, positives, numerator = pairs.reduce(
+                LogSumExp(scale, "remembered"), LogSumExp(scale, "positive"), attract
             )
+            denominator = torch.logaddexp(repel, positives)
         else:
-            denominator = pairs.logsumexp(scale, over="all")
-        if self.positives == "inside":
-            return denominator - pairs.logsumexp(scale, over="positive")
-        return denominator - pairs.mean(over="positive") * scale
+            denominator, numerator = pairs.reduce(LogSumExp(scale, "all"), attract)
+        return denominator - (numerator if inside else numerator * scale)
 
     def scale(self) -> float | Tensor:
         """Give 1 / tau."""

@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import ClassVar, Literal, Protocol, runtime_checkable
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from contrast import distributed
-from contrast.embeddings import PADDING, REMEMBERED, Embeddings, concatenate, gather_all, normalise, unknown_samples
+from contrast.embeddings import (
+    PADDING,
+    REMEMBERED,
+    Embeddings,
+    concatenate,
+    full_precision,
+    gather_all,
+    normalise,
+    of_view,
+    unknown_samples,
+)
 from contrast.pairs import Pairs, all_pairs
+from contrast.reductions import Relation
 from contrast.registry import Registry
 
 LOSSES = Registry("loss")
@@ -96,16 +107,19 @@ class PairLoss(nn.Module):
         if reduction not in ("mean", "none"):
             raise ValueError(f"reduction is 'mean' or 'none'; got {reduction!r}.")
         self._check(views, targets)
-        extras = [extra] if isinstance(extra, Tensor | Embeddings | Source) else list(extra)
-        with torch.autocast(views[0].device.type, enabled=False):
+        extras = list(extra) if isinstance(extra, list | tuple) else self._listed(extra)
+        with full_precision(views[0]):
             prepared = self.pairs(
                 *views, targets=targets, sample=sample, group=group, reference=reference, extra=extras
             )
             anchors = [pairs.anchor for pairs in prepared]
             rows = self.combine([self.rows(pairs) for pairs in prepared], anchors)
-            valid = torch.cat([self._valid(pairs) for pairs in prepared])
-            row = torch.where(valid, torch.cat(list(rows)), 0)
             self._last = [_detached(pairs) for pairs in prepared]
+            row = _joined(rows)
+            if all(self._all_valid(pairs) for pairs in prepared):
+                return row.mean() if reduction == "mean" else row
+            valid = _joined([self._valid(pairs) for pairs in prepared])
+            row = torch.where(valid, row, 0)
             return global_mean(row, valid) if reduction == "mean" else row
 
     def pairs(
@@ -134,18 +148,24 @@ class PairLoss(nn.Module):
     ) -> tuple[list[Embeddings], list[Embeddings]]:
         """Give the views and the targets as embeddings with identities, of unit length where the loss wants that."""
         count, device = views[0].shape[-2], views[0].device
+        fresh = sample is None
         sample = unknown_samples(count, device) if sample is None else _identity("sample", sample, count, device)
         group = sample if group is None else _identity("group", group, count, device)
         if reference is not None:
             reference = normalise(reference.detach())
 
-        def made(z: Tensor, view: int) -> Embeddings:
-            z = normalise(z) if self.normalise else z.to(torch.promote_types(z.dtype, torch.float32))
-            return Embeddings(z, sample, group, torch.full_like(sample, view), reference)
+        known = group is sample and (fresh or _distinct(sample))
 
-        own = [made(z, view) for view, z in enumerate(views)]
-        twins = [made(z, view) for view, z in enumerate(targets or ()) if z is not None]
-        return own, twins
+        def made(views: Mapping[int, Tensor]) -> list[Embeddings]:
+            whole = torch.cat(list(views.values()), dim=-2) if len(views) > 1 else next(iter(views.values()))
+            whole = normalise(whole) if self.normalise else whole.to(torch.promote_types(whole.dtype, torch.float32))
+            return [
+                of_view(z, sample, group, view, reference, fresh=fresh if known else None, unit=self.normalise)
+                for view, z in zip(views, _slices(whole, len(views)), strict=True)
+            ]
+
+        kept = {view: z for view, z in enumerate(targets or ()) if z is not None}
+        return made(dict(enumerate(views))), made(kept) if kept else []
 
     def extras(self, extra: Sequence[Extra], own: Sequence[Embeddings]) -> list[Embeddings]:
         """Give further candidates as embeddings: what memories hold, plain (K, D) tensors as remembered strangers."""
@@ -157,7 +177,7 @@ class PairLoss(nn.Module):
                 raise ValueError(f"a plain extra is a floating (K, D) tensor; got {_described(source)}.")
             sample = unknown_samples(source.shape[-2], source.device)
             z = normalise(source) if self.normalise else source
-            made = Embeddings(z, sample, sample, torch.full_like(sample, REMEMBERED))
+            made = of_view(z, sample, sample, REMEMBERED, None, fresh=True, unit=self.normalise)
         elif isinstance(source, Embeddings):
             made = source
         elif isinstance(source, Source):
@@ -171,9 +191,9 @@ class PairLoss(nn.Module):
             raise ValueError(
                 f"extra candidates have as many dimensions as the views, {own[0].z.shape[-1]}; got {made.z.shape[-1]}."
             )
-        if made.z.device.type == "cpu" and not torch.isfinite(made.z).all():
+        if made.z.device.type == "cpu" and not _finite(made.z):
             raise ValueError("extra candidates hold values that are not finite (NaN or inf).")
-        return replace(made, z=made.z.to(own[0].z.dtype))
+        return made if made.z.dtype == own[0].z.dtype else replace(made, z=made.z.to(own[0].z.dtype))
 
     def rows(self, pairs: Pairs) -> Tensor:
         """Give each anchor's loss, (N,): `per_anchor` once, or block by block where it reads similarities."""
@@ -217,6 +237,21 @@ class PairLoss(nn.Module):
     def end_epoch(self) -> None:
         """Close an epoch; a loss that keeps statistics by epoch turns them over here."""
 
+    @staticmethod
+    def _listed(extra: Any) -> list[Extra]:
+        return [extra] if isinstance(extra, Tensor | Embeddings | Source) else list(extra)
+
+    def _all_valid(self, pairs: Pairs) -> bool:
+        """Say whether every anchor is known to be valid, on this process that works alone."""
+        if pairs.rules or distributed.world_size() > 1:
+            return False
+        needed: list[Relation] = []
+        if self.needs_positive:
+            needed.append("positive")
+        if self.needs_negative:
+            needed.append("negative")
+        return pairs.identity.nobody_lacks(*needed)
+
     def _valid(self, pairs: Pairs) -> Tensor:
         valid = pairs.anchor.view != PADDING
         for needed, over in ((self.needs_positive, "positive"), (self.needs_negative, "negative")):
@@ -248,7 +283,7 @@ class PairLoss(nn.Module):
                     f"{name}: every view and target has the same shape, row i the same sample; "
                     f"{named[0][0]} is {tuple(views[0].shape)} and {what} is {tuple(z.shape)}."
                 )
-            if z.device.type == "cpu" and not torch.isfinite(z).all():
+            if z.device.type == "cpu" and not _finite(z):
                 raise ValueError(f"{name}: {what} holds values that are not finite (NaN or inf); look at the encoder.")
 
 
@@ -272,12 +307,35 @@ def global_mean(rows: Tensor, valid: Tensor) -> Tensor:
     return (sums[0] / count).to(own.dtype) + (share - share.detach())
 
 
+def _joined(rows: Sequence[Tensor]) -> Tensor:
+    return rows[0] if len(rows) == 1 else torch.cat(list(rows))
+
+
 def _identity(name: str, values: Tensor, count: int, device: torch.device) -> Tensor:
     if not isinstance(values, Tensor) or values.shape != (count,) or values.is_floating_point() or values.is_complex():
         raise ValueError(
             f"{name} must be a tensor of ({count},) whole numbers, one a row of a view; got {_described(values)}."
         )
     return values.to(device=device, dtype=torch.int64)
+
+
+def _finite(z: Tensor) -> bool:
+    # A sum may leave the range although no number does; only then a mask is made.
+    return bool(torch.isfinite(z.detach().sum())) or bool(torch.isfinite(z).all())
+
+
+def _distinct(sample: Tensor) -> bool:
+    """Say whether every sample occurs once; where looking would wait for the device, it is not known."""
+    if sample.device.type != "cpu":
+        return False
+    ordered = sample.sort().values
+    return not bool((ordered[1:] == ordered[:-1]).any())
+
+
+def _slices(whole: Tensor, count: int) -> list[Tensor]:
+    """Cut vectors into `count` neighbouring slices of one size, which `concatenate` puts together without a copy."""
+    size = whole.shape[-2] // count
+    return [whole] if count == 1 else [whole[..., k * size : (k + 1) * size, :] for k in range(count)]
 
 
 def _detached(pairs: Pairs) -> Pairs:

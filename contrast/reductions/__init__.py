@@ -46,26 +46,28 @@ __all__ = [
     "topk",
 ]
 
-SMALL = 2**12
-"""Up to this many similarities the dense road is taken: one product costs less than the book-keeping of tiles."""
+SMALL = 2**14
+"""Up to this many similarities one tile holds them all: starting operations costs more there than the operations."""
 
 
 @dataclass(frozen=True)
 class _Road:
     name: Literal["dense", "tiles", "kernels"]
     size: int
+    small: int = 0
 
 
 _taken: ContextVar[_Road | None] = ContextVar("contrast_road", default=None)
 
 
 @contextmanager
-def road(name: Literal["dense", "tiles", "kernels"], *, size: int = sweep.TILE) -> Iterator[None]:
+def road(name: Literal["dense", "tiles", "kernels"], *, size: int = sweep.TILE, small: int = 0) -> Iterator[None]:
     """Take this road for all reductions inside the block, for tests and measurements.
 
     Args:
         name: "dense", "tiles" or "kernels".
         size: rows and columns of a tile.
+        small: up to this many similarities one tile holds them all.
 
     Raises:
         ValueError: for another name or a size below 1.
@@ -74,29 +76,25 @@ def road(name: Literal["dense", "tiles", "kernels"], *, size: int = sweep.TILE) 
         raise ValueError(f"the roads are 'dense', 'tiles' and 'kernels'; got {name!r}.")
     if size < 1:
         raise ValueError(f"a tile has 1 row and column or more; got {size}.")
-    token = _taken.set(_Road(name, size))
+    token = _taken.set(_Road(name, size, small))
     try:
         yield
     finally:
         _taken.reset(token)
 
 
-def chosen(pairs: Pairs) -> _Road:
-    """Choose the road: the one that `road` names, else by size and device."""
+def chosen() -> _Road:
+    """Choose the road: the one that `road` names, else the one without a matrix."""
     taken = _taken.get()
     if taken is not None:
         return taken
-    similarities = len(pairs) * sum(len(part) for part in pairs.candidates)
-    return _Road("dense" if similarities <= SMALL else "tiles", sweep.TILE)
+    return _Road("tiles", sweep.TILE, SMALL)
 
 
 def reduce(pairs: Pairs, asked: Sequence[Reduction]) -> tuple[Tensor, ...]:
     """Give each reduction of each anchor's row, (N,) or (H, N), from one walk over the similarities."""
-    taken = chosen(pairs)
-    if taken.name == "dense":
-        found = dense.reduce(pairs, asked)
-        return found if _taken.get() else sweep.without_second(found, pairs)
-    return sweep.reduce(pairs, asked, taken.size)
+    taken = chosen()
+    return dense.reduce(pairs, asked) if taken.name == "dense" else sweep.reduce(pairs, asked, taken.size, taken.small)
 
 
 def topk(pairs: Pairs, k: int, over: Relation, among: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -104,7 +102,7 @@ def topk(pairs: Pairs, k: int, over: Relation, among: Tensor | None) -> tuple[Te
 
     Where a row has fewer than k, its last values are 0 and their positions -1.
     """
-    taken = chosen(pairs)
+    taken = chosen()
     if taken.name == "dense":
         return dense.topk(pairs, k, over, among)
     return sweep.topk(pairs, k, over, among, taken.size)

@@ -6,6 +6,7 @@ rows of its anchors and, where the anchors are the candidates, the rows of its c
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -48,6 +49,26 @@ class _Term:
     blank: Matches | None
 
 
+@dataclass
+class _Tile:
+    """A block of anchors and a block of candidates.
+
+    Args:
+        i: the block of anchors.
+        j: the block of candidates.
+        mirror: whether the candidates are anchors too.
+        serves: for each reduction, whether the tile serves the rows of its anchors, and those of its candidates.
+    """
+
+    i: int
+    j: int
+    mirror: bool
+    serves: list[tuple[bool, bool]]
+
+
+_Plan = tuple[list[Run], list[Run], list[_Tile], dict[int, dict[tuple[int, int], Tensor]]]
+
+
 class Bounded:
     """One sweep over the tiles for some of the reductions.
 
@@ -60,21 +81,21 @@ class Bounded:
     def __init__(self, work: Work, numbers: list[int], size: int) -> None:
         self.work, self.numbers, self.size = work, numbers, size
         self.asked: list[Any] = [work.asked[number] for number in numbers]
-        identity = work.identity
-        self.columns = [block for run in identity.candidate_runs for block in cut(run, size)]
         self.mirrored = work.mirrored if self._may_mirror() else 0
-        if self.mirrored:
-            self.rows = [block for block in self.columns if block.part < self.mirrored]
-        else:
-            self.rows = [block for run in identity.anchor_runs for block in cut(run, size)]
-        self.meets = [self._meetings(asked) for asked in self.asked]
+        constant = all(asked.rows is None and asked.among is None for asked in self.asked)
+        key = ("tiles", size, self.mirrored, *(asked.over for asked in self.asked))
+        plan: _Plan | None = work.identity.kept.get(key) if constant else None
+        if plan is None:
+            plan = self._plan()
+            if constant:
+                work.identity.kept[key] = plan
+        self.rows, self.columns, self.tiles, self._blanks = plan
         # What a softmax of the anchors over candidates without gradient gives back is known in the forward pass.
         alone = len(self.asked) == 1 and isinstance(self.asked[0], LogSumExp)
         wanted = work.wants_anchor or (numbers[0], "scale") in work.wants_argument
         self.at_once = [
             alone and wanted and not wants and part >= self.mirrored for part, wants in enumerate(work.wants_part)
         ]
-        self._blanks: dict[int, dict[tuple[int, int], Tensor]] = {}
 
     @staticmethod
     def accepts(work: Work, number: int) -> bool:
@@ -96,31 +117,38 @@ class Bounded:
 
     def _may_mirror(self) -> bool:
         per_row = any(isinstance(asked, SoftplusSum) and _spans(asked.bias) for asked in self.asked)
-        views = [run.view for run in self.columns if run.part < self.work.mirrored]
+        runs = self.work.identity.candidate_runs if self.work.mirrored else []
+        views = [run.view for run in runs if run.part < self.work.mirrored]
         return not per_row and all(view is not None and view >= 0 for view in views)
 
-    def _meetings(self, asked: Any) -> list[list[tuple[bool, bool]]]:
-        """Say whose rows a tile serves in this reduction: its anchors', and its candidates' where they are anchors."""
+    def _plan(self) -> _Plan:
+        """Give the blocks of anchors and of candidates, the tiles that serve anyone, and a place for what is blank."""
         identity = self.work.identity
-        rows = [_whole(asked.rows, run) for run in self.rows]
-        columns = [_whole(asked.among, run) for run in self.columns]
+        candidates, anchors = identity.candidate_runs, identity.anchor_runs
+        if self.mirrored:
+            own = [run for run in candidates if run.part < self.mirrored]
+            if not identity.across and all(asked.rows is None and asked.among is None for asked in self.asked):
+                # Views make no difference then, so that blocks may span them.
+                own = [Run(own[0].start, own[-1].stop, own[0].view, 0)] if own else []
+            anchors, candidates = own, [*own, *(run for run in candidates if run.part >= self.mirrored)]
+        rows = [block for run in anchors for block in cut(run, self.size)]
+        columns = [block for run in candidates for block in cut(run, self.size)]
         meets = [
             [
-                bool(asks and counts and identity.meets(anchors, candidates, asked.over))
-                for candidates, counts in zip(self.columns, columns, strict=True)
+                [_whole(asked.rows, i) and _whole(asked.among, j) and identity.meets(i, j, asked.over) for j in columns]
+                for i in rows
             ]
-            for anchors, asks in zip(self.rows, rows, strict=True)
+            for asked in self.asked
         ]
-        if not self.mirrored:
-            return [[(met, False) for met in row] for row in meets]
-        known = len(self.rows)
-        return [
-            [
-                (met and (j >= i), j > i and j < known and meets[j][i]) if j < known else (met, False)
-                for j, met in enumerate(row)
-            ]
-            for i, row in enumerate(meets)
-        ]
+        tiles = []
+        for i, j in itertools.product(range(len(rows)), range(len(columns))):
+            mirror = columns[j].part < self.mirrored
+            if mirror and j < i:
+                continue
+            serves = [(bool(met[i][j]), bool(mirror and i != j and met[j][i])) for met in meets]
+            if any(row or column for row, column in serves):
+                tiles.append(_Tile(i, j, mirror, serves))
+        return rows, columns, tiles, {}
 
     def _terms(self, head: int) -> list[_Term]:
         terms, identity = [], self.work.identity
@@ -146,9 +174,14 @@ class Bounded:
             NotBoundedError: where an exponent may have left the range.
         """
         work = self.work
-        self.reach = _longest(work.x) * max((_longest(part.z) for part in work.candidates), default=0.0)
+        pairs = work.pairs
+        longest = [
+            1.001 if known.unit else _longest(z)
+            for known, z in zip((pairs.anchor, *pairs.candidates), (work.x, *work.parts), strict=True)
+        ]
+        self.reach = longest[0] * max(longest[1:], default=0.0)
         heads = work.heads[0] if work.heads else 1
-        sums = work.x.new_zeros(len(self.asked), heads, len(work.anchor))
+        sums = work.x.new_zeros(len(self.asked), heads, work.x.shape[-2])
         moments = torch.zeros_like(sums) if any(isinstance(asked, SoftMean) for asked in self.asked) else None
         weighted = work.x.new_zeros(heads, *work.x.shape[-2:]) if any(self.at_once) else None
         for head in range(heads):
@@ -181,32 +214,32 @@ class Bounded:
         terms, x, parts = self._terms(head), _head(self.work.x, head), self._parts(head)
         fold = _common_scale(terms)
         buffers = _Buffers(x, self.size, 2)
-        for i, rows in enumerate(self.rows):
-            scaled = x[rows.start : rows.stop] if fold is None else x[rows.start : rows.stop] * fold
-            for j, columns in enumerate(self.columns):
-                served = [meets[i][j] for meets in self.meets]
-                if not any(row or column for row, column in served):
+        scaled, block = x, -1
+        for spot in self.tiles:
+            i, j = spot.i, spot.j
+            rows, columns = self.rows[i], self.columns[j]
+            if i != block:
+                scaled, block = x[rows.start : rows.stop] * (fold or 1.0), i
+            others = self._others(x, parts, spot)
+            tile = torch.mm(scaled, others.T, out=buffers.tile(0, rows, columns))
+            for place, (term, (row, column)) in enumerate(zip(terms, spot.serves, strict=True)):
+                if not (row or column):
                     continue
-                others = parts[columns.part][self._within(columns)]
-                tile = torch.mm(scaled, others.T, out=buffers.tile(0, rows, columns))
-                for place, (term, (row, column)) in enumerate(zip(terms, served, strict=True)):
-                    if not (row or column):
-                        continue
-                    # The tile itself may be overwritten where nobody reads it again.
-                    keep = place + 1 < len(terms) or isinstance(term.asked, SoftMean)
-                    e = buffers.tile(1, rows, columns) if keep else tile
-                    self._exponential(term, tile, e, fold, i, j)
-                    if isinstance(term.asked, SoftplusSum):
-                        self._add_softplus(sums[place], e, i, j, row, column)
-                        continue
-                    self._add(sums[place], e, i, j, row, column)
-                    if weighted is not None and self.at_once[columns.part]:
-                        weighted[head, rows.start : rows.stop].addmm_(e, others)
-                    if isinstance(term.asked, SoftMean) and moments is not None:
-                        e.mul_(tile)
-                        if fold is not None:
-                            e.div_(fold)
-                        self._add(moments[place], e, i, j, row, column)
+                # The tile itself may be overwritten where nobody reads it again.
+                keep = place + 1 < len(terms) or isinstance(term.asked, SoftMean)
+                e = buffers.tile(1, rows, columns) if keep else tile
+                self._exponential(term, tile, e, fold, i, j)
+                if isinstance(term.asked, SoftplusSum):
+                    self._add_softplus(sums[place], e, i, j, row, column)
+                    continue
+                self._add(sums[place], e, i, j, row, column)
+                if weighted is not None and self.at_once[columns.part]:
+                    weighted[head, rows.start : rows.stop].addmm_(e, others)
+                if isinstance(term.asked, SoftMean) and moments is not None:
+                    e.mul_(tile)
+                    if fold is not None:
+                        e.div_(fold)
+                    self._add(moments[place], e, i, j, row, column)
 
     def _exponential(self, term: _Term, tile: Tensor, out: Tensor, fold: float | None, i: int, j: int) -> None:
         """Write exp(scale * s + bias - shift), 0 where a pair does not count."""
@@ -287,39 +320,37 @@ class Bounded:
         learned = any((term.number, name) in into.arguments for term in terms for name in ("scale", "bias"))
         fold = _common_scale(terms)
         buffers = _Buffers(x, self.size, 3)
-        for i, rows in enumerate(self.rows):
+        scaled, block = x, -1
+        for spot in self.tiles:
+            i, j = spot.i, spot.j
+            rows, columns = self.rows[i], self.columns[j]
+            to_y = to_x if spot.mirror else to_parts[columns.part]
+            if self.at_once[columns.part] or (to_x is None and to_y is None and not learned):
+                continue
             anchors = x[rows.start : rows.stop]
-            scaled = anchors if fold is None else anchors * fold
-            for j, columns in enumerate(self.columns):
-                mirror = columns.part < self.mirrored
-                to_y = to_x if mirror else to_parts[columns.part]
-                served = [meets[i][j] for meets in self.meets]
-                if self.at_once[columns.part] or not any(row or column for row, column in served):
+            if i != block:
+                scaled, block = anchors * (fold or 1.0), i
+            others = self._others(x, parts, spot)
+            tile = torch.mm(scaled, others.T, out=buffers.tile(0, rows, columns))
+            gradient, diagonal = None, spot.mirror and i == j
+            for place, (term, (row, column)) in enumerate(zip(terms, spot.serves, strict=True)):
+                if not (row or column):
                     continue
-                if to_x is None and to_y is None and not learned:
-                    continue
-                others = parts[columns.part][self._within(columns)]
-                tile = torch.mm(scaled, others.T, out=buffers.tile(0, rows, columns))
-                gradient = None
-                for place, (term, (row, column)) in enumerate(zip(terms, served, strict=True)):
-                    if not (row or column):
-                        continue
-                    spare = place + 1 == len(terms) and factors[place][1] is None and not learned
-                    e = tile if spare else buffers.tile(1 if gradient is None else 2, rows, columns)
-                    self._exponential(term, tile, e, fold, i, j)
-                    if isinstance(term.asked, SoftplusSum):
-                        _share_of_log1p(e)
-                    diagonal = mirror and i == j
-                    self._times(e, tile, factors[place], fold, i, j, row, column or diagonal)
-                    if learned:
-                        self._learn(term, e, tile, fold, i, 0.5 if diagonal else 1.0, head, into)
-                    gradient = e if gradient is None else gradient.add_(e)
-                assert gradient is not None
-                if to_x is not None:
-                    to_x[rows.start : rows.stop].addmm_(gradient, others)
-                if to_y is not None and not (mirror and i == j):
-                    own = slice(columns.start, columns.stop) if mirror else self._within(columns)
-                    to_y[own].addmm_(gradient.T, anchors)
+                spare = place + 1 == len(terms) and factors[place][1] is None and not learned
+                e = tile if spare else buffers.tile(1 if gradient is None else 2, rows, columns)
+                self._exponential(term, tile, e, fold, i, j)
+                if isinstance(term.asked, SoftplusSum):
+                    _share_of_log1p(e)
+                self._times(e, tile, factors[place], fold, i, j, row, column or diagonal)
+                if learned:
+                    self._learn(term, e, tile, fold, i, 0.5 if diagonal else 1.0, head, into)
+                gradient = e if gradient is None else gradient.add_(e)
+            assert gradient is not None
+            if to_x is not None:
+                to_x[rows.start : rows.stop].addmm_(gradient, others)
+            if to_y is not None and not diagonal:
+                own = slice(columns.start, columns.stop) if spot.mirror else self._within(columns)
+                to_y[own].addmm_(gradient.T, anchors)
 
     def _times(
         self,
@@ -363,7 +394,12 @@ class Bounded:
                 to_bias += (e.sum() * (share / term.scale)).reshape(to_bias.shape)
 
     def _parts(self, head: int) -> list[Tensor]:
-        return [_head(part.z, head) for part in self.work.candidates]
+        return [_head(part, head) for part in self.work.parts]
+
+    def _others(self, x: Tensor, parts: list[Tensor], spot: _Tile) -> Tensor:
+        """Give the candidates of a tile."""
+        columns = self.columns[spot.j]
+        return x[columns.start : columns.stop] if spot.mirror else parts[columns.part][self._within(columns)]
 
     def _within(self, columns: Run) -> slice:
         start = self.work.starts[columns.part]

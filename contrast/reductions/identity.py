@@ -5,18 +5,22 @@ Everything here looks at numbers on the host, so it serves the CPU; elsewhere a 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from contrast.embeddings import PADDING, REMEMBERED, Embeddings
+from contrast.embeddings import PADDING, REMEMBERED, Embeddings, concatenate
 from contrast.reductions.asked import Relation
 
 FEW = 24
 """Matches are listed pair by pair up to this many for each anchor and candidate."""
+GATHERED = 8192
+"""Listed pairs whose vectors are put side by side at a time."""
 RUNS = 64
 """More runs of one view than this are not told apart."""
 
@@ -36,16 +40,89 @@ class Run:
 
 @dataclass(frozen=True, eq=False)
 class Matches:
-    """Pairs (anchor, candidate) one by one, (P,) int64 each, in the anchors' order; candidates count over all parts."""
+    """Pairs (anchor, candidate) one by one, (P,) int64 each, in any order; candidates count over all parts."""
 
     rows: Tensor
     columns: Tensor
+    kept: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     def __getitem__(self, which: Tensor) -> Matches:
         return Matches(self.rows[which], self.columns[which])
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def one_each(self, count: int) -> bool:
+        """Say whether these are one pair for each of `count` anchors, in order."""
+        if "one each" not in self.kept:
+            same = len(self) == count and bool(torch.equal(self.rows, torch.arange(count)))
+            self.kept["one each"] = same
+        known: bool = self.kept["one each"]
+        return known
+
+    def pieces(self, starts: Sequence[int]) -> list[tuple[Any, Any, int, Any]]:
+        """Cut the list into pieces gathered at once: (where in the list, rows, part, columns of the part).
+
+        Each is a slice where the pairs are neighbours.
+
+        Args:
+            starts: where each part starts among all candidates, and where the last one ends.
+        """
+        if "pieces" not in self.kept:
+            self.kept["pieces"] = [
+                piece for part in range(len(starts) - 1) for piece in self._pieces(part, starts[part], starts[part + 1])
+            ]
+        known: list[tuple[Any, Any, int, Any]] = self.kept["pieces"]
+        return known
+
+    def _pieces(self, part: int, start: int, stop: int) -> Iterator[tuple[Any, Any, int, Any]]:
+        where = ((self.columns >= start) & (self.columns < stop)).nonzero().squeeze(1)
+        rows, columns = self.rows[where], self.columns[where] - start
+        steps = [value[1:] - value[:-1] != 1 for value in (where, rows, columns)]
+        breaks = (steps[0] | steps[1] | steps[2]).nonzero().squeeze(1)
+        if len(breaks) > FEW:
+            for at in torch.split(torch.arange(len(where)), GATHERED):
+                yield where[at], rows[at], part, columns[at]
+        elif len(where):
+            edges = [0, *(breaks + 1).tolist(), len(where)]
+            for first, last in itertools.pairwise(edges):
+                for begin in range(first, last, GATHERED):
+                    firsts = [int(value[begin]) for value in (where, rows, columns)]
+                    length = min(begin + GATHERED, last) - begin
+                    made = [slice(value, value + length) for value in firsts]
+                    yield made[0], made[1], part, made[2]
+
+
+def identify(anchor: Embeddings, candidates: Sequence[Embeddings], across: bool) -> Identity:
+    """Give what the identities say; where it is known without looking, it is kept from call to call."""
+    own = anchor.parts or (anchor,)
+    known = [part.known for part in (*own, *candidates)]
+    first = known[0]
+    if anchor.z.device.type != "cpu" or first is None:
+        return Identity(anchor, candidates, across)
+    layout = []
+    for part, what in zip((*own, *candidates), known, strict=True):
+        if what is None or (what.sample is not first.sample and not what.fresh):
+            return Identity(anchor, candidates, across)
+        layout.append((len(part), what.view, what.sample is first.sample))
+    if any(view < 0 or not same for _, view, same in layout[: len(own)]):
+        return Identity(anchor, candidates, across)
+    return _known(tuple(layout), len(own), across)
+
+
+@lru_cache(maxsize=16)
+def _known(layout: tuple[tuple[int, int, bool], ...], anchors: int, across: bool) -> Identity:
+    """Give the identity of parts of (size, view, whether of the anchors' samples), every sample once in each."""
+    made, strangers = [], 0
+    for size, view, same in layout:
+        sample = torch.arange(size)
+        if not same:
+            sample = -1 - strangers - sample
+            strangers += size
+        made.append(Embeddings(torch.empty(size, 0), sample, sample, torch.full((size,), view)))
+    identity = Identity(concatenate(made[:anchors]), made[anchors:], across)
+    identity.canonical = True
+    return identity
 
 
 class Identity:
@@ -65,6 +142,8 @@ class Identity:
         self.group = _joined([part.group for part in candidates], anchor.group)
         self.view = _joined([part.view for part in candidates], anchor.view)
         self.sizes = [len(part) for part in candidates]
+        self.kept: dict[Any, Any] = {}
+        self.canonical = False
 
     @cached_property
     def anchor_runs(self) -> list[Run]:
@@ -146,6 +225,27 @@ class Identity:
 
     def count(self, over: Relation, among: Tensor | None, rows: Tensor | None) -> Tensor:
         """Count each anchor's candidates, (N,) int64; for a plain identity."""
+        if among is None and rows is None:
+            if over not in self.kept:
+                self.kept[over] = self._count(over, None, None)
+            counts: Tensor = self.kept[over]
+            return counts
+        return self._count(over, among, rows)
+
+    def nobody_lacks(self, *relations: Relation) -> bool:
+        """Say whether there are anchors and each is known to have candidates in each of these relations.
+
+        It is said only where it is known from call to call; elsewhere looking would cost more than it saves.
+        """
+        if not self.canonical:
+            return False
+        if relations not in self.kept:
+            least = [int(self.count(over, None, None).min()) if self.rows else 0 for over in relations]
+            self.kept[relations] = self.rows > 0 and all(count > 0 for count in least)
+        known: bool = self.kept[relations]
+        return known
+
+    def _count(self, over: Relation, among: Tensor | None, rows: Tensor | None) -> Tensor:
         counts = torch.zeros(self.rows, dtype=torch.int64)
         if over != "positive":
             for anchors in self.anchor_runs:
@@ -213,7 +313,11 @@ def _runs(view: Tensor, offset: int, part: int) -> list[Run]:
 
 
 def _matches(anchor: Tensor, candidate: Tensor) -> Matches | None:
-    """List the pairs of equal numbers, in the anchors' order; None where there are too many."""
+    """List the pairs of equal numbers; None where there are too many."""
+    if len(anchor) < len(candidate):
+        # The shorter list is the cheaper to sort: a queue may be long.
+        turned = _matches(candidate, anchor)
+        return None if turned is None else Matches(turned.columns, turned.rows)
     ordered, order = candidate.sort(stable=True)
     first = torch.searchsorted(ordered, anchor)
     counts = torch.searchsorted(ordered, anchor, right=True) - first

@@ -30,7 +30,7 @@ class Linear:
     """
 
     def __init__(self, work: Work, number: int) -> None:
-        self.work, self.number, identity = work, number, work.identity
+        self.work, self.numbers, identity = work, [number], work.identity
         asked = work.asked[number]
         assert isinstance(asked, Mean)
         self.asked = asked
@@ -82,7 +82,7 @@ class Linear:
         total.index_add_(-1, self.listed.rows, -weight * dots(work, self.listed))
         # What is left of nothing after subtraction is rounding.
         counts = work.identity.count(asked.over, asked.among, asked.rows)
-        empty = mass <= counts * (16 * torch.finfo(mass.dtype).eps)
+        empty = (counts == 0) | (mass <= counts * (16 * torch.finfo(mass.dtype).eps))
         mass = mass.masked_fill(empty, torch.inf)
         return [total / mass], [mass]
 
@@ -187,7 +187,7 @@ class Linear:
         work, asked = self.work, self.asked
         if asked.weight is None:
             return work.identity.count(asked.over, asked.among, asked.rows).to(work.x.dtype).expand(*work.heads, -1)
-        mass = work.x.new_zeros(len(work.anchor))
+        mass = work.x.new_zeros(work.x.shape[-2])
         u_anchor = work.anchor.reference
         assert u_anchor is not None
         for rows, columns in self._met():

@@ -12,45 +12,35 @@ from contrast.reductions.identity import Matches
 from contrast.reductions.shares import Arguments, logits, shares, softplus
 from contrast.reductions.work import Gradients, Work, nothing
 
-AT_ONCE = 8192
-"""Pairs whose vectors are gathered at a time."""
-
 
 def dots(work: Work, pairs: Matches) -> Tensor:
     """Give the similarities of listed pairs, (P,) or (H, P)."""
     made = work.x.new_empty(*work.heads, len(pairs))
-    for where, rows, part, columns in _slices(work, pairs):
-        made[..., where] = (work.x[..., rows, :] * work.candidates[part].z[..., columns, :]).sum(dim=-1)
+    for where, rows, part, columns in pairs.pieces(work.starts):
+        made[..., where] = (work.x[..., rows, :] * work.parts[part][..., columns, :]).sum(dim=-1)
     return made
 
 
 def add_dots(work: Work, pairs: Matches, gradient: Tensor, into: Gradients) -> None:
     """Add what the gradient of listed similarities, (P,) or (H, P), gives the vectors."""
-    for where, rows, part, columns in _slices(work, pairs):
+    for where, rows, part, columns in pairs.pieces(work.starts):
         g = gradient[..., where].unsqueeze(-1)
         if into.anchor is not None:
-            into.anchor.index_add_(-2, rows, (g * work.candidates[part].z[..., columns, :]).expand(*work.heads, -1, -1))
+            _add(into.anchor, rows, g * work.parts[part][..., columns, :])
         to_part = into.parts[part]
         if to_part is not None:
-            to_part.index_add_(
-                -2, columns, (g * work.x[..., rows, :]).sum_to_size(*to_part.shape[:-2], len(rows), to_part.shape[-1])
-            )
+            share = g * work.x[..., rows, :]
+            _add(to_part, columns, share if share.ndim == to_part.ndim else share.sum(dim=0))
 
 
-def _slices(work: Work, pairs: Matches) -> list[tuple[Any, Tensor, int, Tensor]]:
-    """Split listed pairs by part, and into slices: (where in the list, rows, part, columns within the part)."""
-    made: list[tuple[Any, Tensor, int, Tensor]] = []
-    for part, (start, stop) in enumerate(zip(work.starts, work.starts[1:], strict=False)):
-        if len(work.candidates) == 1:
-            inside = torch.arange(len(pairs))
-        else:
-            inside = ((pairs.columns >= start) & (pairs.columns < stop)).nonzero().squeeze(1)
-        made += [
-            (where, pairs.rows[where], part, pairs.columns[where] - start)
-            for where in torch.split(inside, AT_ONCE)
-            if len(where)
-        ]
-    return made
+def _add(into: Tensor, places: Any, share: Tensor) -> None:
+    if isinstance(places, slice):
+        into[..., places, :] += share
+    else:
+        into.index_add_(-2, places, share)
+
+
+_TRUE = torch.ones((), dtype=torch.bool)
 
 
 class Listed:
@@ -65,20 +55,42 @@ class Listed:
         assert work.identity.positive is not None
         self.work, self.numbers, self.pairs = work, numbers, work.identity.positive
         self.asked = [work.asked[number] for number in numbers]
+        self.single = self.pairs.one_each(work.x.shape[-2])
 
     def forward(self) -> tuple[list[Tensor], list[Tensor]]:
         """Give the reductions, (N,) or (H, N) each, and what the backward pass needs."""
         s = dots(self.work, self.pairs)
         outputs, saved = [], [s]
         for asked in self.asked:
+            if self._is_itself(asked):
+                outputs.append(s * self._factor(asked))
+                saved.append(s.new_zeros(0))
+                continue
             output, normaliser = self._reduce(asked, s, self._counts(asked, s))
             outputs.append(output)
             saved.append(normaliser)
         return outputs, saved
 
+    def _is_itself(self, asked: Any) -> bool:
+        """Say whether this is a mean or a log-sum-exp of one similarity a row, with numbers for arguments."""
+        if (
+            not self.single
+            or asked.among is not None
+            or asked.rows is not None
+            or getattr(asked, "above", 0) is not None
+        ):
+            return False
+        if isinstance(asked, Mean):
+            return asked.weight is None
+        return isinstance(asked, LogSumExp) and asked.log_weight is None and isinstance(asked.scale, float | int)
+
+    @staticmethod
+    def _factor(asked: Any) -> float:
+        return float(asked.scale) if isinstance(asked, LogSumExp) else 1.0
+
     def _counts(self, asked: Any, s: Tensor) -> Tensor:
         rows, columns = self.pairs.rows, self.pairs.columns
-        counts = torch.ones(len(rows), dtype=torch.bool) if asked.among is None else asked.among[columns]
+        counts = _TRUE if asked.among is None else asked.among[columns]
         if getattr(asked, "rows", None) is not None:
             counts = counts & asked.rows[rows]
         if getattr(asked, "above", None) is not None:
@@ -108,15 +120,17 @@ class Listed:
         return value[..., 0][..., self.pairs.rows] if value.shape[-2] > 1 else value[..., 0]
 
     def _spread(self, of_rows: Tensor) -> Tensor:
-        return of_rows[..., self.pairs.rows]
+        return of_rows if self.single else of_rows[..., self.pairs.rows]
 
     def _collect(self, of_pairs: Tensor) -> Tensor:
+        if self.single:
+            return of_pairs
         return self.work.new_rows().index_add_(-1, self.pairs.rows, of_pairs.expand(*self.work.heads, -1))
 
     def _reduce(self, asked: Reduction, s: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
         """Give a reduction, and what its derivative needs: a normaliser of each row."""
         if isinstance(asked, Count):
-            return torch.zeros((*counts.shape[:-1], len(self.work.anchor)), dtype=torch.int64).index_add_(
+            return torch.zeros((*counts.shape[:-1], self.work.x.shape[-2]), dtype=torch.int64).index_add_(
                 -1, self.pairs.rows, counts.to(torch.int64)
             ), s.new_zeros(0)
         if isinstance(asked, Kth):
@@ -131,8 +145,11 @@ class Listed:
         if isinstance(asked, SoftplusSum):
             return self._collect(torch.where(counts, softplus(exponent), 0)), s.new_zeros(0)
         exponent = exponent.masked_fill(~counts, -torch.inf)
-        largest = self.work.new_rows().fill_(-torch.inf)
-        largest = largest.scatter_reduce_(-1, self.pairs.rows.expand(exponent.shape), exponent, "amax")
+        if self.single:
+            largest = exponent
+        else:
+            largest = self.work.new_rows().fill_(-torch.inf)
+            largest = largest.scatter_reduce_(-1, self.pairs.rows.expand(exponent.shape), exponent, "amax")
         empty = largest == -torch.inf
         largest = largest.masked_fill(empty, 0)
         total = self._collect((exponent - self._spread(largest)).exp()).masked_fill(empty, 1).log() + largest
@@ -148,7 +165,7 @@ class Listed:
         rows = self.pairs.rows.expand(s.shape).gather(-1, order)
         order = order.gather(-1, rows.argsort(dim=-1, stable=True))
         ordered = s.gather(-1, order)
-        listed = torch.bincount(self.pairs.rows, minlength=len(self.work.anchor))
+        listed = torch.bincount(self.pairs.rows, minlength=self.work.x.shape[-2])
         found = torch.zeros_like(self.work.new_rows(), dtype=torch.int64).index_add_(
             -1, self.pairs.rows, counts.to(torch.int64)
         )
@@ -166,6 +183,9 @@ class Listed:
             self.numbers, self.asked, outputs, upstream, normalisers, strict=True
         ):
             if isinstance(asked, Count | Kth):
+                continue
+            if self._is_itself(asked):
+                gradient.add_(g, alpha=self._factor(asked))
                 continue
             to_s, to_arguments = shares(
                 asked, s, self._counts(asked, s), self._given(asked), self._spread, g, output, normaliser
@@ -192,3 +212,46 @@ class Listed:
             flat.index_add_(-1, self.pairs.rows, share.sum_to_size(*flat.shape[:-1], share.shape[-1]))
         else:
             to_argument += share.sum(-1)[..., None, None]
+
+
+class Places:
+    """The similarities at given places, in order, 0 where the place is -1.
+
+    Args:
+        work: the whole call.
+        places: (N, k) or (H, N, k) positions among all candidates.
+    """
+
+    def __init__(self, work: Work, places: Tensor) -> None:
+        self.work, self.numbers, self.places = work, [0], places
+        count, k = places.shape[-2:]
+        self.rows = torch.arange(count, device=places.device).repeat_interleave(k)
+
+    def forward(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Give them, (N, k) or (H, N, k)."""
+        values = self.work.x.new_zeros(self.places.shape)
+        for head, places in self._heads():
+            found = places >= 0
+            s = dots(_of_head(self.work, head), Matches(self.rows[found], places[found]))
+            (values if head is None else values[head]).view(-1)[found] = s
+        return [values], []
+
+    def backward(self, outputs: list[Tensor], saved: list[Tensor], upstream: list[Tensor], into: Gradients) -> None:  # noqa: ARG002
+        """Add the gradients of the vectors."""
+        for head, places in self._heads():
+            found = places >= 0
+            g = (upstream[0] if head is None else upstream[0][head]).reshape(-1)[found]
+            add_dots(_of_head(self.work, head), Matches(self.rows[found], places[found]), g, into.of_head(head))
+
+    def _heads(self) -> list[tuple[int | None, Tensor]]:
+        if not self.work.heads:
+            return [(None, self.places.reshape(-1))]
+        return [(head, self.places[head].reshape(-1)) for head in range(self.work.heads[0])]
+
+
+def _of_head(work: Work, head: int | None) -> Work:
+    """Give the work of one head alone."""
+    if head is None:
+        return work
+    parts = [part[head] if part.ndim == 3 else part for part in work.parts]
+    return Work(work.pairs, [], work.x[head], parts, [work.wants_anchor, *work.wants_part], set())

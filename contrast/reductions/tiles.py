@@ -32,25 +32,25 @@ class Tiles:
         self.asked: list[Any] = [work.asked[number] for number in numbers]
         # A threshold found by `kth` must meet the same similarities to the bit, so all sweeps have one grid.
         heads = work.heads[0] if work.heads else 1
-        most = max(16, STRIP // max(1, heads * sum(len(part) for part in work.candidates)))
+        most = max(16, STRIP // max(1, heads * work.starts[-1]))
         self.height, self.width = min(size, most), size
 
     def rows(self) -> Iterator[slice]:
         """Walk the anchors block by block."""
-        for start in range(0, len(self.work.anchor), self.height):
-            yield slice(start, min(start + self.height, len(self.work.anchor)))
+        for start in range(0, self.work.x.shape[-2], self.height):
+            yield slice(start, min(start + self.height, self.work.x.shape[-2]))
 
     def columns(self) -> Iterator[tuple[int, slice, slice]]:
         """Walk the candidates block by block: (part, place in the part, place among all)."""
-        for part, start in zip(range(len(self.work.candidates)), self.work.starts, strict=False):
-            length = len(self.work.candidates[part])
+        for part, start in zip(range(len(self.work.parts)), self.work.starts, strict=False):
+            length = self.work.parts[part].shape[-2]
             for first in range(0, length, self.width):
                 last = min(first + self.width, length)
                 yield part, slice(first, last), slice(start + first, start + last)
 
     def similarity(self, rows: slice, part: int, within: slice) -> Tensor:
         """Give a tile of similarities, (n, m) or (H, n, m)."""
-        return self.work.x[..., rows, :] @ self.work.candidates[part].z[..., within, :].mT
+        return self.work.x[..., rows, :] @ self.work.parts[part][..., within, :].mT
 
     def counting(
         self, asked: Any, s: Tensor, rows: slice, part: int, within: slice, columns: slice, known: dict[Any, Tensor]
@@ -114,7 +114,7 @@ class Tiles:
                     output, normaliser = state.close()
                 outputs[place].append(output)
                 saved[place].append(normaliser)
-        if not len(self.work.anchor):
+        if not self.work.x.shape[-2]:
             kinds = [torch.int64 if isinstance(asked, Count) else self.work.x.dtype for asked in self.asked]
             return [self.work.new_rows().to(kind) for kind in kinds], [s_like(self.work.x) for _ in self.asked]
         return [torch.cat(rows, dim=-1) for rows in outputs], [torch.cat(rows, dim=-1) for rows in saved]
@@ -141,7 +141,7 @@ class Tiles:
             empty = self.work.x.new_full((*self.work.heads, rows.stop - rows.start, k), -torch.inf)
             values, places = torch.cat([*tiles, empty], dim=-1).topk(k, dim=-1)
             made.append(places.masked_fill(values == -torch.inf, -1))
-        shape = (*self.work.heads, len(self.work.anchor), k)
+        shape = (*self.work.heads, self.work.x.shape[-2], k)
         return torch.cat(made, dim=-2) if made else torch.empty(shape, dtype=torch.int64, device=self.work.x.device)
 
     def backward(self, outputs: list[Tensor], saved: list[Tensor], upstream: list[Tensor], into: Gradients) -> None:
@@ -180,7 +180,7 @@ class Tiles:
                 for module, share in to_modules.values():
                     self._into_module(module, share, rows, part, within, into)
                 if into.anchor is not None:
-                    into.anchor[..., rows, :] += gradient @ work.candidates[part].z[..., within, :]
+                    into.anchor[..., rows, :] += gradient @ work.parts[part][..., within, :]
                 to_part = into.parts[part]
                 if to_part is not None:
                     place_of = to_part[..., within, :]

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+import copy
+import itertools
+import operator
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -12,61 +16,61 @@ from torch import Tensor, nn
 from contrast import distributed
 from contrast.embeddings import Embeddings
 from contrast.reductions.asked import Reduction
-from contrast.reductions.identity import Identity
+
+if TYPE_CHECKING:
+    from contrast.pairs import Pairs
 
 
-@dataclass(eq=False)
 class Work:
     """One call of `reduce`: N anchors, their candidates in parts, and what is asked of them.
 
     Args:
-        anchor: N embeddings; z (N, D) or (H, N, D).
-        candidates: the parts, z (M_k, D) or (H, M_k, D).
-        across: whether candidates of the anchor's own view do not count.
-        rules: what `Pairs.ignoring` added.
-        identity: what the identities say.
-        mirrored: how many of the first parts, one after the other, are the anchors themselves; 0 where they are not.
+        pairs: who meets whom.
         asked: the reductions, their tensors without history.
-        wanted: whether a gradient is wanted of the anchors, of each part, and of each (reduction, argument).
+        x: the anchors' vectors, (N, D) or (H, N, D), without history, in float32 or better.
+        parts: those of each part, (M_k, D) or (H, M_k, D).
+        wants: whether a gradient is wanted of the anchors and of each part.
+        wants_argument: the (reduction, argument) of which a gradient is wanted.
     """
 
-    anchor: Embeddings
-    candidates: Sequence[Embeddings]
-    across: bool
-    rules: tuple[tuple[Callable[..., Tensor], tuple[Tensor, ...]], ...]
-    identity: Identity
-    mirrored: int
-    asked: list[Reduction]
-    wants_anchor: bool = False
-    wants_part: list[bool] = field(default_factory=list)
-    wants_argument: set[tuple[int, str]] = field(default_factory=set)
-
-    @property
-    def x(self) -> Tensor:
-        """The anchors' vectors."""
-        return self.anchor.z
-
-    @cached_property
-    def heads(self) -> tuple[int, ...]:
-        """(H,), or () without heads."""
-        return tuple(self.x.shape[:-2])
+    def __init__(
+        self,
+        pairs: Pairs,
+        asked: list[Reduction],
+        x: Tensor,
+        parts: Sequence[Tensor],
+        wants: Sequence[bool],
+        wants_argument: set[tuple[int, str]],
+    ) -> None:
+        self.pairs, self.asked = pairs, asked
+        self.x, self.parts = x, parts
+        self.across, self.rules, self.identity = pairs.across, pairs.rules, pairs.identity
+        self.heads = tuple(x.shape[:-2])
+        self.mirrored = mirrored(pairs)
+        self.wants_anchor, self.wants_part, self.wants_argument = wants[0], list(wants[1:]), wants_argument
+        self.wants_part[: self.mirrored] = [self.wants_anchor] * self.mirrored
+        self.starts = list(itertools.accumulate((part.shape[-2] for part in parts), initial=0))
 
     @cached_property
-    def starts(self) -> list[int]:
-        """Where each part starts among all candidates, and where the last one ends."""
-        starts = [0]
-        for part in self.candidates:
-            starts.append(starts[-1] + len(part))
-        return starts
+    def anchor(self) -> Embeddings:
+        """The anchors without history."""
+        return replace(self.pairs.anchor, z=self.x)
 
-    @property
-    def wants_gradient(self) -> bool:
-        """Whether there will be a backward pass."""
-        return self.wants_anchor or any(self.wants_part) or bool(self.wants_argument)
+    @cached_property
+    def candidates(self) -> list[Embeddings]:
+        """The parts without history."""
+        return [replace(part, z=z) for part, z in zip(self.pairs.candidates, self.parts, strict=True)]
 
     def new_rows(self, *more: int) -> Tensor:
         """Give zeros, (*more, N) or (*more, H, N)."""
-        return self.x.new_zeros(*more, *self.heads, len(self.anchor))
+        return self.x.new_zeros(*more, *self.x.shape[:-1])
+
+
+def mirrored(pairs: Pairs) -> int:
+    """Count the first parts which, one after the other, are the anchors themselves; 0 where they are not."""
+    parts = pairs.anchor.parts
+    same = len(parts) <= len(pairs.candidates) and all(map(operator.is_, parts, pairs.candidates))
+    return len(parts) if same else 0
 
 
 class Gradients:
@@ -77,23 +81,25 @@ class Gradients:
     """
 
     def __init__(self, work: Work) -> None:
-        self._work = work
         self.anchor: Tensor | None = torch.zeros_like(work.x) if work.wants_anchor else None
-        self.parts: list[Tensor | None] = [
-            torch.zeros_like(part.z) if wanted else None
-            for part, wanted in zip(work.candidates, work.wants_part, strict=True)
-        ]
+        self.parts: list[Tensor | None] = []
+        for k, (part, wanted) in enumerate(zip(work.parts, work.wants_part, strict=True)):
+            if k < work.mirrored and self.anchor is not None:
+                # The candidate is an anchor: both gradients are one.
+                self.parts.append(self.anchor[..., work.starts[k] : work.starts[k + 1], :])
+            else:
+                self.parts.append(torch.zeros_like(part) if wanted else None)
         self.arguments: dict[tuple[int, str], Tensor] = {
             (number, name): torch.zeros_like(getattr(work.asked[number], name)) for number, name in work.wants_argument
         }
         self.parameters: dict[int, Tensor] = {}
 
-    def of_head(self, head: int, work: Work) -> Gradients:
-        """Give the places of one head's gradients, as views; `work` is that of the head."""
-        made = Gradients(
-            replace(work, wants_anchor=False, wants_part=[False] * len(work.candidates), wants_argument=set())
-        )
-        made.anchor = self.anchor if self.anchor is None or self.anchor.ndim == 2 else self.anchor[head]
+    def of_head(self, head: int | None) -> Gradients:
+        """Give the places of one head's gradients, as views."""
+        if head is None:
+            return self
+        made = copy.copy(self)
+        made.anchor = None if self.anchor is None else self.anchor[head]
         made.parts = [part if part is None or part.ndim == 2 else part[head] for part in self.parts]
         return made
 
