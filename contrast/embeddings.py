@@ -220,7 +220,7 @@ def concatenate(parts: Sequence[Embeddings]) -> Embeddings:
 
 def _joined(vectors: Sequence[Tensor]) -> Tensor:
     """Put vectors after one another; those that are neighbouring slices of a tensor give that tensor."""
-    base, start = vectors[0]._base, 0
+    base, start = None if torch.compiler.is_compiling() else vectors[0]._base, 0
     if base is None or base.ndim != vectors[0].ndim:
         return torch.cat(list(vectors), dim=-2)
     for z in vectors:

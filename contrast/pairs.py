@@ -22,6 +22,8 @@ from contrast.reductions import (
     Relation,
     SoftMean,
     SoftplusSum,
+    operator,
+    sweep,
 )
 from contrast.reductions.identity import Identity, identify
 
@@ -257,3 +259,6 @@ def cross_pairs(a: Embeddings, b: Embeddings, extra: Sequence[Embeddings] = ()) 
 def two_sided(a: Embeddings, b: Embeddings, extra: Sequence[Embeddings] = ()) -> Pairs:
     """Pair `a` with `b` and `b` with `a`, over all processes: CLIP, in one symmetric sweep."""
     return Pairs(concatenate([a, b]), (*gather_all([a, b]), *extra), across=True, views=2)
+
+
+operator.register(sweep.prepared, Pairs)

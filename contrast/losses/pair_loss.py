@@ -243,7 +243,7 @@ class PairLoss(nn.Module):
 
     def _all_valid(self, pairs: Pairs) -> bool:
         """Say whether every anchor is known to be valid, on this process that works alone."""
-        if pairs.rules or distributed.world_size() > 1:
+        if pairs.rules or distributed.world_size() > 1 or torch.compiler.is_compiling():
             return False
         needed: list[Relation] = []
         if self.needs_positive:
@@ -320,13 +320,15 @@ def _identity(name: str, values: Tensor, count: int, device: torch.device) -> Te
 
 
 def _finite(z: Tensor) -> bool:
+    if torch.compiler.is_compiling():
+        return True
     # A sum may leave the range although no number does; only then a mask is made.
     return bool(torch.isfinite(z.detach().sum())) or bool(torch.isfinite(z).all())
 
 
 def _distinct(sample: Tensor) -> bool:
     """Say whether every sample occurs once; where looking would wait for the device, it is not known."""
-    if sample.device.type != "cpu":
+    if sample.device.type != "cpu" or torch.compiler.is_compiling():
         return False
     ordered = sample.sort().values
     return not bool((ordered[1:] == ordered[:-1]).any())

@@ -73,20 +73,17 @@ class Listed:
 
     def _is_itself(self, asked: Any) -> bool:
         """Say whether this is a mean or a log-sum-exp of one similarity a row, with numbers for arguments."""
-        if (
-            not self.single
-            or asked.among is not None
-            or asked.rows is not None
-            or getattr(asked, "above", 0) is not None
-        ):
+        if not self.single or not isinstance(asked, Mean | LogSumExp):
+            return False
+        if asked.among is not None or asked.rows is not None or asked.above is not None:
             return False
         if isinstance(asked, Mean):
             return asked.weight is None
-        return isinstance(asked, LogSumExp) and asked.log_weight is None and isinstance(asked.scale, float | int)
+        return asked.log_weight is None and isinstance(asked.scale, float | int)
 
     @staticmethod
-    def _factor(asked: Any) -> float:
-        return float(asked.scale) if isinstance(asked, LogSumExp) else 1.0
+    def _factor(asked: Any) -> Any:
+        return asked.scale if isinstance(asked, LogSumExp) else 1.0
 
     def _counts(self, asked: Any, s: Tensor) -> Tensor:
         rows, columns = self.pairs.rows, self.pairs.columns

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from contrast.embeddings import full_precision
-from contrast.reductions import dense
+from contrast.reductions import dense, operator
 from contrast.reductions.asked import Count, Kth, Reduction, Relation, arguments
 from contrast.reductions.bounded import Bounded, NotBoundedError
 from contrast.reductions.linear import Linear
@@ -43,14 +43,27 @@ def reduce(pairs: Pairs, asked: Sequence[Reduction], size: int, small: int) -> t
     """Give each reduction, without holding more than `small` similarities together."""
     for reduction in asked:
         dense.check(reduction, pairs)
+    if torch.compiler.is_compiling():
+        if operator.can_travel(pairs, asked):
+            return operator.reduce(pairs, asked, size, small)
+        return _uncompiled(pairs, asked, size, small)
+    return _reduce(pairs, asked, size, small)
+
+
+def _reduce(pairs: Pairs, asked: Sequence[Reduction], size: int, small: int) -> tuple[Tensor, ...]:
     if all(isinstance(one, Count) for one in asked) and pairs.anchor.z.device.type == "cpu" and pairs.identity.plain:
         counts: list[Any] = [one for one in asked if _by_identity(one, pairs)]
         if len(counts) == len(asked):
             return tuple(pairs.identity.count(one.over, one.among, one.rows) for one in counts)
-    call = _Call(pairs, asked, lambda work: _ways(work, size, small))
+    call = prepared(pairs, asked, size, small)
     if not any(call.wants):
         return tuple(call.forward(call.inputs)[0])
     return _apply(call)[: len(asked)]
+
+
+def prepared(pairs: Pairs, asked: Sequence[Reduction], size: int, small: int) -> _Call:
+    """Give a call that is ready to run."""
+    return _Call(pairs, asked, lambda work: _ways(work, size, small))
 
 
 def topk(pairs: Pairs, k: int, over: Relation, among: Tensor | None, size: int) -> tuple[Tensor, Tensor]:
@@ -274,3 +287,6 @@ class _FirstOnly(torch.autograd.Function):
             "the reductions of Pairs have first derivatives only; for a second one (a gradient penalty, MAML) compute "
             "the loss inside `with contrast.reductions.road('dense'):`."
         )
+
+
+_uncompiled: Callable[..., tuple[Tensor, ...]] = torch.compiler.disable(_reduce)  # type: ignore[no-untyped-call]
