@@ -1,0 +1,84 @@
+"""Hard negatives by weight: the debiased contrastive loss, and its hardness-weighted form."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from contrast.losses.pair_loss import LOSSES, PairLoss
+from contrast.pairs import Pairs
+from contrast.reductions import LogSumExp
+
+
+@LOSSES.register("hard_negative", aliases=("hcl", "debiased", "robinson", "hard_negatives"))
+class HardNegative(PairLoss):
+    r"""Weigh near negatives more, and take out of the negatives what hidden positives among them contribute: HCL.
+
+    .. math::
+        R_i = |N(i)| \frac{\sum_{j \in N(i)} e^{(1 + \beta) s_{ij} / \tau}}{\sum_{j \in N(i)} e^{\beta s_{ij} / \tau}}
+
+        G_i = \max\Big(\frac{R_i - \tau^+ |N(i)| \, \mathrm{mean}_{p \in P(i)} e^{s_{ip} / \tau}}{1 - \tau^+}
+        , \; |N(i)| e^{-1 / \tau}\Big)
+
+        \ell_i = \mathrm{mean}_{p \in P(i)} \left[ \log\big(e^{s_{ip} / \tau} + G_i\big) - s_{ip} / \tau \right]
+
+    with N(i) the negatives and P(i) the positives of anchor i, s the cosine similarity. Gradient flows through the
+    hardness weights, as in the published code; where the maximum takes its second value, G has none.
+    beta = 0 is the debiased loss; beta = 0 and tau+ = 0 is NT-Xent, `InfoNCE(positives="alone")`.
+
+    The papers' one positive (two views) is here every positive in turn, and all of them together are the M positives of
+    the debiased loss that estimate what the hidden ones contribute. An anchor without negatives is left out.
+
+    Args:
+        temperature: tau > 0, divides the cosine similarity.
+        hardness: beta >= 0, multiplies s / tau in the weights of the negatives; 0 weighs all alike.
+        positive_prior: tau+ in [0, 1), the share of negatives that are positives in truth.
+
+    Raises:
+        ValueError: for a temperature that is not positive, a negative hardness, or a prior outside [0, 1).
+
+    Source: Robinson et al. 2020, Contrastive Learning with Hard Negative Samples, arXiv:2010.04592; Chuang et al. 2020,
+    Debiased Contrastive Learning, arXiv:2007.00224.
+    """
+
+    needs_negative = True
+
+    def __init__(self, temperature: float = 0.5, hardness: float = 1.0, positive_prior: float = 0.1) -> None:
+        super().__init__()
+        if not (temperature > 0 and math.isfinite(temperature)):
+            raise ValueError(f"temperature must be a positive number; got {temperature}.")
+        if not 0 <= hardness < math.inf:
+            raise ValueError(f"hardness must be a number of 0 or more; got {hardness}.")
+        if not 0 <= positive_prior < 1:
+            raise ValueError(f"positive_prior is a share of the negatives, in [0, 1); got {positive_prior}.")
+        self.temperature = temperature
+        self.hardness = hardness
+        self.positive_prior = positive_prior
+
+    def per_anchor(self, pairs: Pairs) -> Tensor:
+        """Give the mean over the positives p of log(1 + G e^{-s_p / tau})."""
+        log_negatives = self._log_negatives(pairs)
+        total = pairs.softplus_sum(-1 / self.temperature, log_negatives, over="positive")
+        return total / pairs.count("positive").clamp(min=1)
+
+    def _log_negatives(self, pairs: Pairs) -> Tensor:
+        """Give log G: in the logarithm, since at a temperature of 0.01 its terms differ by e^200."""
+        scale, beta, dtype = 1 / self.temperature, self.hardness, pairs.anchor.z.dtype
+        log_count = pairs.count("negative").clamp(min=1).to(dtype).log()
+        if beta == 0:
+            log_r = pairs.logsumexp(scale, over="negative")
+        else:
+            hard, weights = pairs.reduce(LogSumExp((1 + beta) * scale, "negative"), LogSumExp(beta * scale, "negative"))
+            log_r = log_count + hard - weights
+        if self.positive_prior == 0:
+            return log_r  # R is never below |N| e^{-1/tau}
+        log_positive = pairs.logsumexp(scale, over="positive") - pairs.count("positive").clamp(min=1).to(dtype).log()
+        hidden = math.log(self.positive_prior) + log_count + log_positive - log_r
+        floor = log_count - scale
+        # log(R - hidden R) needs hidden < 1; what rounding leaves between is nothing beside the positives.
+        some_left = hidden < -torch.finfo(dtype).eps
+        left = torch.log(-torch.expm1(torch.where(some_left, hidden, -1)))
+        debiased = log_r + left - math.log1p(-self.positive_prior)
+        return torch.where(some_left & (debiased > floor), debiased, floor)
