@@ -1,0 +1,87 @@
+"""Hard negatives by selection: the contrastive loss over each anchor's hardest negatives only."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+from torch import Tensor
+
+from contrast.losses.pair_loss import LOSSES, PairLoss
+from contrast.pairs import Pairs
+from contrast.reductions import Count, Mean
+
+
+@LOSSES.register("hard_contrastive", aliases=("wang_liu", "hard_simple"))
+class HardContrastive(PairLoss):
+    r"""InfoNCE, or a plain difference of similarities, over the negatives at or above each anchor's own threshold.
+
+    .. math::
+        \text{softmax:} \quad \ell_i = \mathrm{mean}_{p \in P(i)} \Big[
+            \log\big(e^{s_{ip} / \tau} + \sum_{j \in H(i)} e^{s_{ij} / \tau}\big) - s_{ip} / \tau \Big]
+
+        \text{simple:} \quad \ell_i = -\mathrm{mean}_{p \in P(i)} \, s_{ip} + \lambda \sum_{j \in H(i)} s_{ij}
+
+        H(i) = \{ j \in N(i) : s_{ij} \geq s_\alpha^{(i)} \}
+
+    with N(i) the negatives and P(i) the positives of anchor i, s the cosine similarity, and the threshold the upper
+    alpha-quantile of the anchor's own negatives. It carries no gradient. Negatives that tie with it are all kept, so
+    that there may be more than asked for. The positive is always kept; where there are several (the paper has one),
+    each stands alone before the hard negatives, as in `InfoNCE(positives="alone")`, which is what `hardest=1.0` gives.
+
+    Args:
+        temperature: tau > 0, divides the cosine similarity; the simple form has none.
+        hardest: alpha in (0, 1], the share of an anchor's negatives that is kept, rounded and at least one; or, a whole
+            number, how many (1 is one, 1.0 all).
+        form: "softmax" or "simple".
+        negative_weight: lambda >= 0, multiplies the negatives of the simple form.
+
+    Raises:
+        ValueError: for a temperature that is not positive, a negative weight, or nothing kept.
+
+    Source: Wang and Liu 2021, Understanding the Behaviour of Contrastive Loss, arXiv:2012.09740.
+    """
+
+    def __init__(
+        self,
+        temperature: float = 0.3,
+        hardest: int | float = 0.1,
+        form: Literal["softmax", "simple"] = "softmax",
+        negative_weight: float = 1.0,
+    ) -> None:
+        super().__init__()
+        if not (temperature > 0 and math.isfinite(temperature)):
+            raise ValueError(f"temperature must be a positive number; got {temperature}.")
+        if isinstance(hardest, bool) or not (hardest >= 1 if isinstance(hardest, int) else 0 < hardest <= 1):
+            raise ValueError(
+                f"hardest is a number of negatives, 1 or more, or a share of them in (0, 1]; got {hardest}."
+            )
+        if form not in ("softmax", "simple"):
+            raise ValueError(f"form is 'softmax' or 'simple'; got {form!r}.")
+        if not 0 <= negative_weight < math.inf:
+            raise ValueError(f"negative_weight must be a number of 0 or more; got {negative_weight}.")
+        self.temperature = temperature
+        self.hardest = hardest
+        self.form = form
+        self.negative_weight = negative_weight
+
+    def per_anchor(self, pairs: Pairs) -> Tensor:
+        """Give the loss against the negatives at or above the threshold."""
+        threshold = self._threshold(pairs)
+        if self.form == "simple":
+            near, mean, count = pairs.reduce(
+                Mean("positive"), Mean("negative", above=threshold), Count("negative", above=threshold)
+            )
+            return self.negative_weight * (count * mean) - near
+        repel = pairs.logsumexp(1 / self.temperature, over="negative", above=threshold)
+        total = pairs.softplus_sum(-1 / self.temperature, repel, over="positive")
+        return total / pairs.count("positive").clamp(min=1)
+
+    def _threshold(self, pairs: Pairs) -> Tensor | None:
+        """Give s_alpha, (N,); None where all negatives are kept."""
+        if isinstance(self.hardest, int):
+            return pairs.kth(self.hardest, over="negative")
+        if self.hardest == 1:
+            return None
+        share = pairs.count("negative") * self.hardest
+        return pairs.kth(share.round().clamp(min=1).long(), over="negative")
