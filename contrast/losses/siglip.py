@@ -1,0 +1,88 @@
+"""SigLIP: every pair is a yes or no of its own, without a softmax."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from contrast import distributed
+from contrast.embeddings import concatenate, gather_all
+from contrast.losses.pair_loss import LOSSES, Extra, PairLoss
+from contrast.pairs import Pairs, two_sided
+from contrast.reductions import SoftplusSum
+
+
+@LOSSES.register("siglip", aliases=("sigmoid", "sig_lip"))
+class SigLIP(PairLoss):
+    r"""Each pair of two views is classified as positive or negative by a sigmoid of its similarity.
+
+    .. math:: L = -\frac{1}{n} \sum_{i=1}^n \sum_{j=1}^n \log \sigma\big(y_{ij} (t s_{ij} + b)\big), \quad
+              y_{ij} = 1 \text{ for positives}, \; -1 \text{ for negatives}
+
+    for n images i and texts j, s the cosine similarity. Here both sides are anchors, and the row of each holds all its
+    pairs; every pair then stands in two of the 2 n rows, so that their mean is the published sum divided by n.
+    With V views it is V - 1 times the mean over the pairs of views. Candidates are those of another view only; `extra`
+    adds negatives. An anchor without a positive is left out.
+
+    Args:
+        scale: t > 0, multiplies the cosine similarity; the start where it is learned, as its logarithm.
+        bias: b, added to it; the start where it is learned. Below 0, since most pairs are negative.
+        learn: whether t and b are learned.
+
+    Raises:
+        ValueError: for a scale that is not positive, or a bias that is not finite.
+
+    Source: Zhai et al. 2023, Sigmoid Loss for Language Image Pre-Training, arXiv:2303.15343.
+    """
+
+    def __init__(self, scale: float = 10.0, bias: float = -10.0, learn: bool = True) -> None:
+        super().__init__()
+        if not (scale > 0 and math.isfinite(scale)):
+            raise ValueError(f"scale must be a positive number; got {scale}.")
+        if not math.isfinite(bias):
+            raise ValueError(f"bias must be a finite number; got {bias}.")
+        self.scale = scale
+        self.log_scale = nn.Parameter(torch.tensor(math.log(scale))) if learn else None
+        self.bias = nn.Parameter(torch.tensor(float(bias))) if learn else bias
+
+    def pairs(
+        self,
+        *views: Tensor,
+        targets: Sequence[Tensor | None] | None = None,
+        sample: Tensor | None = None,
+        group: Tensor | None = None,
+        reference: Tensor | None = None,
+        extra: Sequence[Extra] = (),
+    ) -> Sequence[Pairs]:
+        """Let every view meet the other ones, or the targets of other ones."""
+        own, twins = self.embed(views, targets, sample, group, reference)
+        extras = self.extras(extra, own)
+        if not twins and len(own) == 2:
+            return [two_sided(own[0], own[1], extra=extras)]
+        others = twins or own
+        return [Pairs(concatenate(own), (*gather_all(others), *extras), across=True, views=len(others))]
+
+    def per_anchor(self, pairs: Pairs) -> Tensor:
+        """Give -log sigmoid of t s + b summed over the positives, and of -(t s + b) over the negatives."""
+        scale, bias = self._scale_and_bias()
+        if isinstance(bias, Tensor):
+            bias = bias.to(pairs.anchor.z.dtype).expand(len(pairs))
+        positive, negative = pairs.reduce(SoftplusSum(-scale, -bias, "positive"), SoftplusSum(scale, bias, "negative"))
+        return positive + negative
+
+    def _scale_and_bias(self) -> tuple[float | Tensor, float | Tensor]:
+        """Give t and b; learned, they make one exchange."""
+        if self.log_scale is None or not isinstance(self.bias, Tensor):
+            return self.scale, self.bias
+        scale, bias = distributed.shared(torch.stack([self.log_scale.exp(), self.bias])).unbind()
+        return scale, bias
+
+    def measure(self, pairs: Pairs) -> dict[str, Tensor]:
+        """Give the similarities, and scale and bias where they are learned."""
+        measured = super().measure(pairs)
+        if self.log_scale is not None and isinstance(self.bias, Tensor):
+            measured |= {"scale": self.log_scale.detach().exp(), "bias": self.bias.detach().clone()}
+        return measured

@@ -1,0 +1,147 @@
+"""SigLIP against the published sum over the matrix of pairs, and against loops where that has no matrix."""
+
+import itertools
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from contrast.losses.siglip import SigLIP
+
+
+def random(*shape, seed=0):
+    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).requires_grad_()
+
+
+def unit(z):
+    return z / z.norm(dim=-1, keepdim=True)
+
+
+def assert_same(found, expected, *leaves):
+    torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-13)
+    ours, theirs = (torch.autograd.grad(value, leaves, retain_graph=True) for value in (found, expected))
+    for one, other in zip(ours, theirs, strict=True):
+        assert other.abs().sum() > 0
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-13)
+
+
+def published(image, text, scale, bias):
+    """Give -(1/n) of the sum of log sigmoid over the n x n pairs, 1 on the diagonal and -1 off it."""
+    logits = scale * unit(image) @ unit(text).T + bias
+    sign = 2 * torch.eye(len(image), dtype=torch.float64) - 1
+    return -F.logsigmoid(sign * logits).sum() / len(image)
+
+
+def by_loops(views, group, scale, bias, *, targets=None, extra=()):
+    count, others = len(views[0]), views if targets is None else targets
+    rows = []
+    for x, i in itertools.product(range(len(views)), range(count)):
+        z, row, found = unit(views[x])[i], 0, False
+        for y, j in itertools.product(range(len(others)), range(count)):
+            if y != x and others[y] is not None:
+                logit = scale * (z @ unit(others[y])[j]) + bias
+                positive = group[i] == group[j]
+                row, found = row - (torch.sigmoid(logit if positive else -logit)).log(), found or positive
+        if found:
+            rows.append(row - sum(torch.sigmoid(-(scale * (z @ u) + bias)).log() for u in extra))
+    return sum(rows) / len(rows)
+
+
+def test_two_views_give_the_published_loss_and_gradient():
+    image, text = random(5, 4), random(5, 4, seed=1)
+    loss = SigLIP().double()
+    assert_same(
+        loss(image, text), published(image, text, loss.log_scale.exp(), loss.bias), image, text, *loss.parameters()
+    )
+
+
+def test_the_published_start_is_ten_and_minus_ten():
+    loss = SigLIP()
+    assert loss.log_scale.exp().item() == pytest.approx(10, rel=1e-6)
+    assert loss.bias.item() == -10
+    assert {name for name, _ in loss.named_parameters()} == {"log_scale", "bias"}
+    zero = torch.zeros(4, 3)
+    # Every similarity is 0: one positive costs log(1 + e^10), each of the 3 negatives log(1 + e^-10).
+    assert loss(zero, zero).item() == pytest.approx(math.log1p(math.exp(10)) + 3 * math.log1p(math.exp(-10)), rel=1e-6)
+
+
+@pytest.mark.parametrize("learn", [True, False])
+@pytest.mark.parametrize("views", [2, 3])
+@pytest.mark.parametrize("labels", [False, True])
+@pytest.mark.parametrize("extras", [False, True])
+def test_it_equals_loops(learn, views, labels, extras):
+    tensors, queue = [random(4, 3, seed=seed) for seed in range(views)], random(5, 3, seed=9)
+    group = [0, 1, 0, 2] if labels else [0, 1, 2, 3]
+    loss = SigLIP(4.0, -1.5, learn=learn).double()
+    found = loss(*tensors, group=torch.tensor(group) if labels else None, extra=[queue] if extras else [])
+    scale, bias = (loss.log_scale.exp(), loss.bias) if learn else (4.0, -1.5)
+    expected = by_loops(tensors, group, scale, bias, extra=list(unit(queue)) if extras else [])
+    assert_same(found, expected, *tensors, *([queue] if extras else []), *loss.parameters())
+
+
+@pytest.mark.parametrize("both", [True, False])
+def test_targets_take_the_candidates_place(both):
+    views, keys = [random(4, 3, seed=seed) for seed in (0, 1)], [random(4, 3, seed=seed) for seed in (2, 3)]
+    targets = tuple(keys) if both else (None, keys[1])
+    loss = SigLIP(4.0, -1.5).double()
+    expected = by_loops(views, range(4), loss.log_scale.exp(), loss.bias, targets=targets)
+    assert_same(loss(*views, targets=targets), expected, views[0], keys[1], *loss.parameters())
+
+
+def test_heads_are_averaged():
+    heads = [random(3, 4, 3, seed=seed) for seed in (0, 1)]
+    loss = SigLIP(4.0, -1.5).double()
+    expected = sum(published(heads[0][h], heads[1][h], loss.log_scale.exp(), loss.bias) for h in range(3)) / 3
+    assert_same(loss(*heads), expected, *heads, *loss.parameters())
+
+
+def test_more_views_are_the_mean_over_their_pairs_times_the_number_of_the_others():
+    views = [random(4, 3, seed=seed) for seed in range(4)]
+    loss = SigLIP(5.0, -2.0, learn=False)
+    pairs = [published(a, b, 5.0, -2.0) for a, b in itertools.combinations(views, 2)]
+    assert_same(loss(*views), 3 * sum(pairs) / 6, *views)
+
+
+def test_without_learning_there_are_no_parameters_and_the_same_value():
+    a, b = random(5, 4), random(5, 4, seed=1)
+    fixed, learned = SigLIP(7.0, -3.0, learn=False), SigLIP(7.0, -3.0)
+    assert not list(fixed.parameters())
+    torch.testing.assert_close(fixed(a, b), learned.double()(a, b), rtol=1e-6, atol=0)
+    assert "scale" not in fixed.metrics
+
+
+def test_metrics_tell_scale_and_bias():
+    loss = SigLIP(7.0, -3.0)
+    loss(torch.eye(3), torch.eye(3))
+    assert loss.metrics["scale"].item() == pytest.approx(7, rel=1e-6)
+    assert loss.metrics["bias"].item() == -3
+
+
+@pytest.mark.parametrize("scale", [1e-4, 0.1, 100.0, 1e4])
+@pytest.mark.parametrize("bias", [-1e4, 0.0, 1e4])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_any_scale_and_bias_is_finite(scale, bias, dtype):
+    loss = SigLIP(scale, bias)
+    views = [random(5, 3, seed=seed).detach().to(dtype).requires_grad_() for seed in range(3)]
+    value = loss(*views)
+    assert value.dtype == torch.float32
+    assert torch.isfinite(value)
+    assert all(torch.isfinite(back).all() for back in torch.autograd.grad(value, [*views, *loss.parameters()]))
+
+
+def test_parameters_of_more_precision_leave_the_loss_in_the_embeddings():
+    assert SigLIP().double()(torch.eye(3), torch.eye(3)).dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"scale": 0}, "scale must be a positive number; got 0"),
+        ({"scale": float("inf")}, "scale must be a positive number; got inf"),
+        ({"bias": float("nan")}, "bias must be a finite number; got nan"),
+    ],
+)
+def test_impossible_values_are_answered_in_a_sentence(given, words):
+    with pytest.raises(ValueError, match=words):
+        SigLIP(**given)
