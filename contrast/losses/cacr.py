@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Container, Iterator
 from typing import Literal
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from contrast.losses.pair_loss import LOSSES, PairLoss
 from contrast.pairs import Pairs
+from contrast.reductions import SoftMean
 
 
 @LOSSES.register("cacr", aliases=("contrastive_attraction_repulsion", "cacl"))
@@ -27,6 +29,17 @@ class CACR(PairLoss):
     With `targets`, where (x, y) and (y, x) are different pairs, both count. Remembered candidates join every
     repulsion. An anchor without negatives is attracted only.
 
+    Without labels a share of the negatives is positive unseen. The mean over all of them is
+    tau+ E_pos + (1 - tau+) E_neg, so the mean over the true ones, which `positive_prior` asks for, is
+
+    .. math:: \frac{1}{1 - \tau^+} \Big( \sum_{j \neq i} w^-_{ij} d_{ij} - \tau^+ d_i^+ \Big)
+
+    in the place of each repulsion, d+ the anchor's mean distance to its positives in that view pair. Departs from the
+    authors' code, whose positive term has the opposite sign and lacks beta.
+
+    The authors' two other forms are `CACRQueue` (momentum keys and a queue) and `CACRMultiCrop` (momentum keys and
+    crops); `CACRRBF` has this one's repulsion with a Gaussian cost.
+
     Args:
         attraction_scale: t+ >= 0, multiplies the squared distance; 0 weighs all positives alike (uniform attraction).
         repulsion_scale: t- >= 0, multiplies the squared distance; 0 weighs all negatives alike (uniform repulsion).
@@ -34,9 +47,10 @@ class CACR(PairLoss):
         repulsion_weight: beta >= 0, multiplies the repulsion.
         repulsion: "view_pairs": the published form; "all": one softmax over the negatives of all views at once.
         detach_weights: whether the weights w are constants to the gradient.
+        positive_prior: tau+ in [0, 1), the share of negatives that are positives unseen; 0.1 in the authors' code.
 
     Raises:
-        ValueError: for a negative scale or weight.
+        ValueError: for a negative scale or weight, or a prior outside [0, 1).
 
     Source: Zheng et al. 2023, Contrastive Attraction and Contrastive Repulsion for Representation Learning, TMLR,
     arXiv:2105.03746; the authors' repository JegZheng/CACR-SSL at fbc9d94, small_scale_experiments.
@@ -50,53 +64,80 @@ class CACR(PairLoss):
         repulsion_weight: float = 1.0,
         repulsion: Literal["view_pairs", "all"] = "view_pairs",
         detach_weights: bool = False,
+        positive_prior: float = 0.0,
     ) -> None:
         super().__init__()
-        numbers = {
-            "attraction_scale": attraction_scale,
-            "repulsion_scale": repulsion_scale,
-            "attraction_weight": attraction_weight,
-            "repulsion_weight": repulsion_weight,
-        }
-        for name, number in numbers.items():
-            if not 0 <= number < float("inf"):
-                raise ValueError(f"{name} must be a number of 0 or more; got {number}.")
+        refuse_negative(
+            attraction_scale=attraction_scale,
+            repulsion_scale=repulsion_scale,
+            attraction_weight=attraction_weight,
+            repulsion_weight=repulsion_weight,
+        )
         if repulsion not in ("view_pairs", "all"):
             raise ValueError(f"repulsion is 'view_pairs' or 'all'; got {repulsion!r}.")
+        if not 0 <= positive_prior < 1:
+            raise ValueError(f"positive_prior is a share, 0 or more and below 1; got {positive_prior}.")
         self.attraction_scale = attraction_scale
         self.repulsion_scale = repulsion_scale
         self.attraction_weight = attraction_weight
         self.repulsion_weight = repulsion_weight
         self.repulsion = repulsion
         self.detach_weights = detach_weights
+        self.positive_prior = positive_prior
 
     def per_anchor(self, pairs: Pairs) -> Tensor:
         """Give alpha * attraction - beta * repulsion."""
         # softmax(t d) = softmax(-2 t s) and mean of d = 2 - 2 mean of s, since d = 2 - 2 s.
         near = pairs.soft_mean(-2 * self.attraction_scale, over="positive", detach=self.detach_weights)
         attraction = 2 - 2 * near
-        repulsion = self._repelled(pairs) if self.repulsion == "all" else self._repelled_by_view(pairs)
-        return self.attraction_weight * attraction - self.repulsion_weight * repulsion
+        return self.attraction_weight * attraction - self.repulsion_weight * self._repelled(pairs)
 
-    def _repelled(self, pairs: Pairs, among: Tensor | None = None) -> Tensor:
-        near = pairs.soft_mean(2 * self.repulsion_scale, over="negative", among=among, detach=self.detach_weights)
-        return torch.where(pairs.count("negative", among=among) > 0, 2 - 2 * near, 0)
-
-    def _repelled_by_view(self, pairs: Pairs) -> Tensor:
-        """Give the mean squared distance to the near negatives of each view that the anchor's view is paired with."""
-        sizes = [len(part) for part in pairs.candidates]
-        part = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes)).to(pairs.anchor.z.device)
-        views = len(sizes) if pairs.views is None else pairs.views
+    def _repelled(self, pairs: Pairs) -> Tensor:
+        """Give the mean over the anchor's view pairs of the squared distance to its near negatives."""
+        met = [(None, None)] if self.repulsion == "all" else list(meetings(pairs))
+        scale, detach = 2 * self.repulsion_scale, self.detach_weights
+        asked = [SoftMean(scale, "negative", among, detach, rows=rows) for among, rows in met]
         repulsion, partners = pairs.anchor.z.new_zeros(len(pairs)), pairs.anchor.z.new_zeros(len(pairs))
-        for number, candidate in enumerate(pairs.candidates[:views]):
-            if not len(candidate):
-                continue
-            view = candidate.view[:1]
-            paired = pairs.anchor.view != view if pairs.across else pairs.anchor.view < view
-            repelled = self._repelled(pairs, among=(part == number) | (part >= views))
-            repulsion = repulsion + torch.where(paired, repelled, 0)
-            partners = partners + paired
-        if pairs.across:
+        for (among, rows), near in zip(met, pairs.reduce(*asked), strict=True):
+            far = 2 - 2 * near
+            if self.positive_prior:
+                positive = 2 - 2 * pairs.mean("positive", among=among, rows=rows)
+                far = (far - self.positive_prior * positive) / (1 - self.positive_prior)
+            there = pairs.count("negative", among=among, rows=rows) > 0
+            repulsion = repulsion + torch.where(there, far, 0)
+            partners = partners + (1 if rows is None else rows)
+        if self.repulsion == "all" or pairs.across:
             return repulsion / partners.clamp(min=1)
         # The mean over all V n anchors becomes the mean over the V (V - 1) / 2 view pairs and their n anchors.
-        return repulsion * (2 / max(views - 1, 1))
+        return repulsion * (2 / max(views_of(pairs) - 1, 1))
+
+
+def refuse_negative(**numbers: float) -> None:
+    """Raise a ValueError for a number that is negative or not finite."""
+    for name, number in numbers.items():
+        if not 0 <= number < float("inf"):
+            raise ValueError(f"{name} must be a number of 0 or more; got {number}.")
+
+
+def views_of(pairs: Pairs) -> int:
+    """Count the parts of the candidates that are views; the rest are extras."""
+    return len(pairs.candidates) if pairs.views is None else pairs.views
+
+
+def among_parts(pairs: Pairs, numbers: Container[int]) -> Tensor:
+    """Give (M,) bool: the candidates of the parts with these numbers."""
+    chosen = [
+        torch.full_like(part.view, number in numbers, dtype=torch.bool) for number, part in enumerate(pairs.candidates)
+    ]
+    return torch.cat(chosen)
+
+
+def meetings(pairs: Pairs) -> Iterator[tuple[Tensor, Tensor]]:
+    """Give the view pairs: each view's candidates with the extras, (M,) bool, and the anchors that meet them, (N,)."""
+    views = views_of(pairs)
+    for number, part in enumerate(pairs.candidates[:views]):
+        earlier_exist = number > 0 or pairs.across
+        if len(part) and earlier_exist:
+            view = part.view[:1]
+            rows = pairs.anchor.view != view if pairs.across else pairs.anchor.view < view
+            yield among_parts(pairs, {number, *range(views, len(pairs.candidates))}), rows

@@ -7,6 +7,8 @@ import pytest
 import torch
 
 from contrast.losses import CACR
+from contrast.pairs import Pairs
+from contrast.reductions import Count
 
 
 def random(*shape, seed=0):
@@ -209,3 +211,82 @@ def test_a_weight_of_zero_switches_its_half_off(weights):
     found = CACR(1.0, 1.0, *weights)(a, b)
     expected = weights[0] * attraction([a, b], 1.0) - weights[1] * repulsion([a, b], 1.0)
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("views", [2, 3])
+@pytest.mark.parametrize("repulsion_over", ["view_pairs", "all"])
+@pytest.mark.parametrize("labels", [False, True])
+def test_the_positive_prior_takes_the_positives_out_of_the_repulsion(views, repulsion_over, labels):
+    tensors, group, prior = [random(4, 3, seed=seed) for seed in range(views)], [0, 1, 2, 3], 0.2
+    if labels:
+        group = [0, 1, 0, 2]
+    z, rows = [unit(view) for view in tensors], []
+    for x, i in itertools.product(range(views), range(4)):
+        others = range(x + 1, views) if repulsion_over == "view_pairs" else [range(views)]
+        for part in others:
+            part = [part] if isinstance(part, int) else part
+            near = [distance(z[x][i], z[y][j]) for y in part for j in range(4) if group[j] != group[i]]
+            mates = [
+                distance(z[x][i], z[y][j]) for y in part for j in range(4) if group[j] == group[i] and (y, j) != (x, i)
+            ]
+            rows.append((weighted(near, -1.4) - prior * sum(mates) / len(mates)) / (1 - prior))
+    found = CACR(1.0, 1.4, attraction_weight=0, repulsion_weight=1.3, repulsion=repulsion_over, positive_prior=prior)(
+        *tensors, group=torch.tensor(group)
+    )
+    assert_same(found, -1.3 * sum(rows) / len(rows), *tensors)
+
+
+@pytest.mark.parametrize("scale", [0.0, 1.4])
+def test_the_positive_prior_gives_the_repulsion_of_the_true_negatives(scale):
+    """Among the negatives of anchor 0 hide copies of its positive; the prior is the mass that they hold."""
+    anchor, positive, true = random(1, 3), random(1, 3, seed=1), random(4, 3, seed=2)
+    hidden = positive.expand(2, 3)
+    d = ((unit(anchor) - unit(torch.cat([hidden, true]))) ** 2).sum(dim=1)
+    prior = (-scale * d).softmax(dim=0)[:2].sum().item()
+    found = CACR(1.0, scale, positive_prior=prior)(anchor, positive, extra=[hidden, true], reduction="none")
+    pure = CACR(1.0, scale)(anchor, positive, extra=true, reduction="none")
+    torch.testing.assert_close(found[0], pure[0], rtol=1e-11, atol=0)
+    naive = CACR(1.0, scale)(anchor, positive, extra=[hidden, true], reduction="none")
+    assert abs(naive[0] - pure[0]) > 1e-3
+
+
+def test_the_positive_prior_has_the_derived_sign_and_beta():
+    a = torch.eye(3, dtype=torch.float64)
+    # Each d+ is 4 and each negative's d is 2: the repulsion is (2 - 4 prior) / (1 - prior).
+    for prior in (0.0, 0.1, 0.5):
+        loss = CACR(attraction_weight=0, repulsion_weight=3, positive_prior=prior)
+        assert loss(a, -a).item() == pytest.approx(-3 * (2 - 4 * prior) / (1 - prior), rel=1e-13)
+
+
+def test_the_positive_prior_leaves_an_anchor_without_negatives_alone():
+    a, b = random(1, 3), random(1, 3, seed=1)
+    assert_same(CACR(positive_prior=0.3)(a, b), attraction([a, b], 1.0), a, b)
+
+
+@pytest.mark.parametrize("prior", [-0.1, 1.0, float("nan")])
+def test_a_prior_that_is_no_share_is_refused(prior):
+    with pytest.raises(ValueError, match="positive_prior is a share, 0 or more and below 1"):
+        CACR(positive_prior=prior)
+
+
+@pytest.mark.parametrize("views", [2, 4])
+def test_all_view_pairs_repel_in_one_pass_that_meets_only_them(monkeypatch, views):
+    tensors, passes = [random(4, 3, seed=seed) for seed in range(views)], []
+    (pairs,) = CACR().pairs(*tensors)
+    plain = Pairs.reduce
+
+    def watched(self, *asked):
+        passes.append(asked)
+        return plain(self, *asked)
+
+    monkeypatch.setattr(Pairs, "reduce", watched)
+    CACR().rows(pairs)
+    far = [[one for one in asked if one.over != "positive" and not isinstance(one, Count)] for asked in passes]
+    (sweep,) = filter(None, far)
+    met = {
+        (int(x), int(y))
+        for one in sweep
+        for x in pairs.anchor.view[one.rows].unique()
+        for y in torch.cat([part.view for part in pairs.candidates])[one.among].unique()
+    }
+    assert met == set(itertools.combinations(range(views), 2))

@@ -1,0 +1,146 @@
+"""CACR with a Gaussian cost: the logarithm of the batch's mean closeness repels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from contrast import distributed
+from contrast.embeddings import Embeddings
+from contrast.losses.cacr import meetings, refuse_negative
+from contrast.losses.pair_loss import LOSSES, Extra, PairLoss, Source, global_mean
+from contrast.pairs import Pairs
+from contrast.reductions import LogSumExp
+
+
+@LOSSES.register("cacr_rbf")
+class CACRRBF(PairLoss):
+    r"""CACR whose negatives cost exp(-t d), with the logarithm outside the mean over the batch.
+
+    .. math::
+        L = \frac{\alpha}{V} \sum_x \frac{1}{n} \sum_i \sum_{k \neq x} w^+_{ik} d_{ik}
+            + \frac{2 \beta}{V (V - 1)} \sum_{x < y} \log \frac{1}{n} \sum_i \sum_{j \neq i} w^-_{ij} e^{-t d_{ij}}
+
+        w^+ = \mathrm{softmax}_k(t^+ d_{ik}), \quad w^- = \mathrm{softmax}_j(-t^- d_{ij}), \quad
+        d_{ij} = \lVert z_i - z_j \rVert^2 = 2 - 2 s_{ij}
+
+    for V views x, y of n samples, of all processes. The authors' code holds it as a variant of the small-scale form,
+    `CACR`, whose attraction and whose view pairs it keeps; for a small t the repulsion is t times that of `CACR`. An
+    anchor without negatives in a view pair is left out of the mean there.
+
+    The mean inside a logarithm ties the anchors together, so an anchor has no loss of its own: there are no `rows`, and
+    what weighs anchors one by one refuses this loss.
+
+    Args:
+        attraction_scale: t+ >= 0, multiplies the squared distance; 0 weighs all positives alike.
+        repulsion_scale: t- >= 0, multiplies the squared distance; 0 weighs all negatives alike.
+        attraction_weight: alpha >= 0, multiplies the attraction.
+        repulsion_weight: beta >= 0, multiplies the repulsion.
+        cost_scale: t >= 0, multiplies the squared distance in the cost.
+
+    Raises:
+        ValueError: for a negative scale or weight, or where rows are asked for.
+
+    Source: Zheng et al. 2023, Contrastive Attraction and Contrastive Repulsion for Representation Learning, TMLR,
+    arXiv:2105.03746; the authors' repository JegZheng/CACR-SSL at fbc9d94, small_scale_experiments.
+    """
+
+    def __init__(
+        self,
+        attraction_scale: float = 1.0,
+        repulsion_scale: float = 1.0,
+        attraction_weight: float = 1.0,
+        repulsion_weight: float = 1.0,
+        cost_scale: float = 2.0,
+    ) -> None:
+        super().__init__()
+        refuse_negative(
+            attraction_scale=attraction_scale,
+            repulsion_scale=repulsion_scale,
+            attraction_weight=attraction_weight,
+            repulsion_weight=repulsion_weight,
+            cost_scale=cost_scale,
+        )
+        self.attraction_scale = attraction_scale
+        self.repulsion_scale = repulsion_scale
+        self.attraction_weight = attraction_weight
+        self.repulsion_weight = repulsion_weight
+        self.cost_scale = cost_scale
+
+    def forward(
+        self,
+        *views: Tensor,
+        targets: Sequence[Tensor | None] | None = None,
+        sample: Tensor | None = None,
+        group: Tensor | None = None,
+        reference: Tensor | None = None,
+        extra: Extra | Sequence[Extra] = (),
+        reduction: Literal["mean", "none"] = "mean",
+    ) -> Tensor:
+        """Give the loss of these views over all processes, (); the arguments are those of every `PairLoss`."""
+        if reduction != "mean":
+            raise ValueError(_NO_ROWS)
+        self._check(views, targets)
+        extras = [extra] if isinstance(extra, Tensor | Embeddings | Source) else list(extra)
+        with torch.autocast(views[0].device.type, enabled=False):
+            (pairs,) = self.pairs(
+                *views, targets=targets, sample=sample, group=group, reference=reference, extra=extras
+            )
+            valid = self._valid(pairs)
+            self._last = [
+                replace(pairs, anchor=pairs.anchor.detach(), candidates=[part.detach() for part in pairs.candidates])
+            ]
+            near = pairs.soft_mean(-2 * self.attraction_scale, over="positive")
+            near = near if near.ndim == 1 else near.mean(dim=0)
+            attraction = global_mean(torch.where(valid, 2 - 2 * near, 0), valid)
+            repulsion = self._log_mean_cost(pairs, len(views))
+            return self.attraction_weight * attraction + self.repulsion_weight * repulsion
+
+    def per_anchor(self, pairs: Pairs) -> Tensor:  # noqa: ARG002
+        """Refuse: an anchor has no loss of its own."""
+        raise ValueError(_NO_ROWS)
+
+    def _log_mean_cost(self, pairs: Pairs, views: int) -> Tensor:
+        """Give the mean over the view pairs, and heads, of log mean_i sum_j w_ij e^{-t d_ij}."""
+        # With d = 2 - 2 s, sum_j w_j e^{-t d_j} = sum_j e^{2 (t- + t) s_j} / sum_j e^{2 t- s_j} * e^{-2 t}.
+        met, weight, cost = list(meetings(pairs)), 2 * self.repulsion_scale, 2 * self.cost_scale
+        if not met:
+            return pairs.anchor.z.new_zeros(())
+        sums = pairs.reduce(
+            *(
+                LogSumExp(scale, "negative", among, rows=rows)
+                for among, rows in met
+                for scale in (weight + cost, weight)
+            )
+        )
+        logarithms, counts = [], []
+        for (among, rows), above, below in zip(met, sums[::2], sums[1::2], strict=True):
+            there = pairs.count("negative", among=among, rows=rows) > 0
+            for view in range(views):
+                counted = there & (pairs.anchor.view == view)
+                logarithms.append(_logsumexp(above - below - cost, counted))
+                counts.append(counted.sum())
+        count = distributed.total(torch.stack(counts).to(pairs.anchor.z.dtype))
+        total = _over_processes(torch.stack(logarithms, dim=-1)).logsumexp(dim=0)
+        mean = torch.where(count > 0, total - count.clamp(min=1).log(), 0).sum(dim=-1) / (count > 0).sum().clamp(min=1)
+        return mean.mean()
+
+
+_NO_ROWS = "CACRRBF has no rows: its logarithm stands outside the mean over the batch; take CACR where rows are needed."
+
+
+def _logsumexp(x: Tensor, counted: Tensor) -> Tensor:
+    """Give log sum exp of those counted, (...) from (..., N); finfo.min / 2 where there is none."""
+    nothing = torch.finfo(x.dtype).min / 2
+    return F.pad(x.masked_fill(~counted, nothing), (0, 1), value=nothing).logsumexp(dim=-1)
+
+
+def _over_processes(x: Tensor) -> Tensor:
+    """Give x of every process, (W, ...) in rank order, with gradient."""
+    world, rank = distributed.world_size(), distributed.rank()
+    return distributed.total(torch.stack([x if process == rank else torch.zeros_like(x) for process in range(world)]))

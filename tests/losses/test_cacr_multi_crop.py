@@ -1,0 +1,160 @@
+"""CACR over crops, against loops of the authors' form, and what it is without crops."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from contrast.losses import InfoNCE
+from contrast.losses.cacr_multi_crop import CACRMultiCrop
+
+
+def random(*shape, seed=0):
+    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).requires_grad_()
+
+
+def unit(z):
+    return z / z.norm(dim=-1, keepdim=True)
+
+
+def by_loops(queries, keys, temperature, cost, group=None, extra=()):
+    """Give the published form, one key view, one sample and one query at a time; keys may be None."""
+    q, count = [unit(view) for view in queries], len(queries[0])
+    group, values = list(range(count)) if group is None else group, []
+    for y, key in enumerate(keys):
+        others = [x for x in range(len(q)) if x != y]
+        if key is None or not others:
+            continue
+        k, rows = unit(key), []
+        for i in range(count):
+            mates = [j for j in range(count) if group[j] == group[i]]
+            strangers = [k[j] for j in range(count) if group[j] != group[i]] + list(extra)
+            distances = [sum(((q[x][i] - k[j]) ** 2).sum() for j in mates).detach() / len(mates) for x in others]
+            masses = [(d / temperature).exp() for d in distances]
+            for x, mass in zip(others, masses, strict=True):
+                near = [q[x][i] @ k[j] for j in mates]
+                far = [q[x][i] @ u for u in strangers]
+                if cost == "rbf":
+                    denominator = sum((s / temperature).exp() for s in near + far)
+                    row = sum(denominator.log() - s / temperature for s in near) / len(near) * 2 * temperature
+                else:
+                    row = sum(1 - s for s in near) / len(near)
+                    if far:
+                        shares = [(-(1 - s.detach()) / temperature).exp() for s in far]
+                        row = row - sum(share * (1 - s) for share, s in zip(shares, far, strict=True)) / sum(shares)
+                rows.append(mass / sum(masses) * row)
+        values.append(sum(rows) / count)
+    return sum(values) / len(values)
+
+
+def assert_same(found, expected, *leaves):
+    torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-13)
+    ours, theirs = (torch.autograd.grad(value, leaves, retain_graph=True) for value in (found, expected))
+    for one, other in zip(ours, theirs, strict=True):
+        assert other.abs().sum() > 0
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("cost", ["rbf", "euclidean"])
+@pytest.mark.parametrize(("views", "keyed"), [(2, 2), (3, 2), (4, 2), (4, 4)])
+@pytest.mark.parametrize("labels", [False, True])
+@pytest.mark.parametrize("extras", [False, True])
+def test_it_is_the_authors_form_over_crops(cost, views, keyed, labels, extras):
+    queries = [random(4, 3, seed=seed) for seed in range(views)]
+    keys = [random(4, 3, seed=10 + seed) for seed in range(keyed)]
+    queue, group = random(5, 3, seed=20), [0, 1, 0, 2] if labels else None
+    found = CACRMultiCrop(0.6, cost)(
+        *queries, targets=keys, group=torch.tensor(group) if labels else None, extra=queue if extras else ()
+    )
+    expected = by_loops(queries, keys, 0.6, cost, group, unit(queue) if extras else ())
+    assert_same(found, expected, *queries, *keys, *([queue] if extras else []))
+
+
+@pytest.mark.parametrize("temperature", [0.2, 1.0])
+def test_two_views_without_crops_are_moco_v3_times_twice_the_temperature(temperature):
+    queries, keys = random(2, 5, 4), random(2, 5, 4, seed=1)
+    sides = [(queries[0], keys[1]), (queries[1], keys[0])]
+    entropies = [F.cross_entropy(unit(q) @ unit(k).T / temperature, torch.arange(5)) for q, k in sides]
+    found = CACRMultiCrop(temperature)(*queries, targets=tuple(keys))
+    assert_same(found, 2 * temperature * sum(entropies) / 2, queries, keys)
+    moco = InfoNCE(temperature, candidates="across")(*queries, targets=tuple(keys))
+    torch.testing.assert_close(found, 2 * temperature * moco, rtol=1e-12, atol=0)
+
+
+def test_the_defaults_are_the_published_ones():
+    queries, keys = random(3, 4, 3), random(2, 4, 3, seed=1)
+    assert_same(CACRMultiCrop()(*queries, targets=tuple(keys)), by_loops(queries, keys, 1.0, "rbf"), queries, keys)
+
+
+def test_queries_that_are_all_alike_weigh_alike():
+    (query,), keys = random(1, 4, 3), random(2, 4, 3, seed=1)
+    crops = CACRMultiCrop(0.3)(query, query, query, targets=tuple(keys))
+    none = CACRMultiCrop(0.3)(query, query, targets=tuple(keys))
+    torch.testing.assert_close(crops, none, rtol=1e-12, atol=0)
+
+
+def test_a_small_temperature_leaves_the_farthest_query():
+    queries, key = random(3, 4, 3), random(4, 3, seed=1)
+    temperature, s = 1e-3, torch.stack([unit(q) @ unit(key).T for q in queries[1:]])
+    rows = []
+    for i in range(4):
+        farthest = int(s[:, i, i].argmin())
+        logits = s[farthest, i] / temperature
+        rows.append(2 * temperature * (logits.logsumexp(0) - logits[i]))
+    found = CACRMultiCrop(temperature)(*queries, targets=(key, None, None))
+    torch.testing.assert_close(found, sum(rows) / 4, rtol=1e-9, atol=0)
+
+
+def test_the_weights_take_no_gradient():
+    """The gradient of sum_x p_x c_x with p held is the p-weighted sum of the gradients of each query's cost alone."""
+    queries, key = random(3, 1, 3), random(1, 3, seed=1)
+    queue = random(5, 3, seed=2)
+    loss = CACRMultiCrop(0.5)
+    found = torch.autograd.grad(loss(*queries, targets=(None, None, key), extra=queue), queries)[0]
+    p = ((unit(queries[:2].detach()) - unit(key.detach())) ** 2).sum(-1).div(0.5).softmax(0)
+    for x in range(2):
+        alone = loss(queries[x], targets=(None, key), extra=queue)
+        torch.testing.assert_close(found[x], p[x] * torch.autograd.grad(alone, queries)[0][x], rtol=1e-10, atol=1e-13)
+
+
+@pytest.mark.parametrize("cost", ["rbf", "euclidean"])
+def test_heads_are_averaged(cost):
+    queries, keys, queue = random(3, 2, 4, 3), random(2, 2, 4, 3, seed=1), random(2, 5, 3, seed=2)
+    loss = CACRMultiCrop(0.5, cost)
+    found = loss(*queries, targets=tuple(keys), extra=queue)
+    heads = [loss(*queries[:, head], targets=tuple(keys[:, head]), extra=queue[head]) for head in range(2)]
+    assert_same(found, sum(heads) / 2, queries, keys, queue)
+
+
+def test_a_sample_alone_has_no_repulsion():
+    queries, keys = random(3, 1, 3), random(2, 1, 3, seed=1)
+    found = CACRMultiCrop(0.5, "euclidean")(*queries, targets=tuple(keys))
+    assert_same(found, by_loops(queries, keys, 0.5, "euclidean"), queries, keys)
+    assert abs(CACRMultiCrop(0.5)(*queries, targets=tuple(keys))) < 1e-12
+
+
+def test_a_row_is_one_sample_under_one_key_view():
+    queries, keys = random(3, 4, 3), random(2, 4, 3, seed=1)
+    rows = CACRMultiCrop(0.5)(*queries, targets=tuple(keys), reduction="none")
+    assert rows.shape == (8,)
+    torch.testing.assert_close(rows.mean(), by_loops(queries, keys, 0.5, "rbf"), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("cost", ["rbf", "euclidean"])
+@pytest.mark.parametrize("temperature", [1e-4, 1e-2, 10.0, 1e4])
+@pytest.mark.parametrize("samples", [1, 4])
+def test_extremes_stay_finite(cost, temperature, samples):
+    queries = torch.randn(3, samples, 3, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    keys = torch.randn(2, samples, 3, generator=torch.Generator().manual_seed(1))
+    value = CACRMultiCrop(temperature, cost)(*queries, targets=tuple(keys))
+    assert torch.isfinite(value)
+    assert torch.isfinite(torch.autograd.grad(value, queries)[0]).all()
+
+
+def test_wrong_arguments_are_answered_in_a_sentence():
+    for wrong in (0, -1, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="temperature must be a positive number"):
+            CACRMultiCrop(wrong)
+    with pytest.raises(ValueError, match="cost is 'rbf' or 'euclidean'; got 'some'"):
+        CACRMultiCrop(cost="some")
+    with pytest.raises(ValueError, match=r"CACRMultiCrop meets momentum keys: give it targets=\(k_a, k_b\)"):
+        CACRMultiCrop()(torch.ones(2, 2), torch.ones(2, 2))
