@@ -1,0 +1,112 @@
+"""Continuously weighted contrast: how alike two samples are to a frozen tower says how positive they are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from contrast.embeddings import concatenate, gather_all, normalise
+from contrast.losses.info_nce import InfoNCE
+from contrast.losses.pair_loss import LOSSES, Extra
+from contrast.pairs import Pairs, two_sided
+from contrast.reductions import LogSumExp, Mean
+
+CHUNK = 256
+"""Anchors at a time for the entropy of their weights."""
+
+
+@LOSSES.register("cwcl", aliases=("continuously_weighted",))
+class CWCL(InfoNCE):
+    r"""Contrast a frozen tower's embeddings p with a trained tower's q: `CWCL()(p, q, reference=features)`.
+
+    .. math::
+        L = -\frac{1}{N} \sum_i \frac{\sum_j w_{ij} \log \mathrm{softmax}_j(p_i \cdot q_j / \tau)}{\sum_j w_{ij}}
+            - \frac{1}{N} \sum_i \log \mathrm{softmax}_j(q_i \cdot p_j / \tau) \big|_{j = i}, \qquad
+        w_{ij} = \frac{\langle u_i, u_j \rangle + 1}{2}
+
+    for N samples and the frozen tower's unit vectors u. Only the direction anchored on the frozen view is weighted; the
+    other is ordinary InfoNCE. The loss is the sum of both, so identity weights give twice CLIP's. The weights take no
+    gradient. Since unrelated samples weigh 1/2, the first term ends at the entropy of the normalised weights, not at 0:
+    `metrics` has that "entropy" and the "excess" over it.
+
+    The first view is the frozen one. Without `reference` its own embeddings are u (with heads, their mean cosine). With
+    labels the ordinary direction's positives are the whole class; the weighted one asks the frozen tower alone. With
+    targets for one view only, the direction that is left counts twice.
+
+    Args:
+        temperature: tau > 0, divides the cosine similarity.
+        learn_temperature: learn log(1 / tau) from that start; 1 / tau stays at or below 100.
+
+    Raises:
+        ValueError: for a temperature that is not positive, or below 0.01 where it is learned; for another number of
+            views than two; for extras without a reference as long as the views'.
+
+    Source: Srinivasa et al. 2023, CWCL: Cross-Modal Transfer with Continuously Weighted Contrastive Loss,
+    arXiv:2309.14580; the formula by way of CellCLIP, suinleelab/CellCLIP.
+    """
+
+    def __init__(self, temperature: float = 0.07, learn_temperature: bool = False) -> None:
+        super().__init__(temperature, learn_temperature, candidates="across")
+
+    def pairs(
+        self,
+        *views: Tensor,
+        targets: Sequence[Tensor | None] | None = None,
+        sample: Tensor | None = None,
+        group: Tensor | None = None,
+        reference: Tensor | None = None,
+        extra: Sequence[Extra] = (),
+    ) -> Sequence[Pairs]:
+        """Pair each view with the other one, or with its targets."""
+        if len(views) != 2:
+            raise ValueError(f"CWCL takes two views, the frozen tower's first: loss(p, q); got {len(views)}.")
+        if reference is None:
+            frozen = normalise(views[0])
+            reference = frozen if frozen.ndim == 2 else frozen.movedim(0, -2).flatten(start_dim=1)
+        own, twins = self.embed(views, targets, sample, group, reference)
+        extras = self.extras(extra, own)
+        for part in extras:
+            width = None if part.reference is None else part.reference.shape[1]
+            if width != reference.shape[1]:
+                raise ValueError(
+                    f"CWCL weighs every candidate by the frozen tower: extras are Embeddings with reference "
+                    f"(K, {reference.shape[1]}); got {'none' if width is None else f'(K, {width})'}."
+                )
+        if twins:
+            return [Pairs(concatenate(own), (*gather_all(twins), *extras), across=True, views=len(twins))]
+        return [two_sided(own[0], own[1], extra=extras)]
+
+    def per_anchor(self, pairs: Pairs) -> Tensor:
+        """Give twice log of the denominator minus the (weighted) mean logit: twice, since a sum is two means."""
+        scale, frozen = self.scale(), pairs.anchor.view == 0
+        denominator, weighted, plain = pairs.reduce(
+            LogSumExp(scale, "all"),
+            Mean("all", weight="reference", rows=frozen),
+            Mean("positive", rows=~frozen),
+        )
+        return 2 * (denominator - scale * (weighted + plain))
+
+    @torch.no_grad()
+    def measure(self, pairs: Pairs) -> dict[str, Tensor]:
+        """Give the similarities, the entropy of the frozen anchors' weights, and the weighted term's excess over it."""
+        frozen = self._valid(pairs) & (pairs.anchor.view == 0)
+        starts = range(0, max(len(pairs), 1), CHUNK)
+        entropy = torch.cat([_entropy(pairs.block(slice(start, start + CHUNK))) for start in starts])
+        mass = frozen.sum().clamp(min=1)
+        excess = self.rows(pairs) / 2 - entropy
+        return {
+            **super().measure(pairs),
+            "entropy": torch.where(frozen, entropy, 0).sum() / mass,
+            "excess": torch.where(frozen, excess, 0).sum() / mass,
+        }
+
+
+def _entropy(pairs: Pairs) -> Tensor:
+    """Give the entropy of each anchor's normalised weights, (n,): log sum w - sum w log w / sum w."""
+    weight = pairs.reference_weight.clamp(min=0) * pairs.relation("all")
+    total = weight.sum(dim=-1)
+    positive = total.where(total > 0, 1)
+    entropy: Tensor = positive.log() - torch.special.xlogy(weight, weight).sum(dim=-1) / positive
+    return entropy if entropy.ndim == 1 else entropy.mean(dim=0)
