@@ -1,0 +1,115 @@
+"""AMCL: several heads, and a temperature for each head's each pair."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from contrast.losses.pair_loss import LOSSES, PairLoss
+from contrast.losses.temperatures import (
+    Network,
+    PairTemperature,
+    Score,
+    attracted,
+    candidate_rows,
+    mean_temperatures,
+    omega,
+)
+from contrast.pairs import Pairs
+
+
+@LOSSES.register("amcl", aliases=("adaptive_multi_head", "adaptive_multi_head_contrastive"))
+class AMCL(PairLoss):
+    r"""Every pair has its own temperature, for each head; the regulariser Omega's exact shape is a *reconstruction*.
+
+    .. math::
+        \ell_i &= -\frac{s_{ip}}{\tau_{ip}} + \beta \, \Omega(\tau_{ip})
+                  + \frac{s_{in^*}}{\tau_{in^*}} - \beta \, \Omega(\tau_{in^*}), \quad n^* = \arg\max_n s_{in}
+            && \text{"max", as printed} \\
+        \ell_i &= -\frac{s_{ip}}{\tau_{ip}} + \beta \, \Omega(\tau_{ip})
+                  + \log \sum_n \exp\Big(\frac{s_{in}}{\tau_{in}} - \beta \, \Omega(\tau_{in})\Big)
+            && \text{"logsumexp"}
+
+        \tau_{ij} = \tau_{lo} + (\tau_{hi} - \tau_{lo}) \, \sigma(f(z_i, z_j)), \quad
+        \Omega(\tau) = \frac{D}{2} \log \tau + \frac{1}{\tau}
+
+    with the positive p, the negatives n, the cosine similarity s and one network f for all heads. Of several positives
+    the mean is taken. The form "logsumexp" is a reconstruction too: a smooth maximum in place of the printed one,
+    whose own terms it holds. Omega follows the authors' component code; it is smallest at 2 / D, so it pulls the
+    positives' temperatures there and pushes the negatives' away, and the bounds are what stops them. The printed sum
+    over H heads is a mean here: H times this is the printed loss.
+
+    SimCLR is `AMCL(dim=128)(z_a, z_b)` with views (H, N, 128); MoCo is the same with `targets` and `extra`.
+
+    Args:
+        dim: D, the embeddings' width, for the network.
+        form: "max": the nearest negative alone; "logsumexp": all of them.
+        network: f, "mlp": a perceptron on z_i and z_j side by side; "inner_product": <A z_i, B z_j>, for large sizes;
+            "constant": every temperature is `temperature`.
+        hidden: width of the perceptron's hidden layer, or rank of the inner product.
+        lowest_temperature: tau_lo > 0; 1e-5 in the authors' component code, where s / tau leaves float32's digits.
+        highest_temperature: tau_hi.
+        temperature: where temperatures start, about.
+        regulariser_weight: beta >= 0, multiplies Omega.
+        positive_in_denominator: whether positives stand beside the negatives, as the paper has it for LGP and CAN.
+        seed: where the network starts, alike on every process.
+
+    Raises:
+        ValueError: for temperatures that are not 0 < lowest < temperature < highest, a negative weight, or a network
+            whose `dim` is missing or is not the embeddings'.
+
+    Source: Wang et al. 2023, Adaptive Multi-head Contrastive Learning, ECCV 2024, arXiv:2310.05615, table 2; the
+    authors' repository LeiWangR/cl at 3318352.
+    """
+
+    needs_negative = True
+
+    def __init__(
+        self,
+        dim: int | None = None,
+        form: Literal["max", "logsumexp"] = "max",
+        network: Network = "mlp",
+        hidden: int = 128,
+        lowest_temperature: float = 0.05,
+        highest_temperature: float = 2.0,
+        temperature: float = 0.5,
+        regulariser_weight: float = 0.1,
+        positive_in_denominator: bool = False,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if form not in ("max", "logsumexp"):
+            raise ValueError(f"form is 'max' or 'logsumexp'; got {form!r}.")
+        if not 0 <= regulariser_weight < float("inf"):
+            raise ValueError(f"regulariser_weight must be a number of 0 or more; got {regulariser_weight}.")
+        self.temperatures = PairTemperature(
+            dim, network, hidden, lowest_temperature, highest_temperature, temperature, seed
+        )
+        self.form = form
+        self.regulariser_weight = regulariser_weight
+        self.over: Literal["all", "negative"] = "all" if positive_in_denominator else "negative"
+
+    def per_anchor(self, pairs: Pairs) -> Tensor:
+        """Give what the negatives repel minus what the positives attract."""
+        tau = self.temperatures.shared(pairs.anchor.z)
+        repel = self._nearest(pairs, tau) if self.form == "max" else self._all(pairs, tau)
+        return repel - attracted(pairs, tau, self.regulariser_weight)
+
+    def _nearest(self, pairs: Pairs, temperatures: PairTemperature) -> Tensor:
+        values, positions = pairs.topk(1, over=self.over)
+        similarity, nearest = values.squeeze(-1), positions.squeeze(-1)
+        tau = temperatures.aligned(pairs.anchor.z, candidate_rows(pairs, nearest))
+        repel = similarity / tau - self.regulariser_weight * omega(tau, pairs.anchor.z.shape[-1])
+        return torch.where(nearest >= 0, repel, 0)
+
+    def _all(self, pairs: Pairs, temperatures: PairTemperature) -> Tensor:
+        repel = pairs.logsumexp(0.0, over=self.over, log_weight=Score(temperatures, self.regulariser_weight))
+        return torch.where(pairs.count(self.over) > 0, repel, 0)
+
+    @torch.no_grad()
+    def measure(self, pairs: Pairs) -> dict[str, Tensor]:
+        """Give the similarities, and the mean temperature of positives and of negatives."""
+        measured = super().measure(pairs)
+        return measured | mean_temperatures(pairs, self.temperatures)

@@ -1,0 +1,85 @@
+"""AMCL over SimSiam: positives alone, each at its own temperature."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from contrast.losses.pair_loss import LOSSES, Extra, PairLoss
+from contrast.losses.temperatures import Network, PairTemperature, attracted, mean_temperatures
+from contrast.pairs import Pairs
+
+
+@LOSSES.register("amcl_cosine", aliases=("amcl_simsiam",))
+class AMCLCosine(PairLoss):
+    r"""SimSiam's cosine, each pair over its own temperature; the regulariser's exact shape is a *reconstruction*.
+
+    .. math:: \ell_i = -\frac{s_{ip}}{\tau_{ip}} + 2 \beta \, \Omega(\tau_{ip}), \quad
+              \Omega(\tau) = \frac{D}{2} \log \tau + \frac{1}{\tau}
+
+    with the targets of the other view as positives p. The mean over both views' anchors is the printed loss of a
+    sample, -s / (2 tau) and beta Omega for each direction; over H heads a mean stands for the printed sum. The
+    temperature is AMCL's, of the prediction and the target.
+
+    Args:
+        dim: D, the embeddings' width, for the network.
+        network: "mlp", "inner_product" or "constant", as in AMCL.
+        hidden: width of the perceptron's hidden layer, or rank of the inner product.
+        lowest_temperature: tau_lo > 0, below every temperature.
+        highest_temperature: tau_hi, above every temperature.
+        temperature: where temperatures start, about.
+        regulariser_weight: beta >= 0, multiplies Omega.
+        seed: where the network starts, alike on every process.
+
+    Raises:
+        ValueError: as AMCL, and without targets.
+
+    Source: Wang et al. 2023, Adaptive Multi-head Contrastive Learning, ECCV 2024, arXiv:2310.05615, table 2.
+    """
+
+    def __init__(
+        self,
+        dim: int | None = None,
+        network: Network = "mlp",
+        hidden: int = 128,
+        lowest_temperature: float = 0.05,
+        highest_temperature: float = 2.0,
+        temperature: float = 0.5,
+        regulariser_weight: float = 0.1,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if not 0 <= regulariser_weight < float("inf"):
+            raise ValueError(f"regulariser_weight must be a number of 0 or more; got {regulariser_weight}.")
+        self.temperatures = PairTemperature(
+            dim, network, hidden, lowest_temperature, highest_temperature, temperature, seed
+        )
+        self.regulariser_weight = regulariser_weight
+
+    def pairs(
+        self,
+        *views: Tensor,
+        targets: Sequence[Tensor | None] | None = None,
+        sample: Tensor | None = None,
+        group: Tensor | None = None,
+        reference: Tensor | None = None,
+        extra: Sequence[Extra] = (),
+    ) -> Sequence[Pairs]:
+        """Pair every view with the targets of the other views."""
+        if not targets or all(target is None for target in targets):
+            raise ValueError(
+                "AMCLCosine needs targets=(z_a, z_b), stop-gradient or momentum projections: "
+                "without them every embedding becomes the same."
+            )
+        return super().pairs(*views, targets=targets, sample=sample, group=group, reference=reference, extra=extra)
+
+    def per_anchor(self, pairs: Pairs) -> Tensor:
+        """Give minus what the positives attract."""
+        return -attracted(pairs, self.temperatures.shared(pairs.anchor.z), 2 * self.regulariser_weight)
+
+    @torch.no_grad()
+    def measure(self, pairs: Pairs) -> dict[str, Tensor]:
+        """Give the similarities, and the mean temperature of the positives."""
+        return super().measure(pairs) | mean_temperatures(pairs, self.temperatures, ("positive",))

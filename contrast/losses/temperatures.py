@@ -1,0 +1,323 @@
+"""A temperature for each pair, learned by one small network and kept between two bounds: what AMCL shares."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from contrast import distributed
+from contrast.embeddings import Embeddings
+from contrast.pairs import Pairs
+from contrast.reductions import LogSumExp, Mean, Reduction, Relation
+
+PIECE = 2**17
+"""Pairs at a time that a perceptron walks: what fits a processor's cache."""
+
+Network = Literal["mlp", "inner_product", "constant"]
+
+
+class PairTemperature(nn.Module):
+    r"""The temperature of every pair, strictly between two bounds: a PairFunction.
+
+    .. math:: \tau_{ij} = \tau_{lo} + (\tau_{hi} - \tau_{lo}) \, \sigma(f(z_i, z_j))
+
+    ============= ===================================================================================================
+    mlp           f = w . relu(A z_i + B z_j + b) + c: a perceptron on (z_i, z_j) side by side, its first layer split
+    inner_product f = <A z_i, B z_j> / sqrt(hidden) + c: a product of matrices, for large sizes
+    constant      f = c, which is not learned
+    ============= ===================================================================================================
+
+    Args:
+        dim: D, of the embeddings; not needed where the temperature is constant.
+        network: f, one of the table.
+        hidden: width of the hidden layer, or rank of the product.
+        lowest_temperature: no temperature is this low.
+        highest_temperature: no temperature is this high.
+        temperature: sets c: where temperatures start, about, or stay.
+        seed: of the weights that A, B and w start with, so that every process starts alike.
+
+    Raises:
+        ValueError: for bounds that are not 0 < lowest < temperature < highest, a size below 1, or a network without
+            `dim`.
+    """
+
+    def __init__(
+        self,
+        dim: int | None,
+        network: Network,
+        hidden: int,
+        lowest_temperature: float,
+        highest_temperature: float,
+        temperature: float,
+        seed: int,
+    ) -> None:
+        super().__init__()
+        if network not in ("mlp", "inner_product", "constant"):
+            raise ValueError(f"network is 'mlp', 'inner_product' or 'constant'; got {network!r}.")
+        if not (0 < lowest_temperature < highest_temperature < math.inf):
+            raise ValueError(
+                "temperatures lie between 0 < lowest_temperature < highest_temperature; "
+                f"got {lowest_temperature} and {highest_temperature}."
+            )
+        if not lowest_temperature < temperature < highest_temperature:
+            raise ValueError(
+                f"temperature must lie between its bounds, {lowest_temperature} and {highest_temperature}; "
+                f"got {temperature}."
+            )
+        if network != "constant" and dim is None:
+            raise ValueError(f"network={network!r} needs the embeddings' width: dim=128, say.")
+        if (dim is not None and dim < 1) or hidden < 1:
+            raise ValueError(f"dim and hidden must be 1 or more; got {dim} and {hidden}.")
+        self.dim = dim
+        self.network = network
+        self.lowest = lowest_temperature
+        self.highest = highest_temperature
+        self.temperature = temperature
+        if dim is None or network == "constant":
+            return
+        generator = torch.Generator().manual_seed(seed)
+
+        def uniform(*shape: int, inputs: int) -> nn.Parameter:
+            return nn.Parameter((2 * torch.rand(shape, generator=generator) - 1) / math.sqrt(inputs))
+
+        self.anchor_weight = uniform(hidden, dim, inputs=2 * dim)
+        self.candidate_weight = uniform(hidden, dim, inputs=2 * dim)
+        if network == "mlp":
+            self.hidden_bias = uniform(hidden, inputs=2 * dim)
+            self.out_weight = uniform(hidden, inputs=hidden)
+        share = (temperature - lowest_temperature) / (highest_temperature - lowest_temperature)
+        self.bias = nn.Parameter(torch.tensor(math.log(share / (1 - share))))
+
+    def shared(self, z: Tensor) -> PairTemperature:
+        """Give this network for one call on embeddings like z; its gradient is averaged over the processes, once.
+
+        Raises:
+            ValueError: where the embeddings do not have `dim` dimensions.
+        """
+        if self.dim is not None and z.shape[-1] != self.dim:
+            raise ValueError(
+                f"the temperature's network was made for embeddings of dim={self.dim}; these have {z.shape[-1]}."
+            )
+        own = dict(self.named_parameters())
+        if not own:
+            return self
+        # One vector, one exchange. A PairFunction is asked for parameters(), so the tensors that take the gradient
+        # back to the network stand where parameters do.
+        flat = distributed.shared(torch.cat([parameter.reshape(-1) for parameter in own.values()]).to(z.dtype))
+        pieces = torch.split(flat, [parameter.numel() for parameter in own.values()])
+        called = copy.copy(self)
+        called.__dict__["_parameters"] = {
+            name: piece.view_as(parameter) for (name, parameter), piece in zip(own.items(), pieces, strict=True)
+        }
+        return called
+
+    def forward(self, anchor: Embeddings, candidate: Embeddings) -> Tensor:
+        """Give a tile of temperatures, (n, m) or (H, n, m)."""
+        if self.network == "constant":
+            heads = max(anchor.z.shape[:-2], candidate.z.shape[:-2], key=len)
+            return anchor.z.new_full((*heads, len(anchor), len(candidate)), self.temperature)
+        a, b = product(anchor.z, self.anchor_weight), product(candidate.z, self.candidate_weight)
+        if self.network == "inner_product":
+            return self._bounded(product(a, b) / math.sqrt(a.shape[-1]))
+        hidden: Tensor = _Perceptron.apply(a + self.hidden_bias, b, self.out_weight)
+        return self._bounded(hidden)
+
+    def aligned(self, anchor: Tensor, candidate: Tensor) -> Tensor:
+        """Give the temperature of each anchor and the candidate in the same row, (..., N) from (..., N, D) each."""
+        if self.network == "constant":
+            return torch.full_like(anchor[..., 0], self.temperature)
+        a, b = product(anchor, self.anchor_weight), product(candidate, self.candidate_weight)
+        if self.network == "inner_product":
+            return self._bounded((a * b).sum(dim=-1) / math.sqrt(a.shape[-1]))
+        return self._bounded(((a + self.hidden_bias + b).relu() * self.out_weight).sum(dim=-1))
+
+    def _bounded(self, f: Tensor) -> Tensor:
+        width = self.highest - self.lowest
+        # A sigmoid rounds to 0 and 1; a few digits off, no temperature rounds to a bound.
+        margin = min(4 * torch.finfo(f.dtype).eps * self.highest / width, 0.25)
+        return self.lowest + width * torch.sigmoid(f + self.bias).clamp(margin, 1 - margin)
+
+
+class Of(nn.Module):
+    """A function of each pair's temperature: a PairFunction.
+
+    Args:
+        temperature: of each pair.
+        function: of a tile of temperatures.
+    """
+
+    def __init__(self, temperature: PairTemperature, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.temperature = temperature
+        self.function = function
+
+    def forward(self, anchor: Embeddings, candidate: Embeddings) -> Tensor:
+        """Give a tile."""
+        tile: Tensor = self.function(self.temperature(anchor, candidate))
+        return tile
+
+
+class Score(nn.Module):
+    """s / tau - beta Omega(tau) of each pair, from one evaluation of the network: a PairFunction.
+
+    Args:
+        temperature: of each pair.
+        weight: beta.
+    """
+
+    def __init__(self, temperature: PairTemperature, weight: float) -> None:
+        super().__init__()
+        self.temperature = temperature
+        self.weight = weight
+
+    def forward(self, anchor: Embeddings, candidate: Embeddings) -> Tensor:
+        """Give a tile."""
+        tau = self.temperature(anchor, candidate)
+        score: Tensor = product(anchor.z, candidate.z) / tau
+        return score - self.weight * omega(tau, anchor.z.shape[-1]) if self.weight else score
+
+
+def omega(tau: Tensor, dim: int) -> Tensor:
+    """Give Omega(tau) = (D / 2) log tau + 1 / tau, the regulariser; it is smallest at tau = 2 / D."""
+    return dim / 2 * tau.log() + 1 / tau
+
+
+def attracted(pairs: Pairs, temperature: PairTemperature, weight: float) -> Tensor:
+    """Give the mean over the positives p of s_ip / tau_ip - beta Omega(tau_ip), (N,) or (H, N); 0 without positives."""
+    lowest = temperature.lowest
+    asked: list[Reduction] = [
+        Mean("positive", weight=Of(temperature, torch.reciprocal)),
+        LogSumExp(0.0, "positive", log_weight=Of(temperature, lambda tau: -tau.log())),
+    ]
+    if weight:
+        asked.append(LogSumExp(0.0, "positive", log_weight=Of(temperature, lambda tau: (tau / lowest).log().log())))
+    count = pairs.count("positive")
+    similarity, *sums = pairs.reduce(*asked)
+    # A log-sum-exp with scale 0 is the logarithm of a sum of weights. log tau may be negative, log(tau / lowest) not.
+    inverse, *logarithm = (_mean_weight(of, count) for of in sums)
+    attraction: Tensor = similarity * inverse
+    if not weight:
+        return attraction
+    regulariser = pairs.anchor.z.shape[-1] / 2 * (logarithm[0] + math.log(lowest)) + inverse
+    return torch.where(count > 0, attraction - weight * regulariser, 0)
+
+
+def mean_temperatures(
+    pairs: Pairs, temperature: PairTemperature, relations: Sequence[Relation] = ("positive", "negative")
+) -> dict[str, Tensor]:
+    """Give the mean temperature of each relation's pairs, for `metrics`; 0 where there is no such pair."""
+    temperature = temperature.shared(pairs.anchor.z)
+    measured = {}
+    for over in relations:
+        total = pairs.logsumexp(0.0, over, log_weight=Of(temperature, torch.log))
+        count = pairs.count(over).expand_as(total)
+        some = count > 0
+        mean = torch.where(some, _mean_weight(total, count), 0).sum() / some.sum().clamp(min=1)
+        measured[f"{over}_temperature"] = mean
+    return measured
+
+
+def _mean_weight(logarithm_of_sum: Tensor, count: Tensor) -> Tensor:
+    return (logarithm_of_sum - count.clamp(min=1).to(logarithm_of_sum.dtype).log()).exp()
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """Give a b^T, (..., n, m), in full precision also where `backward()` is called inside an autocast block."""
+    result: Tensor = _Product.apply(a, b)
+    return result
+
+
+class _Product(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(a: Tensor, b: Tensor) -> Tensor:
+        return a @ b.transpose(-2, -1)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:  # noqa: ARG004
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        gradient, (a, b) = gradients[0], ctx.saved_tensors
+        with torch.autocast(gradient.device.type, enabled=False):
+            to_a = (gradient @ b).sum_to_size(a.shape) if ctx.needs_input_grad[0] else None
+            to_b = (gradient.transpose(-2, -1) @ a).sum_to_size(b.shape) if ctx.needs_input_grad[1] else None
+        return to_a, to_b
+
+
+class _Perceptron(torch.autograd.Function):
+    """sum_k w_k relu(a_ik + b_jk) of every pair, one hidden unit k at a time and never all of them.
+
+    a is (..., n, hidden), b is (..., m, hidden), w is (hidden,).
+    """
+
+    @staticmethod
+    def forward(a: Tensor, b: Tensor, w: Tensor) -> Tensor:
+        heads = (a[..., :1, :1] + b[..., :1, :1]).shape[:-2]
+        f = a.new_zeros((*heads, a.shape[-2], b.shape[-2]))
+        of_a, of_b = _units(a), _units(b)
+        for rows in _pieces(f):
+            total = f[..., rows, :]
+            one = torch.empty_like(total)
+            for x, y, weight in zip(of_a, of_b, w.unbind(), strict=True):
+                torch.add(x[..., rows, None], y[..., None, :], out=one)
+                total.addcmul_(one.relu_(), weight)
+        return f
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:  # noqa: ARG004
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        gradient, (a, b, w) = gradients[0], ctx.saved_tensors
+        of_a, of_b = _units(a), _units(b)
+        by_row = gradient.new_zeros((len(w), *gradient.shape[:-1]))
+        by_column = gradient.new_zeros((len(w), *gradient.shape[:-2], gradient.shape[-1]))
+        for rows in _pieces(gradient):
+            given = gradient[..., rows, :]
+            for k, (x, y) in enumerate(zip(of_a, of_b, strict=True)):
+                passed = torch.where(x[..., rows, None] > -y[..., None, :], given, 0)
+                by_row[k, ..., rows] = passed.sum(dim=-1)
+                by_column[k] += passed.sum(dim=-2)
+        to_a = by_row.movedim(0, -1).sum_to_size(a.shape)
+        to_b = by_column.movedim(0, -1).sum_to_size(b.shape)
+        # A relu that passes is a + b, so its sum against the gradient needs no tile of its own.
+        to_w = (a * to_a).flatten(0, -2).sum(dim=0) + (b * to_b).flatten(0, -2).sum(dim=0)
+        return w * to_a, w * to_b, to_w
+
+
+def _units(x: Tensor) -> tuple[Tensor, ...]:
+    return x.movedim(-1, 0).contiguous().unbind()
+
+
+def _pieces(tile: Tensor) -> list[slice]:
+    rows = tile.shape[-2]
+    step = max(1, PIECE * rows // max(tile.numel(), 1))
+    return [slice(start, start + step) for start in range(0, rows, step)]
+
+
+def candidate_rows(pairs: Pairs, positions: Tensor) -> Tensor:
+    """Give the vectors of the candidates at `positions`, (N,) or (H, N): (N, D) or (H, N, D); any row for a -1."""
+    rows = torch.zeros_like(pairs.anchor.z)
+    start = 0
+    for part in pairs.candidates:
+        if len(part):
+            inside = (positions >= start) & (positions < start + len(part))
+            index = (positions - start).clamp(0, len(part) - 1)
+            if part.z.ndim == 3:
+                chosen = part.z.gather(-2, index.unsqueeze(-1).expand(*index.shape, part.z.shape[-1]))
+            else:
+                chosen = part.z[index]
+            rows = torch.where(inside.unsqueeze(-1), chosen, rows)
+        start += len(part)
+    return rows
