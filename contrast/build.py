@@ -15,8 +15,10 @@ from contrast.data import Data, open_data
 from contrast.data.loader import StepSampler
 from contrast.losses import LOSSES
 from contrast.models import Encoder, ImageInputs, SeriesInputs, build_encoder
+from contrast.models.backbones import dry_run
 from contrast.registry import InputError
 from contrast.seeding import derived
+from contrast.train.budget import Budget
 from contrast.train.optimizers import OPTIMIZERS, Optimizer
 from contrast.views.views import Views, build_views
 
@@ -54,8 +56,7 @@ class Experiment:
 
     def sampler(self, start: int = 0) -> StepSampler:
         """Give the batches of the training set from step `start` on."""
-        assert isinstance(self.config.batch_size, int)
-        return StepSampler(len(self.data.train), self.config.batch_size, seed=self.config.seed, start=start)
+        return _sampler(self.config, self.data, start)
 
 
 def read_data(config: Config) -> Data:
@@ -81,12 +82,28 @@ def build(config: Config, data: Data) -> Experiment:
     config, picked = pick(config, data)
     views = build_views(config.views, data.shape, data.kind)
     encoder = build_encoder_for(config, data, views)
-    torch.manual_seed(derived(config.seed, "loss"))
-    loss = LOSSES.build(config.loss, where="loss", samples=len(data.train))
     optimizer = OPTIMIZERS.build(config.optimizer, where="optimizer")
-    experiment = Experiment(config, data, views, encoder, loss, optimizer, picked)
-    experiment.sampler()
-    return experiment
+    loss = _loss(config, data, encoder)
+    return Experiment(config, data, views, encoder, loss, optimizer, picked)
+
+
+def _loss(config: Config, data: Data, encoder: Encoder) -> torch.nn.Module:
+    """Make the loss, told what it asks of the run: samples, the embeddings' width, epochs where they are known."""
+    steps_per_epoch = _sampler(config, data).steps_per_epoch
+    facts = {
+        "samples": int(data.train.sample.max()) + 1,  # indices count the items of every split
+        "dim": dry_run(encoder.head, (2, encoder.width), "encoder.head").shape[-1],
+    }
+    if config.budget != "auto" and (steps := Budget.parse(config.budget, steps_per_epoch=steps_per_epoch).steps):
+        facts["epochs"] = math.ceil(steps / steps_per_epoch)
+    torch.manual_seed(derived(config.seed, "loss"))
+    loss: torch.nn.Module = LOSSES.build(config.loss, where="loss", **facts)
+    return loss
+
+
+def _sampler(config: Config, data: Data, start: int = 0) -> StepSampler:
+    assert isinstance(config.batch_size, int)
+    return StepSampler(len(data.train), config.batch_size, seed=config.seed, start=start)
 
 
 def build_encoder_for(config: Config, data: Data, views: Views, *, pretrained: bool = True) -> Encoder:

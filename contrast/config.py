@@ -120,6 +120,8 @@ PARTS: dict[str, Registry] = {
     "loss": LOSSES,
     "optimizer": OPTIMIZERS,
 }
+LOSS_FACTS = {"samples": 1, "dim": 1, "epochs": 1}
+"""What only the run knows of a loss: `build.py` fills it in, here stands what does for a check."""
 _AT_LEAST = {
     "seed": 0,
     "data.workers": 0,
@@ -165,6 +167,10 @@ def load(config: str | None = None, words: Sequence[str] = (), *, by: str = "com
         written = _read_yaml(file)
         for key, value in written.items():
             _lay(tree, [str(key)], value, origins, str(config))
+        try:
+            _plugins(tree["plugins"])  # a word may reach into a part of theirs
+        except InputError as error:
+            raise InputError(with_origin(str(error), origins)) from None
     for word in words:
         key, _, text = word.partition("=")
         _lay(tree, key.split("."), _value(word, key, text, by), origins, by)
@@ -190,7 +196,7 @@ def check(tree: Mapping[str, Any]) -> Config:
         PROTOCOLS.check(protocol, where=f"evaluate.protocols[{number}]")
     _check_trainer(config.trainer)
     # What needs no data is built once and forgotten, for the values that its constructor refuses.
-    LOSSES.build(config.loss, where="loss", samples=1)
+    LOSSES.build(config.loss, where="loss", **LOSS_FACTS)
     OPTIMIZERS.build(config.optimizer, where="optimizer")
     return config
 
@@ -234,13 +240,19 @@ def flat(config: Config) -> dict[str, Any]:
 
 
 def resolved(config: Config) -> dict[str, Any]:
-    """Give every value by its dotted key, also the defaults of the parts' own arguments."""
+    """Give every value by its dotted key, also the defaults of the parts' own arguments; facts of the run are left out.
+
+    A part inside a part has keys of its own: `loss.loss.temperature`.
+    """
     values = flat(config)
-    for key, registry in PARTS.items():
+    parts = list(PARTS.items())
+    for key, registry in parts:
         name = str(values.get(f"{key}.name"))
         if name in registry:
             for argument, (_, default) in schema(registry[name]).items():
-                if default is not inspect.Parameter.empty:
+                if registry.takes_part(name, argument):
+                    parts.append((f"{key}.{argument}", registry))
+                elif default is not inspect.Parameter.empty and not (registry is LOSSES and argument in LOSS_FACTS):
                     values.setdefault(f"{key}.{argument}", default)
     order = [field.name for field in dataclasses.fields(Config)]
     return dict(sorted(values.items(), key=lambda item: order.index(item[0].split(".")[0])))
@@ -304,17 +316,18 @@ def _lay(tree: dict[str, Any], path: list[str], value: Any, origins: dict[str, s
     key = ".".join(path)
     parent, name = _parent(tree, path)
     below = parent.get(name)
-    renamed = isinstance(value, Mapping) and "name" in value and key in PARTS
-    if isinstance(value, Mapping) and isinstance(below, str) and key in PARTS and not renamed:
+    part_here = _registry_at(tree, path) is not None
+    renamed = isinstance(value, Mapping) and "name" in value and part_here
+    if isinstance(value, Mapping) and isinstance(below, str) and part_here and not renamed:
         below = parent[name] = {"name": below}
     if isinstance(value, Mapping) and isinstance(below, dict) and not renamed:
         for inner, one in value.items():
             _lay(tree, [*path, str(inner)], one, origins, origin)
         return
-    if path[-1] == "name" and ".".join(path[:-1]) in PARTS and parent.get("name") != value:
+    if path[-1] == "name" and _registry_at(tree, path[:-1]) is not None and parent.get("name") != value:
         for other in [other for other in parent if other != "name"]:
             del parent[other]
-    if isinstance(value, str) and key in PARTS and value != "auto":
+    if isinstance(value, str) and part_here and value != "auto":
         value = {"name": value}
     parent[name] = dict(value) if isinstance(value, Mapping) else value
     for stale in [one for one in origins if one.startswith(f"{key}.")]:
@@ -326,9 +339,10 @@ def _lay(tree: dict[str, Any], path: list[str], value: Any, origins: dict[str, s
 
 def _parent(tree: dict[str, Any], path: list[str]) -> tuple[dict[str, Any], str]:
     """Walk to the mapping that holds the last word of the path, making what is missing."""
+    root = tree
     for number, word in enumerate(path[:-1]):
         below = tree.get(word)
-        if isinstance(below, str) and ".".join(path[: number + 1]) in PARTS:
+        if isinstance(below, str) and _registry_at(root, path[: number + 1]) is not None:
             below = {"name": below}
         elif below is None:
             below = {}
@@ -338,6 +352,19 @@ def _parent(tree: dict[str, Any], path: list[str]) -> tuple[dict[str, Any], str]
         tree[word] = below
         tree = below
     return tree, path[-1]
+
+
+def _registry_at(tree: Mapping[str, Any], path: Sequence[str]) -> Registry | None:
+    """Give the registry of the part that belongs at this path: one of PARTS, or a part inside such a part."""
+    registry, above = None, tree
+    for number, word in enumerate(path):
+        if (known := PARTS.get(".".join(path[: number + 1]))) is not None:
+            registry = known
+        elif registry is not None and not registry.takes_part(str(above.get("name")), word):
+            registry = None
+        below = above.get(word)
+        above = below if isinstance(below, Mapping) else {"name": below}
+    return registry
 
 
 def _section(key: str, value: Any) -> Any:

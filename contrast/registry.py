@@ -79,25 +79,36 @@ class Registry(Mapping[str, Callable[..., Any]]):
             part: a name or a mapping, as it stands in a config.
             where: the key of the config, for messages ("loss").
             **facts: what only the run knows; each fills the constructor's parameter of that name, where there is one
-                and `part` does not give it.
+                and `part` does not give it. The parts inside `part`, which are built first, get them too.
 
         Raises:
-            InputError: for an unknown name or argument, a wrong type, or a value that the constructor refuses.
+            InputError: for an unknown name or argument, a wrong type, one that is missing, or a value that the
+                constructor refuses.
         """
         where = where or self.kind
         name, arguments = self.check(part, where=where)
         build = self[name]
-        known = inspect.signature(build).parameters
-        filled = {key: value for key, value in facts.items() if key in known and key not in arguments}
+        for key, value in arguments.items():
+            if self._is_part(name, key, value):
+                arguments[key] = self.build(value, where=f"{where}.{key}", **facts)
+        known = schema(build)
+        filled = {key: value for key, value in facts.items() if key in known and key not in arguments} | arguments
+        for key, (annotation, default) in known.items():
+            if default is inspect.Parameter.empty and key not in filled:
+                kind = f"a {self.kind}" if self.takes_part(name, key) else describe(annotation)
+                raise InputError(f"{where} '{name}': {key} is missing; give {where}.{key}, {kind}.")
         try:
-            return build(**filled, **arguments)
+            return build(**filled)
         except InputError:
             raise
         except (ValueError, TypeError) as error:
             raise InputError(f"{where} '{name}': {error}") from error
 
     def check(self, part: str | Mapping[str, Any], *, where: str) -> tuple[str, dict[str, Any]]:
-        """Give the name and the arguments of a part once both fit its signature, without building it."""
+        """Give the name and the arguments of a part once both fit its signature, without building it.
+
+        An argument that is itself a part is checked as one, and given as {"name": ..., its arguments}.
+        """
         if isinstance(part, str):
             part = {"name": part}
         if not isinstance(part, Mapping) or not isinstance(part.get("name"), str):
@@ -107,8 +118,27 @@ class Registry(Mapping[str, Callable[..., Any]]):
             build = self[part["name"]]
         except InputError as error:
             raise InputError(f"{where}: {error}") from None
-        checked = check_arguments(build, arguments, where=where, owner=f"{self.kind} '{part['name']}'")
-        return part["name"], checked
+        name = part["name"]
+        inner = {key: value for key, value in arguments.items() if self._is_part(name, key, value)}
+        plain = {key: value for key, value in arguments.items() if key not in inner}
+        checked = check_arguments(build, plain, where=where, owner=f"{self.kind} '{name}'")
+        for key, value in inner.items():
+            inner_name, inner_arguments = self.check(value, where=f"{where}.{key}")
+            checked[key] = {"name": inner_name, **inner_arguments}
+        return name, {key: checked[key] for key in arguments}
+
+    def takes_part(self, name: str, argument: str) -> bool:
+        """Tell whether this argument of a part is itself a part of this registry: its annotation is their class."""
+        wanted = schema(self._parts[name]).get(argument, (None, None))[0] if name in self._parts else None
+        options = typing.get_args(wanted) if typing.get_origin(wanted) in (Union, UnionType) else (wanted,)
+        classes = [part for part in self._parts.values() if inspect.isclass(part)]
+        return any(
+            inspect.isclass(kind) and kind is not object and any(issubclass(part, kind) for part in classes)
+            for kind in options
+        )
+
+    def _is_part(self, name: str, argument: str, value: Any) -> bool:
+        return isinstance(value, str | Mapping) and self.takes_part(name, argument)
 
 
 def schema(build: Callable[..., Any]) -> dict[str, tuple[Any, Any]]:

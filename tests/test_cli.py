@@ -14,7 +14,7 @@ from PIL import Image
 
 import contrast
 from contrast import cli
-from contrast.train.callbacks import OnlineProbe, Recorder
+from contrast.train.callbacks import Checkpoints, OnlineProbe, Recorder
 from tests.tiny import QUICK, QUICK_SERIES, images, series
 
 
@@ -130,10 +130,43 @@ def test_a_stopped_and_resumed_run_equals_an_unbroken_one_bit_for_bit(config, tm
     assert losses[0] == losses[1]
 
 
-def test_two_processes_train_as_one(tmp_path):
+@pytest.mark.parametrize("step", [5, 6], ids=["within an epoch", "at an epoch's end"])
+def test_a_run_cut_off_after_a_checkpoint_goes_on_bit_for_bit(step, tmp_path, contrast_says, monkeypatch):
+    """The checkpoint holds the finished step: the twin has moved, the loss remembers, and its epoch is closed."""
+    images(tmp_path / "bars.npz")
+    inner = "{name: info_nce, candidates: across}"
+    loss = f"loss={{name: bad_pairs, loss: {inner}, warmup_epochs: 1, noisy_width: 0.5, faulty_width: 0.5}}"
+    settings = ["moco_v3", "bars.npz", "budget=12 steps", loss, *QUICK, "evaluate.protocols=[]"]
+    assert contrast_says("pretrain", *settings, "--out", "whole")[0] == 0
+    save = Checkpoints.on_train_batch_end
+
+    def save_and_lose_power(self, trainer, module, *rest):
+        assert module.steps_per_epoch == 3
+        if module.global_step == step:
+            self.save(trainer)
+            raise OSError("no more power")
+
+    monkeypatch.setattr(Checkpoints, "on_train_batch_end", save_and_lose_power)
+    status, _, err = contrast_says("pretrain", *settings, "--out", "broken")
+    assert (status, "no more power" in err) == (1, True)
+    remembered = torch.load(tmp_path / "broken/checkpoints/last.ckpt", weights_only=True)["state_dict"]
+    assert remembered["loss.epoch"] == step // 3
+    assert remembered["loss.counts"].sum() + remembered["loss.epoch_counts"].sum() == 16 * step
+    monkeypatch.setattr(Checkpoints, "on_train_batch_end", save)
+    assert contrast_says("resume", "broken")[0] == 0
+    assert_same(weights(tmp_path / "whole"), weights(tmp_path / "broken"))
+    assert weights(tmp_path / "whole")["loss.kind"].any()
+
+
+BAD_PAIRS = "{name: bad_pairs, loss: info_nce, warmup_epochs: 0, noisy_width: 0.8, faulty_width: 0.8}"
+
+
+@pytest.mark.parametrize("loss", ["info_nce", pytest.param(BAD_PAIRS, marks=pytest.mark.long)])
+def test_two_processes_train_as_one(loss, tmp_path):
     """The whole model: gathered losses, averaged gradients, synchronised batch norm; random views are left out."""
     images(tmp_path / "bars.npz")
     words = ["bars.npz", "budget=4 steps", "views=none", "trainer.accelerator=cpu", *QUICK, "evaluate.protocols=[knn]"]
+    words.append(f"loss={loss}")
     for out, more in (("one", []), ("two", ["trainer.devices=2", "trainer.strategy=ddp"])):
         command = [sys.executable, "-m", "contrast.cli", "pretrain", *words, *more, "--out", out]
         ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
@@ -142,6 +175,8 @@ def test_two_processes_train_as_one(tmp_path):
     one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
     assert one.keys() == two.keys()
     for key, value in one.items():
+        if key in ("loss.sums", "loss.epoch_sums"):
+            value, two[key] = value / 2**24, two[key] / 2**24  # BadPairs counts in these units
         torch.testing.assert_close(two[key], value, rtol=1e-3, atol=1e-5, msg=lambda text, key=key: f"{key}: {text}")
     assert json.loads((tmp_path / "two/results.json").read_text())["run"]["processes"] == 2
 
@@ -177,6 +212,31 @@ def test_every_method_trains_on_series_as_on_images(config, tmp_path, contrast_s
     status, out, err = contrast_says("pretrain", config, "waves.csv", "budget=3 steps", *QUICK_SERIES)
     assert status == 0, err
     assert "pretrained" in out
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["loss={name: bad_pairs, loss: cacr}", "loss.loss.repulsion_scale=2"],
+        ["loss={name: bad_pairs, statistics: published_code, loss: {name: amcl, hidden: 4}}", "loss.warmup_epochs=0"],
+        ["loss=amcl_barlow", "loss.hidden=4"],
+    ],
+    ids=lambda words: words[0],
+)
+def test_a_loss_is_told_what_only_the_run_knows(words, tmp_path, contrast_says):
+    """Samples, the embeddings' width and the epochs; a loss inside a loss is built first and told the same."""
+    series(tmp_path / "waves.csv")
+    settings = ["demo_osuleaf", "waves.csv", *words, "budget=4 steps", *QUICK_SERIES, "evaluate.protocols=[]"]
+    status, _, err = contrast_says("pretrain", *settings, "--out", "run")
+    assert status == 0, err
+    status, out, _ = contrast_says("show", "run")
+    assert status == 0
+    shown = {line.split()[0]: line.split()[1] for line in out.splitlines()}
+    assert {"loss.samples", "loss.dim", "loss.epochs", "loss.loss.dim"}.isdisjoint(shown)
+    if "cacr" in words[0]:
+        assert (shown["loss.loss.name"], shown["loss.loss.repulsion_scale"]) == ("cacr", "2.0")
+        assert (shown["loss.loss.attraction_scale"], shown["loss.warmup_epochs"]) == ("1.0", "50")
+    assert contrast_says("check", *settings)[0] == 0
 
 
 def test_a_folder_without_labels_is_pretrained_and_reported(tmp_path, contrast_says):
@@ -483,6 +543,11 @@ WRONG = [
     lambda _: (["pretrain", "nowhere/at/all"], ["nowhere/at/all"]),
     lambda _: (["pretrain"], ["data.source"]),
     lambda _: (["pretrain", "digits", "loss.temprature=1"], ["loss.temprature", "temperature"]),
+    lambda _: (
+        ["pretrain", "digits", "loss={name: bad_pairs, loss: cacr}", "loss.loss.repulsion_scael=1"],
+        ["on the command line: loss.loss.repulsion_scael", "repulsion_scale"],
+    ),
+    lambda _: (["pretrain", "digits", "loss=dcl"], ["loss", "decoupled"]),
     lambda _: (["pretrain", "digits", "encoder.backbone=resnet81"], ["encoder.backbone", "resnet81"]),
     lambda _: (["pretrain", "digits", "budget=soon", *QUICK], ["budget", "soon"]),
     lambda _: (["pretrain", "digits", "data.split_by=patient"], ["split_by", "patient"]),

@@ -45,6 +45,28 @@ def test_arguments_without_a_name_belong_to_the_part_that_stands_there():
     assert config.loss == {"name": "info_nce", "temperature": 1}
 
 
+def test_a_part_inside_a_part_is_reached_by_dotted_keys(tmp_path):
+    file = written(tmp_path, "loss: {name: bad_pairs, loss: info_nce}\n")
+    loaded = configuration.load(file, ["loss.loss.temperature=1"])
+    assert loaded.config.loss == {"name": "bad_pairs", "loss": {"name": "info_nce", "temperature": 1.0}}
+    assert loaded.origins["loss.loss.temperature"] == "command line"
+    assert configuration.load(written(tmp_path, configuration.to_yaml(loaded.config))).config == loaded.config
+    for words in (["loss.loss=cacr"], ["loss.loss.name=cacr"], ["loss.loss={name: cacr}"]):
+        again = configuration.load(file, ["loss.loss.temperature=1", *words]).config
+        assert again.loss == {"name": "bad_pairs", "loss": {"name": "cacr"}}
+    merged = configuration.load(file, ["loss.loss={temperature: 0.5}", "loss.loss.candidates=across"]).config
+    assert merged.loss["loss"] == {"name": "info_nce", "temperature": 0.5, "candidates": "across"}
+    assert configuration.load(file, ["loss=cacr"]).config.loss == {"name": "cacr"}
+
+
+def test_resolved_shows_the_defaults_of_an_inner_part_and_leaves_facts_of_the_run_out():
+    values = configuration.resolved(configuration.load(None, ["loss={name: bad_pairs, loss: amcl}"]).config)
+    assert (values["loss.loss.name"], values["loss.loss.form"], values["loss.noisy_width"]) == ("amcl", "max", 2.0)
+    assert {"loss.samples", "loss.epochs", "loss.loss.dim", "loss.loss"}.isdisjoint(values)
+    given = configuration.resolved(configuration.load(None, ["loss={name: bad_pairs, loss: cacr, samples: 7}"]).config)
+    assert given["loss.samples"] == 7
+
+
 def test_what_is_written_out_is_read_back_the_same(tmp_path):
     words = ["loss={name: cacr, repulsion_scale: 2}", "views=[{name: jitter, sigma: 0.1}]", "data.source=a b.npz"]
     config = configuration.load("moco_v3", words).config
@@ -62,6 +84,25 @@ MISTAKES = {
     "section": (["evalute.draws=3"], "evalute", "Did you mean 'evaluate'?"),
     "section key": (["data.sorce=x"], "data.sorce", "Did you mean 'source'?"),
     "loss": (["loss=info_nec"], "loss: there is no loss 'info_nec'.", "Did you mean 'info_nce'?"),
+    "inner loss": (["loss={name: bad_pairs, loss: info_nec}"], "loss.loss: there is no loss", "mean 'info_nce'?"),
+    "inner key": (
+        ["loss={name: bad_pairs, loss: info_nce}", "loss.loss.temprature=1"],
+        "on the command line: loss.loss.temprature: loss 'info_nce'",
+        "Did you mean 'temperature'?",
+    ),
+    "inner type": (
+        ["loss={name: bad_pairs, loss: {name: info_nce, temperature: warm}}"],
+        "loss.loss.temperature must be a number",
+        "'warm'",
+    ),
+    "inner value": (
+        ["loss={name: bad_pairs, loss: {name: info_nce, temperature: -1}}"],
+        "loss.loss 'info_nce': temperature must be a positive number",
+        "-1",
+    ),
+    "no inner loss": (["loss=bad_pairs"], "loss 'bad_pairs': loss is missing; give loss.loss, a loss", ""),
+    "nameless inner loss": (["loss=bad_pairs", "loss.loss.temperature=1"], "loss.loss must be a name", "1"),
+    "inner loss without rows": (["loss={name: bad_pairs, loss: amcl_barlow}"], "AMCLBarlow has none", "bad_pairs"),
     "alias": (["loss=simclr"], "loss", "is called 'info_nce' here"),
     "type": (["loss.temperature=warm"], "loss.temperature must be a number", "'warm'"),
     "whole number": (["seed=1.5"], "seed must be a whole number", "1.5"),
@@ -133,5 +174,27 @@ def test_a_plugin_brings_its_own_loss(tmp_path):
         assert configuration.load(config).config.loss == {"name": "mine_from_a_plugin", "weight": 2}
     finally:
         LOSSES._parts.pop("mine_from_a_plugin", None)
+
+
+def test_a_word_reaches_into_a_part_inside_a_plugins_part(tmp_path):
+    (tmp_path / "around.py").write_text(
+        "from contrast import LOSSES, PairLoss\n"
+        "@LOSSES.register('around_from_a_plugin')\n"
+        "class Around(PairLoss):\n"
+        "    def __init__(self, loss: PairLoss) -> None:\n"
+        "        super().__init__()\n"
+        "        self.loss = loss\n"
+    )
+    text = f"plugins: ['{tmp_path / 'around.py'}']\nloss: {{name: around_from_a_plugin, loss: info_nce}}\n"
+    try:
+        config = configuration.load(written(tmp_path, text), ["loss.loss.temperature=1"]).config
+        assert config.loss["loss"] == {"name": "info_nce", "temperature": 1.0}
+    finally:
+        LOSSES._parts.pop("around_from_a_plugin", None)
+
+
+def test_a_plugin_that_cannot_be_imported_is_named(tmp_path):
+    with pytest.raises(InputError, match=r"mine\.yaml: plugins: elsewhere\.py cannot be imported"):
+        configuration.load(written(tmp_path, "plugins: [elsewhere.py]\n"))
     with pytest.raises(InputError, match=r"plugins: nowhere\.py cannot be imported"):
         configuration.load(None, ["plugins=[nowhere.py]"])

@@ -170,6 +170,64 @@ def test_facts_fill_what_the_signature_has_and_the_part_does_not_give(tools):
     assert tools.build({"name": "saw", "teeth": 2, "samples": 5}, samples=7) == ("saw", 2, 5)
 
 
+@pytest.fixture
+def boxes():
+    registry = Registry("box")
+
+    class Box:
+        pass
+
+    @registry.register("plain")
+    class Plain(Box):
+        def __init__(self, size: float = 1.0, samples: int = 0) -> None:
+            if size < 0:
+                raise ValueError("size must be 0 or more")
+            self.size, self.samples = size, samples
+
+    @registry.register("nested")
+    class Nested(Box):
+        def __init__(self, inner: Box, samples: int, spare: Box | None = None, label: str = "") -> None:
+            self.inner, self.samples, self.spare, self.label = inner, samples, spare, label
+
+    return registry
+
+
+def test_a_part_inside_a_part_is_built_first_and_given_the_same_facts(boxes):
+    made = boxes.build({"name": "nested", "inner": {"name": "plain", "size": 2}, "label": "plain"}, samples=7)
+    assert (made.inner.size, made.inner.samples, made.samples, made.label) == (2.0, 7, 7, "plain")
+    twice = boxes.build({"name": "nested", "inner": {"name": "nested", "inner": "plain"}, "spare": "plain"}, samples=3)
+    assert (twice.inner.inner.samples, twice.spare.size) == (3, 1.0)
+    ready = made.inner
+    assert boxes.build({"name": "nested", "inner": ready, "samples": 1}).inner is ready
+    assert boxes.build({"name": "nested", "inner": ready, "samples": 1}).spare is None
+
+
+def test_checking_a_part_checks_the_parts_inside_and_builds_none(boxes):
+    part = {"name": "nested", "samples": 2, "inner": "plain"}
+    assert boxes.check(part, where="box") == ("nested", {"samples": 2, "inner": {"name": "plain"}})
+    assert part["inner"] == "plain"
+    assert boxes.takes_part("nested", "inner")
+    assert not boxes.takes_part("nested", "label")
+    assert not boxes.takes_part("plain", "inner")
+
+
+@pytest.mark.parametrize(
+    ("inner", "words"),
+    [
+        ("plian", r"^box\.inner: there is no box 'plian'\. Did you mean 'plain'"),
+        ({"name": "plain", "sice": 1}, r"^box\.inner\.sice: box 'plain' has no such argument\. Did you mean 'size'"),
+        ({"name": "plain", "size": "big"}, r"^box\.inner\.size must be a number; got 'big'"),
+        ({"name": "plain", "size": -1}, r"^box\.inner 'plain': size must be 0 or more"),
+        ({"size": 1}, r"^box\.inner must be a name or a mapping with a name"),
+        (3, r"^box\.inner must be a Box; got 3"),
+        ({"name": "nested", "inner": "plain"}, r"^box\.inner 'nested': samples is missing; give box\.inner\.samples"),
+    ],
+)
+def test_what_is_wrong_inside_a_part_is_named_with_its_dotted_key(boxes, inner, words):
+    with pytest.raises(InputError, match=words):
+        boxes.build({"name": "nested", "samples": 1, "inner": inner})
+
+
 def test_a_part_with_open_arguments_takes_any(tools):
     assert tools.build({"name": "anything", "depth": 3}) == {"depth": 3}
 

@@ -1,5 +1,6 @@
 """What users type: the lines, names and words of the losses that later versions must keep."""
 
+import inspect
 import json
 import subprocess
 import sys
@@ -9,7 +10,8 @@ import pytest
 import torch
 
 import contrast
-from contrast.losses import CACR, LOSSES, InfoNCE, PairLoss
+from contrast import losses
+from contrast.losses import CACR, LOSSES, BadPairs, HardNegative, InfoNCE, PairLoss
 from contrast.registry import InputError, schema
 
 ROOT = Path(__file__).parents[1]
@@ -72,6 +74,8 @@ def test_the_everyday_lines_work():
         InfoNCE()(q_a, q_b, targets=(k_a, k_b), sample=index, extra=[queue]),
         InfoNCE()(q_a, targets=(None, k_b), sample=index, extra=[queue]),
         InfoNCE(candidates="memory")(q_a, targets=(None, k_b), sample=index, extra=[queue]),
+        HardNegative()(z_a, z_b),
+        BadPairs(InfoNCE(), samples=6)(z_a, z_b, sample=index),
     ]
     with contrast.local():
         values.append(criterion(z_a, z_b, sample=index))
@@ -115,11 +119,62 @@ def test_a_name_that_is_not_there_is_an_attribute_error():
             {"attraction_scale": 1.0, "repulsion_scale": 1.0, "attraction_weight": 1.0, "repulsion_weight": 1.0},
         ),
         ("negative_cosine", {}),
+        ("decoupled", {"temperature": 0.1, "weighting": "none", "sigma": 0.5}),
+        ("hard_negative", {"temperature": 0.5, "hardness": 1.0, "positive_prior": 0.1}),
+        ("hard_contrastive", {"temperature": 0.3, "hardest": 0.1, "form": "softmax", "negative_weight": 1.0}),
+        ("siglip", {"scale": 10.0, "bias": -10.0, "learn": True}),
+        (
+            "cacr_queue",
+            {"attraction_scale": 1.0, "repulsion_scale": 2.0, "attraction_weight": 1.0, "repulsion_weight": 1.0},
+        ),
+        ("cacr_multi_crop", {"temperature": 1.0, "cost": "rbf"}),
+        ("cacr_rbf", {"attraction_scale": 1.0, "repulsion_scale": 1.0, "cost_scale": 2.0}),
+        ("cwcl", {"temperature": 0.07, "learn_temperature": False}),
+        ("amcl", {"dim": None, "form": "max", "network": "mlp", "temperature": 0.5, "regulariser_weight": 0.1}),
+        ("amcl_cosine", {"dim": None, "network": "mlp", "temperature": 0.5, "regulariser_weight": 0.1}),
+        ("amcl_barlow", {"dim": None, "off_diagonal_weight": 5e-3, "network": "mlp", "temperature": 1.0}),
+        (
+            "bad_pairs",
+            {
+                "loss": inspect.Parameter.empty,
+                "samples": inspect.Parameter.empty,
+                "warmup_epochs": 50,
+                "noisy_width": 2.0,
+                "faulty_width": 3.0,
+                "statistics": "paper",
+                "weight": "density",
+            },
+        ),
     ],
 )
 def test_losses_keep_their_arguments_and_defaults(name, arguments):
     known = {key: default for key, (_, default) in schema(LOSSES[name]).items()}
     assert arguments.items() <= known.items()
+
+
+CLASSES = {
+    "amcl": "AMCL",
+    "amcl_barlow": "AMCLBarlow",
+    "amcl_cosine": "AMCLCosine",
+    "bad_pairs": "BadPairs",
+    "cacr": "CACR",
+    "cacr_multi_crop": "CACRMultiCrop",
+    "cacr_queue": "CACRQueue",
+    "cacr_rbf": "CACRRBF",
+    "cwcl": "CWCL",
+    "decoupled": "DecoupledInfoNCE",
+    "hard_contrastive": "HardContrastive",
+    "hard_negative": "HardNegative",
+    "info_nce": "InfoNCE",
+    "negative_cosine": "NegativeCosine",
+    "siglip": "SigLIP",
+}
+
+
+def test_losses_keep_their_names_and_classes():
+    assert {name: loss.__name__ for name, loss in LOSSES.items()} == CLASSES
+    assert all(getattr(losses, name) in LOSSES.values() for name in CLASSES.values())
+    assert set(losses.__all__) == {*CLASSES.values(), "LOSSES", "PairLoss", "Source"}
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -148,6 +203,14 @@ def test_temperature_divides_and_scale_multiplies(name):
         ("CACR", "cacr"),
         ("SimSiam", "negative_cosine"),
         ("NegativeCosine", "negative_cosine"),
+        ("DCL", "decoupled"),
+        ("HCL", "hard_negative"),
+        ("debiased", "hard_negative"),
+        ("DBPM", "bad_pairs"),
+        ("BadPairs", "bad_pairs"),
+        ("SigLIP", "siglip"),
+        ("AMCL", "amcl"),
+        ("CACR-Queue", "cacr_queue"),
     ],
 )
 def test_an_alias_is_answered_with_the_right_name_and_never_accepted(alias, name):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
 from typing import Any
 
 import lightning
@@ -55,6 +54,8 @@ class Pretraining(lightning.LightningModule):
         self.budget = budget
         self.steps_per_epoch = steps_per_epoch
         self.seed = seed
+        # A loss's memory is alike on every process as it is; DistributedDataParallel would send it around in each step.
+        self._ddp_params_and_buffers_to_ignore = [f"loss.{name}" for name, _ in loss.named_buffers()]
         self.seconds = 0.0
         self._since = time.monotonic()
 
@@ -100,10 +101,17 @@ class Pretraining(lightning.LightningModule):
         loss: Tensor = self.loss(*out.z, targets=out.targets, sample=batch.sample, group=batch.group)
         return loss
 
-    def on_train_batch_end(self, outputs: Tensor | Mapping[str, Any] | None, batch: Batch, batch_idx: int) -> None:  # noqa: ARG002
-        """Move the momentum twin; close an epoch of the loss."""
-        self.encoder.update_twin(self.progress)
-        if self.global_step % self.steps_per_epoch == 0:
+    def optimizer_step(self, *given: Any, **named: Any) -> None:
+        """Step, and finish the step: move the momentum twin, let the loss remember, close an epoch of the loss.
+
+        Lightning calls the callbacks' `on_train_batch_end` before the module's: here, what they save is finished.
+        """
+        step = self.global_step + 1
+        super().optimizer_step(*given, **named)
+        self.encoder.update_twin(self.budget.progress(step, self.elapsed))
+        if hasattr(self.loss, "update"):
+            self.loss.update()  # type: ignore[operator]
+        if step % self.steps_per_epoch == 0:
             self.loss.end_epoch()  # type: ignore[operator]
 
     def step_seed(self, purpose: str) -> int:

@@ -20,14 +20,24 @@ class Case:
         arguments: its constructor's.
         targets: whether it asks for targets.
         extra: whether it asks for extra candidates.
+        sample: whether it asks for indices in the data set.
         derivative: whether its gradient is the derivative of its value, which detached weights are not.
+        pairs: whether it is about pairs at all; without, it has neither anchors nor labels, targets, extras or rows.
+        rows: whether each anchor has a loss of its own.
+        two_views: whether it takes two views only.
+        plain_extra: whether extra candidates may be plain tensors.
     """
 
     name: str
     arguments: Mapping[str, Any] = field(default_factory=dict)
     targets: bool = False
     extra: bool = False
+    sample: bool = False
     derivative: bool = True
+    pairs: bool = True
+    rows: bool = True
+    two_views: bool = False
+    plain_extra: bool = True
 
     def __str__(self):
         return "-".join([self.name, *(f"{key}={value}" for key, value in self.arguments.items())])
@@ -36,7 +46,8 @@ class Case:
         return LOSSES.build({"name": self.name, **self.arguments})
 
     def inputs(self, samples=5, views=2, *, seed=0, dtype=torch.float64, heads=None, **given):
-        """Give `views` random tensors and the keywords that this loss asks for, besides those given."""
+        """Give `views` random tensors (two, where the loss takes no more) and the keywords that it asks for."""
+        views = 2 if self.two_views else views
         generator = torch.Generator().manual_seed(seed)
         shape = (samples, DIMS) if heads is None else (heads, samples, DIMS)
 
@@ -44,6 +55,8 @@ class Case:
             return torch.randn(size, generator=generator, dtype=torch.float64).to(dtype)
 
         tensors = [random(*shape).requires_grad_() for _ in range(views)]
+        if self.sample:
+            given.setdefault("sample", torch.arange(samples))
         if self.targets:
             given.setdefault("targets", tuple(random(*shape) for _ in range(views)))
         if self.extra:
@@ -64,6 +77,53 @@ _KNOWN = [
     Case("cacr", {"attraction_scale": 2.0, "repulsion_scale": 3.0, "repulsion": "all"}),
     Case("cacr", {"attraction_weight": 0.7, "repulsion_weight": 1.3}, targets=True),
     Case("cacr", {"detach_weights": True}, derivative=False),
+    Case("cacr", {"positive_prior": 0.1}),
+    Case("cacr_multi_crop", {"temperature": 0.5}, targets=True, derivative=False),
+    Case("cacr_multi_crop", {"cost": "euclidean"}, targets=True, derivative=False),
+    Case("cacr_queue", targets=True, derivative=False),
+    Case("cacr_queue", {"constant_weights": "all"}, targets=True, derivative=False),
+    Case("cacr_queue", {"constant_weights": "none"}, targets=True),
+    Case("cacr_rbf", rows=False),
+    Case("cacr_rbf", {"cost_scale": 0.5, "repulsion_weight": 2.0}, targets=True, rows=False),
+    Case("cwcl", {"temperature": 0.3}, two_views=True, plain_extra=False, derivative=False),
+    Case("cwcl", {"learn_temperature": True}, two_views=True, plain_extra=False, derivative=False),
+    Case("decoupled"),
+    Case("decoupled", {"temperature": 0.3}, targets=True, extra=True),
+    Case("decoupled", {"weighting": "von_mises_fisher"}, derivative=False),
+    Case("hard_negative"),
+    Case("hard_negative", {"temperature": 0.2, "hardness": 0.0, "positive_prior": 0.05}),
+    Case("hard_negative", {"hardness": 2.0, "positive_prior": 0.0}, targets=True, extra=True),
+    Case("hard_contrastive"),
+    Case("hard_contrastive", {"temperature": 0.2, "hardest": 3}, targets=True, extra=True),
+    Case("hard_contrastive", {"hardest": 0.5, "form": "simple"}),
+    Case("siglip"),
+    Case("siglip", {"scale": 5.0, "bias": -2.0, "learn": False}, targets=True, extra=True),
+    Case("amcl", {"dim": DIMS, "hidden": 3}),
+    Case("amcl", {"dim": DIMS, "form": "logsumexp", "network": "inner_product", "hidden": 3}),
+    Case(
+        "amcl",
+        {
+            "dim": DIMS,
+            "form": "logsumexp",
+            "hidden": 3,
+            "regulariser_weight": 0.0,
+            "positive_in_denominator": True,
+        },
+    ),
+    Case("amcl", {"dim": DIMS, "network": "constant"}, targets=True, extra=True),
+    Case("amcl_cosine", {"dim": DIMS, "hidden": 3}, targets=True),
+    Case("amcl_barlow", {"dim": DIMS, "hidden": 3}, pairs=False, rows=False, two_views=True, plain_extra=False),
+    Case("bad_pairs", {"loss": {"name": "info_nce"}, "samples": 64}, sample=True),
+    Case(
+        "bad_pairs",
+        {
+            "loss": {"name": "info_nce", "temperature": 0.2, "candidates": "across"},
+            "samples": 64,
+            "warmup_epochs": 0,
+        },
+        targets=True,
+        sample=True,
+    ),
     Case("negative_cosine", targets=True),
 ]
 _named = {case.name for case in _KNOWN}

@@ -77,6 +77,8 @@ def whole(scene):
         given["extra"] = [random(5, DIMS)]
     if "labels" in scene.asked:
         given["group"] = torch.arange(count) % 3
+    if scene.case.sample:
+        given["sample"] = torch.arange(count)
     if "samples" in scene.asked:
         given["sample"] = torch.arange(count) // 2 * 5
     return views, given

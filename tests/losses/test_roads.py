@@ -52,7 +52,7 @@ def test_tiles_change_nothing(case, asked):
     with reductions.road("dense"):
         expected = outcome(case, asked)
     torch.testing.assert_close(outcome(case, asked), expected, rtol=1e-10, atol=1e-12)
-    for size in (2, 5, 512):
+    for size in (3, 512):
         with reductions.road("tiles", size=size):
             found = outcome(case, asked)
         torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
