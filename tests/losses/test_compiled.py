@@ -1,0 +1,71 @@
+"""torch.compile of a training step: the same numbers, and the tiles are one operator of its graph."""
+
+import pytest
+import torch
+from torch import nn
+
+from tests.losses.cases import CASES, DIMS, Case
+
+ONE_GRAPH = ["info_nce", "cacr", "decoupled", "hard_negative", "siglip", "cwcl"]
+
+
+def step(case, compiled):
+    """Give the loss and the gradients of one training step, and the graphs that were compiled."""
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
+
+    torch.manual_seed(0)
+    encoder, loss = nn.Linear(3, DIMS).double(), case.make().double()
+    views, given = case.inputs(samples=9)
+    inputs = torch.randn(len(views), 9, 3, dtype=torch.float64)
+
+    def run(inputs):
+        value = loss(*encoder(inputs).unbind(), **given)
+        value.backward()
+        return value.detach()
+
+    forward = torch.compile(run, backend=backend) if compiled else run
+    value = forward(inputs)
+    gradients = [parameter.grad for parameter in (*encoder.parameters(), *loss.parameters())]
+    torch._dynamo.reset()
+    return value, gradients, graphs
+
+
+FIRST = {case.name: case for case in reversed(CASES)}.values()
+"""One form of each loss; tracing takes seconds."""
+
+
+def sometimes(case):
+    """Leave to --all the further forms, and networks for each pair, whose tracing is the slowest."""
+    return pytest.param(case, marks=pytest.mark.long if case not in FIRST or case.name.startswith("amcl") else ())
+
+
+@pytest.mark.parametrize("case", map(sometimes, CASES), ids=str)
+def test_a_compiled_step_has_the_same_numbers(case):
+    value, gradients, _ = step(case, compiled=False)
+    found, its_gradients, graphs = step(case, compiled=True)
+    assert graphs
+    torch.testing.assert_close(found, value, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(its_gradients, gradients, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("case", [Case(name) for name in ONE_GRAPH], ids=str)
+def test_the_forward_pass_is_one_graph_with_the_sweep_as_one_operator(case):
+    loss = case.make()
+    views, given = case.inputs(samples=40)
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    torch.compile(loss, backend=backend, fullgraph=True)(*views, **given)
+    torch._dynamo.reset()
+    (graph,) = graphs
+    called = [str(node.target) for node in graph.graph.nodes if node.op == "call_function"]
+    assert any("contrast.reduce" in name for name in called)
+    assert len(called) < 150
+    assert not any("mm" in name for name in called)
