@@ -156,16 +156,18 @@ class PairLoss(nn.Module):
 
         known = group is sample and (fresh or _distinct(sample))
 
-        def made(views: Mapping[int, Tensor]) -> list[Embeddings]:
+        def made(what: str, views: Mapping[int, Tensor]) -> list[Embeddings]:
             whole = torch.cat(list(views.values()), dim=-2) if len(views) > 1 else next(iter(views.values()))
             whole = normalise(whole) if self.normalise else whole.to(torch.promote_types(whole.dtype, torch.float32))
+            if whole.device.type == "cpu" and not _finite(whole):
+                self._name_not_finite(what, views)
             return [
                 of_view(z, sample, group, view, reference, fresh=fresh if known else None, unit=self.normalise)
                 for view, z in zip(views, _slices(whole, len(views)), strict=True)
             ]
 
         kept = {view: z for view, z in enumerate(targets or ()) if z is not None}
-        return made(dict(enumerate(views))), made(kept) if kept else []
+        return made("view", dict(enumerate(views))), made("target", kept) if kept else []
 
     def extras(self, extra: Sequence[Extra], own: Sequence[Embeddings]) -> list[Embeddings]:
         """Give further candidates as embeddings: what memories hold, plain (K, D) tensors as remembered strangers."""
@@ -260,6 +262,14 @@ class PairLoss(nn.Module):
                 valid = valid & ((count if count.ndim == 1 else count.amax(dim=0)) > 0)
         return valid
 
+    def _name_not_finite(self, what: str, views: Mapping[int, Tensor]) -> None:
+        for number, z in views.items():
+            if not _finite(z):
+                raise ValueError(
+                    f"{type(self).__name__}: {what} {number} holds values that are not finite (NaN or inf); "
+                    "look at the encoder."
+                )
+
     def _check(self, views: Sequence[Tensor], targets: Sequence[Tensor | None] | None) -> None:
         name = type(self).__name__
         if not views:
@@ -283,8 +293,6 @@ class PairLoss(nn.Module):
                     f"{name}: every view and target has the same shape, row i the same sample; "
                     f"{named[0][0]} is {tuple(views[0].shape)} and {what} is {tuple(z.shape)}."
                 )
-            if z.device.type == "cpu" and not _finite(z):
-                raise ValueError(f"{name}: {what} holds values that are not finite (NaN or inf); look at the encoder.")
 
 
 def global_mean(rows: Tensor, valid: Tensor) -> Tensor:

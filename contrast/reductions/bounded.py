@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,11 +16,14 @@ import torch
 from torch import Tensor
 
 from contrast.reductions.asked import LogSumExp, SoftMean, SoftplusSum
-from contrast.reductions.identity import Matches, Run, cut
+from contrast.reductions.grid import low_tiles
+from contrast.reductions.identity import Matches, Run, by_tile, cut
 from contrast.reductions.work import Gradients, Work, nothing
 
 WIDEST = {torch.float32: 75.0, torch.float64: 650.0}
 """exp(x), and sums of a hundred thousand of them, are normal numbers for |x| up to this."""
+KEPT = 2**21
+"""Exponentials that the forward pass leaves to the backward pass, which saves it a product where they are few."""
 FAINT = -60.0
 """A shifted sum below exp of this may have lost terms."""
 
@@ -82,8 +86,10 @@ class Bounded:
         self.work, self.numbers, self.size = work, numbers, size
         self.asked: list[Any] = [work.asked[number] for number in numbers]
         self.mirrored = work.mirrored if self._may_mirror() else 0
+        above = any(getattr(asked, "above", None) is not None for asked in self.asked)
+        self.height, self.width = low_tiles(work, size) if above else (size, size)
         constant = all(asked.rows is None and asked.among is None for asked in self.asked)
-        key = ("tiles", size, self.mirrored, *(asked.over for asked in self.asked))
+        key = ("tiles", self.height, self.width, self.mirrored, *(asked.over for asked in self.asked))
         plan: _Plan | None = work.identity.kept.get(key) if constant else None
         if plan is None:
             plan = self._plan()
@@ -93,6 +99,10 @@ class Bounded:
         # What a softmax of the anchors over candidates without gradient gives back is known in the forward pass.
         alone = len(self.asked) == 1 and isinstance(self.asked[0], LogSumExp)
         wanted = work.wants_anchor or (numbers[0], "scale") in work.wants_argument
+        learns = any(number == numbers[0] for number, _ in work.wants_argument)
+        self.keeps = (
+            alone and not learns and self.asked[0].above is None and (work.wants_anchor or any(work.wants_part))
+        )
         self.at_once = [
             alone and wanted and not wants and part >= self.mirrored for part, wants in enumerate(work.wants_part)
         ]
@@ -101,7 +111,9 @@ class Bounded:
     def accepts(work: Work, number: int) -> bool:
         """Say whether this reduction has numbers for arguments, and whole runs for `among` and `rows`."""
         asked = work.asked[number]
-        if not isinstance(asked, LogSumExp | SoftMean | SoftplusSum) or getattr(asked, "above", None) is not None:
+        if not isinstance(asked, LogSumExp | SoftMean | SoftplusSum):
+            return False
+        if getattr(asked, "above", None) is not None and (work.heads or isinstance(asked, SoftMean)):
             return False
         if getattr(asked, "log_weight", None) is not None or (work.rules and asked.over != "positive"):
             return False
@@ -116,7 +128,7 @@ class Bounded:
         return all(_whole(which, run) is not None for which, of in runs for run in of)
 
     def _may_mirror(self) -> bool:
-        per_row = any(isinstance(asked, SoftplusSum) and _spans(asked.bias) for asked in self.asked)
+        per_row = any(_spans(getattr(asked, name, None)) for asked in self.asked for name in ("bias", "above"))
         runs = self.work.identity.candidate_runs if self.work.mirrored else []
         views = [run.view for run in runs if run.part < self.work.mirrored]
         return not per_row and all(view is not None and view >= 0 for view in views)
@@ -131,8 +143,8 @@ class Bounded:
                 # Views make no difference then, so that blocks may span them.
                 own = [Run(own[0].start, own[-1].stop, own[0].view, 0)] if own else []
             anchors, candidates = own, [*own, *(run for run in candidates if run.part >= self.mirrored)]
-        rows = [block for run in anchors for block in cut(run, self.size)]
-        columns = [block for run in candidates for block in cut(run, self.size)]
+        rows = [block for run in anchors for block in cut(run, self.height)]
+        columns = [block for run in candidates for block in cut(run, self.width)]
         meets = [
             [
                 [_whole(asked.rows, i) and _whole(asked.among, j) and identity.meets(i, j, asked.over) for j in columns]
@@ -184,6 +196,8 @@ class Bounded:
         sums = work.x.new_zeros(len(self.asked), heads, work.x.shape[-2])
         moments = torch.zeros_like(sums) if any(isinstance(asked, SoftMean) for asked in self.asked) else None
         weighted = work.x.new_zeros(heads, *work.x.shape[-2:]) if any(self.at_once) else None
+        self.kept: list[Tensor] = []
+        self.room = KEPT
         for head in range(heads):
             self._forward(head, sums[:, head], moments if moments is None else moments[:, head], weighted)
         outputs, saved = [], []
@@ -208,12 +222,13 @@ class Bounded:
                 outputs.append(value.masked_fill(empty, nothing(value.dtype)))
         if weighted is not None:
             saved.append(weighted)
+        saved += self.kept
         return [output if work.heads else output[0] for output in outputs], saved
 
     def _forward(self, head: int, sums: Tensor, moments: Tensor | None, weighted: Tensor | None) -> None:
         terms, x, parts = self._terms(head), _head(self.work.x, head), self._parts(head)
         fold = _common_scale(terms)
-        buffers = _Buffers(x, self.size, 2)
+        buffers = _Buffers(x, 2)
         scaled, block = x, -1
         for spot in self.tiles:
             i, j = spot.i, spot.j
@@ -221,12 +236,12 @@ class Bounded:
             if i != block:
                 scaled, block = x[rows.start : rows.stop] * (fold or 1.0), i
             others = self._others(x, parts, spot)
-            tile = torch.mm(scaled, others.T, out=buffers.tile(0, rows, columns))
+            tile = torch.mm(scaled, others.T, out=self._place(buffers, rows, columns))
             for place, (term, (row, column)) in enumerate(zip(terms, spot.serves, strict=True)):
                 if not (row or column):
                     continue
                 # The tile itself may be overwritten where nobody reads it again.
-                keep = place + 1 < len(terms) or isinstance(term.asked, SoftMean)
+                keep = place + 1 < len(terms) or isinstance(term.asked, SoftMean) or fold is None
                 e = buffers.tile(1, rows, columns) if keep else tile
                 self._exponential(term, tile, e, fold, i, j)
                 if isinstance(term.asked, SoftplusSum):
@@ -241,6 +256,17 @@ class Bounded:
                         e.div_(fold)
                     self._add(moments[place], e, i, j, row, column)
 
+    def _place(self, buffers: _Buffers, rows: Run, columns: Run) -> Tensor:
+        """Give room for a tile: of its own while there is room to keep it, else the one that all share."""
+        height, width = rows.stop - rows.start, columns.stop - columns.start
+        if not self.keeps or self.at_once[columns.part]:
+            return buffers.tile(0, rows, columns)
+        self.room -= height * width
+        if self.room < 0:
+            return buffers.tile(0, rows, columns)
+        self.kept.append(self.work.x.new_empty(height, width))
+        return self.kept[-1]
+
     def _exponential(self, term: _Term, tile: Tensor, out: Tensor, fold: float | None, i: int, j: int) -> None:
         """Write exp(scale * s + bias - shift), 0 where a pair does not count."""
         logits = tile if fold is not None else torch.mul(tile, term.scale, out=out)
@@ -249,6 +275,9 @@ class Bounded:
         elif term.bias - term.shift:
             logits = torch.add(logits, term.bias - term.shift, out=out)
         torch.exp(logits, out=out)
+        above = getattr(term.asked, "above", None)
+        if above is not None:
+            out.masked_fill_(tile < above[self.rows[i].start : self.rows[i].stop].unsqueeze(1), 0)
         self._blank(term, out, i, j)
 
     def _blank(self, term: _Term, e: Tensor, i: int, j: int) -> None:
@@ -266,7 +295,7 @@ class Bounded:
         assert pairs is not None
         known = self._blanks.get(id(pairs))
         if known is None:
-            known = self._blanks[id(pairs)] = _by_tile(pairs, self.rows, self.columns)
+            known = self._blanks[id(pairs)] = by_tile(pairs, self.rows, self.columns)
         return known
 
     def _add(self, into: Tensor, e: Tensor, i: int, j: int, row: bool, column: bool) -> None:
@@ -283,7 +312,10 @@ class Bounded:
     def backward(self, outputs: list[Tensor], saved: list[Tensor], upstream: list[Tensor], into: Gradients) -> None:
         """Add the gradients, tile by tile, from the similarities computed again."""
         work = self.work
-        weighted = saved[-1] if any(self.at_once) else None
+        count = sum(not isinstance(asked, SoftplusSum) for asked in self.asked)
+        weighted = saved[count] if any(self.at_once) else None
+        kept = iter(saved[count + (weighted is not None) :])
+        self.room = KEPT
         for head in range(work.heads[0] if work.heads else 1):
             terms, normalisers = self._terms(head), iter(saved)
             factors: list[tuple[Tensor, Tensor | None]] = []
@@ -300,7 +332,7 @@ class Bounded:
                 else:
                     value = output[head] if work.heads else output
                     factors.append((p * (1 - term.scale * value), p * term.scale))
-            self._backward(head, terms, factors, into)
+            self._backward(head, terms, factors, kept, into)
             if weighted is not None:
                 self._add_at_once(head, terms[0], factors[0][0].unsqueeze(1) * weighted[head], into)
 
@@ -312,14 +344,19 @@ class Bounded:
             _add_to_head(into.arguments[term.number, "scale"], head, share)
 
     def _backward(
-        self, head: int, terms: list[_Term], factors: list[tuple[Tensor, Tensor | None]], into: Gradients
+        self,
+        head: int,
+        terms: list[_Term],
+        factors: list[tuple[Tensor, Tensor | None]],
+        kept: Iterator[Tensor],
+        into: Gradients,
     ) -> None:
         x, parts = _head(self.work.x, head), self._parts(head)
         to_x = None if into.anchor is None else _head(into.anchor, head)
         to_parts = [None if gradient is None else _head(gradient, head) for gradient in into.parts]
         learned = any((term.number, name) in into.arguments for term in terms for name in ("scale", "bias"))
         fold = _common_scale(terms)
-        buffers = _Buffers(x, self.size, 3)
+        buffers = _Buffers(x, 3)
         scaled, block = x, -1
         for spot in self.tiles:
             i, j = spot.i, spot.j
@@ -327,30 +364,44 @@ class Bounded:
             to_y = to_x if spot.mirror else to_parts[columns.part]
             if self.at_once[columns.part] or (to_x is None and to_y is None and not learned):
                 continue
-            anchors = x[rows.start : rows.stop]
+            anchors, others = x[rows.start : rows.stop], self._others(x, parts, spot)
+            self.room -= (rows.stop - rows.start) * (columns.stop - columns.start)
+            if self.keeps and self.room >= 0:
+                diagonal, (row, column) = spot.mirror and i == j, spot.serves[0]
+                factor = self._factor(factors[0][0], i, j, row, column or diagonal)
+                gradient = torch.mul(next(kept), factor, out=buffers.tile(0, rows, columns))
+                self._send(spot, gradient, anchors, others, to_x, to_y)
+                continue
             if i != block:
                 scaled, block = anchors * (fold or 1.0), i
-            others = self._others(x, parts, spot)
             tile = torch.mm(scaled, others.T, out=buffers.tile(0, rows, columns))
-            gradient, diagonal = None, spot.mirror and i == j
+            total: Tensor | None = None
+            diagonal = spot.mirror and i == j
             for place, (term, (row, column)) in enumerate(zip(terms, spot.serves, strict=True)):
                 if not (row or column):
                     continue
-                spare = place + 1 == len(terms) and factors[place][1] is None and not learned
-                e = tile if spare else buffers.tile(1 if gradient is None else 2, rows, columns)
+                spare = place + 1 == len(terms) and factors[place][1] is None and not learned and fold is not None
+                e = tile if spare else buffers.tile(1 if total is None else 2, rows, columns)
                 self._exponential(term, tile, e, fold, i, j)
                 if isinstance(term.asked, SoftplusSum):
                     _share_of_log1p(e)
                 self._times(e, tile, factors[place], fold, i, j, row, column or diagonal)
                 if learned:
                     self._learn(term, e, tile, fold, i, 0.5 if diagonal else 1.0, head, into)
-                gradient = e if gradient is None else gradient.add_(e)
-            assert gradient is not None
-            if to_x is not None:
-                to_x[rows.start : rows.stop].addmm_(gradient, others)
-            if to_y is not None and not diagonal:
-                own = slice(columns.start, columns.stop) if spot.mirror else self._within(columns)
-                to_y[own].addmm_(gradient.T, anchors)
+                total = e if total is None else total.add_(e)
+            assert total is not None
+            self._send(spot, total, anchors, others, to_x, to_y)
+
+    def _send(
+        self, spot: _Tile, gradient: Tensor, anchors: Tensor, others: Tensor, to_x: Tensor | None, to_y: Tensor | None
+    ) -> None:
+        """Add what a tile of dL/ds gives its anchors and its candidates."""
+        rows, columns = self.rows[spot.i], self.columns[spot.j]
+        if to_x is not None:
+            to_x[rows.start : rows.stop].addmm_(gradient, others)
+        if to_y is not None and not (spot.mirror and spot.i == spot.j):
+            own = slice(columns.start, columns.stop) if spot.mirror else self._within(columns)
+            to_y[own].addmm_(gradient.T, anchors)
 
     def _times(
         self,
@@ -411,12 +462,11 @@ class _Buffers:
 
     Args:
         like: their dtype and device.
-        size: rows and columns at most.
         count: how many.
     """
 
-    def __init__(self, like: Tensor, size: int, count: int) -> None:
-        self._like, self._size = like, size
+    def __init__(self, like: Tensor, count: int) -> None:
+        self._like = like
         self._flat: list[Tensor | None] = [None] * count
 
     def tile(self, number: int, rows: Run, columns: Run) -> Tensor:
@@ -426,20 +476,6 @@ class _Buffers:
         if flat is None or len(flat) < height * width:
             flat = self._flat[number] = self._like.new_empty(height * width)
         return flat[: height * width].view(height, width)
-
-
-def _by_tile(pairs: Matches, rows: list[Run], columns: list[Run]) -> dict[tuple[int, int], Tensor]:
-    """Sort listed pairs into the tiles: (block of anchors, block of candidates) -> positions in the flat tile."""
-    row_start = torch.tensor([run.start for run in rows])
-    column_start = torch.tensor([run.start for run in columns])
-    width = torch.tensor([run.stop - run.start for run in columns])
-    i = torch.bucketize(pairs.rows, row_start, right=True) - 1
-    j = torch.bucketize(pairs.columns, column_start, right=True) - 1
-    flat = (pairs.rows - row_start[i]) * width[j] + pairs.columns - column_start[j]
-    tile, order = (i * len(columns) + j).sort(stable=True)
-    tiles, counts = torch.unique_consecutive(tile, return_counts=True)
-    parts = torch.split(flat[order], counts.tolist())
-    return {divmod(key, len(columns)): part for key, part in zip(tiles.tolist(), parts, strict=True)}
 
 
 def _sum_of_log1p(e: Tensor, dim: int) -> Tensor:
@@ -501,6 +537,8 @@ def _add_to_head(gradient: Tensor, head: int, share: Tensor) -> None:
 def _common_scale(terms: list[_Term]) -> float | None:
     """Give the one scale of all terms, which then goes into the product; None where they differ or it is 0."""
     scales = {term.scale for term in terms}
+    if any(getattr(term.asked, "above", None) is not None for term in terms):
+        return None  # thresholds are compared with the similarities themselves
     return scales.pop() or None if len(scales) == 1 else None
 
 

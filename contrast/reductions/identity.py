@@ -333,3 +333,17 @@ def cut(run: Run, size: int) -> list[Run]:
     """Cut a run into blocks of at most `size`."""
     starts = range(run.start, run.stop, size)
     return [Run(start, min(start + size, run.stop), run.view, run.part) for start in starts]
+
+
+def by_tile(pairs: Matches, rows: list[Run], columns: list[Run]) -> dict[tuple[int, int], Tensor]:
+    """Sort listed pairs into the tiles: (block of anchors, block of candidates) -> positions in the flat tile."""
+    row_start = torch.tensor([run.start for run in rows])
+    column_start = torch.tensor([run.start for run in columns])
+    width = torch.tensor([run.stop - run.start for run in columns])
+    i = torch.bucketize(pairs.rows, row_start, right=True) - 1
+    j = torch.bucketize(pairs.columns, column_start, right=True) - 1
+    flat = (pairs.rows - row_start[i]) * width[j] + pairs.columns - column_start[j]
+    tile, order = (i * len(columns) + j).sort(stable=True)
+    tiles, counts = torch.unique_consecutive(tile, return_counts=True)
+    parts = torch.split(flat[order], counts.tolist())
+    return {divmod(key, len(columns)): part for key, part in zip(tiles.tolist(), parts, strict=True)}

@@ -15,6 +15,7 @@ from contrast.reductions.asked import Count, Kth, Reduction, Relation, arguments
 from contrast.reductions.bounded import Bounded, NotBoundedError
 from contrast.reductions.linear import Linear
 from contrast.reductions.listed import Listed, Places
+from contrast.reductions.thresholds import Thresholds
 from contrast.reductions.tiles import Tiles
 from contrast.reductions.whole import Whole
 from contrast.reductions.work import Gradients, Work, learned, mirrored, shared
@@ -174,6 +175,8 @@ def _ways(work: Work, size: int, small: int) -> list[Way]:
             listed.append(number)
         elif Linear.accepts(work, number):
             ways.append(Linear(work, number))
+        elif Thresholds.accepts(work, number):
+            ways.append(Thresholds(work, [number], size))
         else:
             tiled.append(number)
     if counted:

@@ -5,17 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from contrast.embeddings import PADDING, REMEMBERED, Embeddings
 from contrast.reductions.asked import Count, Kth, Mean, Reduction, Relation, SoftMean, SoftplusSum, arguments
+from contrast.reductions.grid import blocks, low_tiles
 from contrast.reductions.shares import Arguments, logits, shares, softplus
+from contrast.reductions.thresholds import kth_largest
 from contrast.reductions.work import Gradients, Work, learned, nothing, spanned
-
-STRIP = 2**22
-"""Numbers in a strip of whole rows, for what must see a row at once."""
 
 
 class Tiles:
@@ -30,23 +29,37 @@ class Tiles:
     def __init__(self, work: Work, numbers: list[int], size: int) -> None:
         self.work, self.numbers = work, numbers
         self.asked: list[Any] = [work.asked[number] for number in numbers]
-        # A threshold found by `kth` must meet the same similarities to the bit, so all sweeps have one grid.
-        heads = work.heads[0] if work.heads else 1
-        most = max(16, STRIP // max(1, heads * work.starts[-1]))
-        self.height, self.width = min(size, most), size
+        self.height, self.width = low_tiles(work, size)
+        self.row_blocks, self.column_blocks = blocks(work, self.height, self.width)
+        self.spots = [self._spots(asked) for asked in self.asked]
+
+    def _spots(self, asked: Any) -> set[tuple[int, int]] | None:
+        """Give the first row and column of each tile with a listed positive, where only positives are asked for."""
+        plain = self.work.x.device.type == "cpu" and self.work.identity.plain
+        if asked.over != "positive" or not plain or self.work.identity.positive is None:
+            return None
+        pairs, width = self.work.identity.positive, self.work.starts[-1] + 1
+        firsts = []
+        for where, runs in ((pairs.rows, self.row_blocks), (pairs.columns, self.column_blocks)):
+            starts = torch.tensor([run.start for run in runs])
+            firsts.append(starts[torch.bucketize(where, starts, right=True) - 1])
+        return {divmod(tile, width) for tile in set((firsts[0] * width + firsts[1]).tolist())}
+
+    def _asked_of(self, rows: slice, columns: slice) -> list[int]:
+        """Say which reductions a tile may matter to."""
+        tile = (rows.start, columns.start)
+        return [place for place, spots in enumerate(self.spots) if spots is None or tile in spots]
 
     def rows(self) -> Iterator[slice]:
         """Walk the anchors block by block."""
-        for start in range(0, self.work.x.shape[-2], self.height):
-            yield slice(start, min(start + self.height, self.work.x.shape[-2]))
+        for run in self.row_blocks:
+            yield slice(run.start, run.stop)
 
     def columns(self) -> Iterator[tuple[int, slice, slice]]:
         """Walk the candidates block by block: (part, place in the part, place among all)."""
-        for part, start in zip(range(len(self.work.parts)), self.work.starts, strict=False):
-            length = self.work.parts[part].shape[-2]
-            for first in range(0, length, self.width):
-                last = min(first + self.width, length)
-                yield part, slice(first, last), slice(start + first, start + last)
+        for run in self.column_blocks:
+            start = self.work.starts[run.part]
+            yield run.part, slice(run.start - start, run.stop - start), slice(run.start, run.stop)
 
     def similarity(self, rows: slice, part: int, within: slice) -> Tensor:
         """Give a tile of similarities, (n, m) or (H, n, m)."""
@@ -92,24 +105,28 @@ class Tiles:
 
     def forward(self) -> tuple[list[Tensor], list[Tensor]]:
         """Give the reductions, (N,) or (H, N) each, and a normaliser of each for the backward pass."""
-        whole = any(isinstance(asked, Kth) for asked in self.asked)
+        whole = [place for place, asked in enumerate(self.asked) if isinstance(asked, Kth)]
         outputs: list[list[Tensor]] = [[] for _ in self.asked]
         saved: list[list[Tensor]] = [[] for _ in self.asked]
         for rows in self.rows():
             states = [_State(asked, self.work.x, rows) for asked in self.asked]
-            strip: list[tuple[Tensor, list[Tensor]]] = []
+            strips = {place: self._strip(rows) for place in whole}
             for part, within, columns in self.columns():
+                wanted = self._asked_of(rows, columns)
+                if not wanted:
+                    continue
                 known: dict[Any, Tensor] = {}
                 s = self.similarity(rows, part, within)
-                counted = [self.counting(asked, s, rows, part, within, columns, known) for asked in self.asked]
-                for state, counts, asked in zip(states, counted, self.asked, strict=True):
-                    if not isinstance(asked, Kth):
-                        state.add(s, counts, self.given(asked, rows, part, within, columns, known))
-                if whole:
-                    strip.append((s, counted))
+                for place in wanted:
+                    asked = self.asked[place]
+                    counts = self.counting(asked, s, rows, part, within, columns, known)
+                    if isinstance(asked, Kth):
+                        strips[place][..., columns] = torch.where(counts, s, -torch.inf)
+                    else:
+                        states[place].add(s, counts, self.given(asked, rows, part, within, columns, known))
             for place, (state, asked) in enumerate(zip(states, self.asked, strict=True)):
                 if isinstance(asked, Kth):
-                    output, normaliser = self._kth(asked, rows, strip, place), s_like(self.work.x)
+                    output, normaliser = self._kth(asked, rows, strips.pop(place)), s_like(self.work.x)
                 else:
                     output, normaliser = state.close()
                 outputs[place].append(output)
@@ -119,27 +136,27 @@ class Tiles:
             return [self.work.new_rows().to(kind) for kind in kinds], [s_like(self.work.x) for _ in self.asked]
         return [torch.cat(rows, dim=-1) for rows in outputs], [torch.cat(rows, dim=-1) for rows in saved]
 
-    def _kth(self, asked: Kth, rows: slice, strip: list[tuple[Tensor, list[Tensor]]], place: int) -> Tensor:
-        empty = self.work.new_rows()[..., rows]
-        if not strip:
-            return empty
-        s = torch.cat([tile.masked_fill(~counted[place], -torch.inf) for tile, counted in strip], dim=-1)
-        found = (s > -torch.inf).sum(dim=-1)
-        k = torch.as_tensor(asked.k, device=s.device)
+    def _strip(self, rows: slice) -> Tensor:
+        """Give room for whole rows, (n, M) or (H, n, M)."""
+        return self.work.x.new_full((*self.work.heads, rows.stop - rows.start, self.work.starts[-1]), -torch.inf)
+
+    def _kth(self, asked: Kth, rows: slice, strip: Tensor) -> Tensor:
+        found = (strip > -torch.inf).sum(dim=-1)
+        k = torch.as_tensor(asked.k, device=strip.device)
         k = torch.minimum(k[rows] if k.ndim else k, found).clamp(min=1)
-        return kth_largest(s, k).masked_fill(found == 0, 0)
+        return kth_largest(strip, k).masked_fill(found == 0, 0)
 
     def topk(self, k: int, over: Relation, among: Tensor | None) -> Tensor:
         """Give the places of the k largest similarities, (N, k) or (H, N, k), -1 where there are fewer."""
         asked, made = Count(over, among), []
         for rows in self.rows():
-            tiles = []
+            strip = self._strip(rows)
             for part, within, columns in self.columns():
                 s = self.similarity(rows, part, within)
                 counts = self.counting(asked, s, rows, part, within, columns, {})
-                tiles.append(s.masked_fill(~counts, -torch.inf))
-            empty = self.work.x.new_full((*self.work.heads, rows.stop - rows.start, k), -torch.inf)
-            values, places = torch.cat([*tiles, empty], dim=-1).topk(k, dim=-1)
+                strip[..., columns] = torch.where(counts, s, -torch.inf)
+            short = max(k - strip.shape[-1], 0)
+            values, places = F.pad(strip, (0, short), value=-torch.inf).topk(k, dim=-1)
             made.append(places.masked_fill(values == -torch.inf, -1))
         shape = (*self.work.heads, self.work.x.shape[-2], k)
         return torch.cat(made, dim=-2) if made else torch.empty(shape, dtype=torch.int64, device=self.work.x.device)
@@ -151,11 +168,14 @@ class Tiles:
         for rows in self.rows() if active else ():
             x = work.x[..., rows, :]
             for part, within, columns in self.columns():
+                wanted = [place for place in self._asked_of(rows, columns) if place in active]
+                if not wanted:
+                    continue
                 known: dict[Any, Tensor] = {}
                 s = self.similarity(rows, part, within)
                 gradient = torch.zeros_like(s)
                 to_modules: dict[int, tuple[nn.Module, Tensor]] = {}
-                for place in active:
+                for place in wanted:
                     asked = self.asked[place]
                     counts = self.counting(asked, s, rows, part, within, columns, known)
                     given = self.given(asked, rows, part, within, columns, known)
@@ -296,21 +316,6 @@ def relation(work: Work, over: Relation, s: Tensor, rows: slice, part: int, with
     if over == "negative":
         return negative
     return negative & remembered if over == "remembered" else negative | (eligible & same_group)
-
-
-def kth_largest(s: Tensor, k: Tensor) -> Tensor:
-    """Give the k-th largest of each row of (..., M); k: (...) from 1 to M. On the CPU numpy selects faster."""
-    if not s.shape[-1]:
-        return s.sum(dim=-1)
-    if s.device.type != "cpu":
-        return s.sort(dim=-1, descending=True).values.gather(-1, (k - 1).unsqueeze(-1)).squeeze(-1)
-    k = k.expand(s.shape[:-1])
-    flat, place = s.reshape(-1, s.shape[-1]).numpy(), (s.shape[-1] - k.reshape(-1)).numpy()
-    found = np.empty(len(flat), dtype=flat.dtype)
-    for one in np.unique(place):
-        which = place == one
-        found[which] = np.partition(flat[which], one, axis=-1)[:, one]
-    return torch.from_numpy(found).reshape(s.shape[:-1])
 
 
 def s_like(x: Tensor) -> Tensor:

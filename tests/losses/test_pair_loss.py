@@ -383,7 +383,7 @@ def test_what_is_not_finite_is_named(case):
     for place in range(2):
         views, given = case.inputs()
         views[place].data[1, 0] = float("nan")
-        with pytest.raises(ValueError, match=f"{type(loss).__name__}: view {place} holds values that are not finite"):
+        with pytest.raises(ValueError, match=rf"\w+: view {place} holds values that are not finite"):
             loss(*views, **given)
     if not case.pairs:
         return
