@@ -296,6 +296,7 @@ class Subject:
         inputs: "a", "b": the views; "memory": a queue; "labels"; "sample".
         learned: which inputs take a gradient.
         matrices: how many M x M matrices of float32 the eager form holds at its peak, about: whether it is tried.
+        views: how many views stand along a side of the M x M matrix.
         heads: 0 where views are (N, D).
         peers: other libraries' losses.
         tight: whether it is NT-Xent, CLIP or the queue, of which more is asked.
@@ -310,6 +311,7 @@ class Subject:
     inputs: Sequence[str] = ("a", "b")
     learned: Sequence[str] = ("a", "b")
     matrices: float = 4
+    views: int = 2
     heads: int = 0
     peers: Sequence[Peer] = ()
     tight: bool = False
@@ -328,7 +330,7 @@ def with_samples(loss: nn.Module, a: Tensor, b: Tensor, sample: Tensor) -> Tenso
 
 
 _VIEWS = "M/2 samples in 2 views, every view against every view: M x M"
-_PAIRS = "M/2 pairs: M/2 x M/2"
+_PAIRS = "M pairs: M x M"
 
 SUBJECTS: dict[str, Subject] = {
     "nt_xent": Subject(
@@ -345,18 +347,20 @@ SUBJECTS: dict[str, Subject] = {
         lambda dims: InfoNCE(0.07, learn_temperature=True, candidates="across"),  # noqa: ARG005
         two_views,
         clip,
-        matrices=1.1,
+        matrices=4.4,
+        views=1,
         peers=(OPEN_CLIP,),
         tight=True,
     ),
     "queue": Subject(
-        "MoCo v2; M/2 anchors, each with its own key, against a queue of M/2: M/2 x M/2, gradient to the anchors",
+        "MoCo v2; M anchors, each with its own key, against a queue of M: M x M, gradient to the anchors",
         lambda dims: InfoNCE(0.2, candidates="memory"),  # noqa: ARG005
         lambda loss, a, b, memory: loss(a, targets=(None, b), extra=[memory]),
         queue,
         inputs=("a", "b", "memory"),
         learned=("a",),
-        matrices=0.75,
+        matrices=3,
+        views=1,
         tight=True,
     ),
     "supcon": Subject(
@@ -398,21 +402,23 @@ SUBJECTS: dict[str, Subject] = {
         hard_contrastive,
         matrices=2.5,
     ),
-    "cacr": Subject(f"the small-scale form; {_PAIRS}", lambda dims: CACR(), two_views, cacr, matrices=1.1),  # noqa: ARG005
+    "cacr": Subject(f"the small-scale form; {_PAIRS}", lambda dims: CACR(), two_views, cacr, matrices=4.4, views=1),  # noqa: ARG005
     "cwcl": Subject(
         f"weights from the frozen view itself; {_PAIRS}, gradient to the other view",
         lambda dims: CWCL(),  # noqa: ARG005
         two_views,
         cwcl,
         learned=("b",),
-        matrices=1.35,
+        matrices=5.4,
+        views=1,
     ),
     "siglip": Subject(
         f"learned scale and bias; {_PAIRS}",
         lambda dims: SigLIP(),  # noqa: ARG005
         two_views,
         siglip,
-        matrices=1.3,
+        matrices=5.2,
+        views=1,
         peers=(OPEN_CLIP_SIGLIP,),
     ),
     "amcl": Subject(
@@ -461,7 +467,7 @@ Step = Callable[[], Sequence[Tensor]]
 def inputs(subject: Subject, size: int, dtype: torch.dtype, device: str = "cpu", dims: int = DIMS) -> dict[str, Tensor]:
     """Give what the loss is called with: views that resemble each other, as after some training."""
     generator = torch.Generator().manual_seed(0)
-    half = size // 2
+    half = size // subject.views
     heads = (subject.heads,) if subject.heads else ()
 
     def random() -> Tensor:
@@ -577,7 +583,7 @@ def too_large(cell: Cell, name: str) -> bool:
     subject = SUBJECTS[cell.loss]
     if name not in ("eager", "compiled"):
         return False
-    fewest = max(1, subject.heads) * (0.5 if subject.matrices < 2 else 2)
+    fewest = max(1, subject.heads) * 2
     matrices = subject.matrices if name == "eager" else min(subject.matrices, fewest)
     return matrices * cell.square > room(cell.device)
 

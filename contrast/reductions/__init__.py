@@ -94,7 +94,11 @@ def chosen() -> _Road:
 def reduce(pairs: Pairs, asked: Sequence[Reduction]) -> tuple[Tensor, ...]:
     """Give each reduction of each anchor's row, (N,) or (H, N), from one walk over the similarities."""
     taken = chosen()
-    return dense.reduce(pairs, asked) if taken.name == "dense" else sweep.reduce(pairs, asked, taken.size, taken.small)
+    return (
+        dense.reduce(pairs, asked)
+        if taken.name == "dense"
+        else sweep.reduce(pairs, asked, taken.size, taken.small, taken.name == "kernels")
+    )
 
 
 def topk(pairs: Pairs, k: int, over: Relation, among: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -31,7 +31,7 @@ def can_travel(pairs: Pairs, asked: Sequence[Reduction]) -> bool:
     return not pairs.rules and not any(modules)
 
 
-def reduce(pairs: Pairs, asked: Sequence[Reduction], size: int, small: int) -> tuple[Tensor, ...]:
+def reduce(pairs: Pairs, asked: Sequence[Reduction], size: int, small: int, kernels: bool) -> tuple[Tensor, ...]:
     """Give each reduction, by one operator."""
     tensors: list[Tensor] = []
     texts = [_written(one, tensors) for one in asked]
@@ -40,7 +40,7 @@ def reduce(pairs: Pairs, asked: Sequence[Reduction], size: int, small: int) -> t
     mirrored = bool(parts) and len(parts) <= len(pairs.candidates)
     mirrored = mirrored and all(one is other for one, other in zip(parts, pairs.candidates, strict=False))
     units = [one.unit for one in everyone]
-    facts = f"({pairs.across}, {len(parts) if mirrored else 0}, {units}, {size}, {small})"
+    facts = f"({pairs.across}, {len(parts) if mirrored else 0}, {units}, {size}, {small}, {kernels})"
     found = torch.ops.contrast.reduce(
         [one.z for one in everyone],
         [torch.stack([one.sample, one.group, one.view]) for one in everyone],
@@ -78,7 +78,7 @@ class _Text:
 
     def __post_init__(self) -> None:
         facts, *asked = map(ast.literal_eval, self.text.split(SEPARATOR))
-        self.across, self.mirrored, self.unit, self.size, self.small = facts
+        self.across, self.mirrored, self.unit, self.size, self.small, self.kernels = facts
         self.asked: list[tuple[str, dict[str, Any]]] = asked
 
     def reductions(self, tensors: Sequence[Tensor]) -> list[Reduction]:
@@ -106,7 +106,8 @@ def _embeddings(
 
 
 def register(
-    call: Callable[[Pairs, list[Reduction], int, int], Any], pair: Callable[[Embeddings, list[Embeddings], bool], Pairs]
+    call: Callable[[Pairs, list[Reduction], int, int, bool], Any],
+    pair: Callable[[Embeddings, list[Embeddings], bool], Pairs],
 ) -> None:
     """Register the operators.
 
@@ -125,7 +126,7 @@ def register(
     ) -> Any:
         read = _Text(text)
         pairs = pair(*_embeddings(vectors, identities, references, read), read.across)
-        prepared = call(pairs, read.reductions(tensors), read.size, read.small)
+        prepared = call(pairs, read.reductions(tensors), read.size, read.small, read.kernels)
         if wants:
             slots = [read.asked[number][1][name][0] for number, name in prepared.slots]
             prepared.wants = [*wants[: len(vectors)], *(wants[len(vectors) + slot] for slot in slots)]

@@ -23,8 +23,8 @@ from contrast.reductions.work import Gradients, Work, learned, mirrored, shared
 if TYPE_CHECKING:
     from contrast.pairs import Pairs
 
-TILE = 512
-"""Rows and columns of a tile: with its few copies it stays in the processor's cache."""
+TILE = 1024
+"""Rows and columns of a tile: with a copy or two it stays in the processor's cache, and starting it costs little."""
 
 
 class Way(Protocol):
@@ -40,38 +40,38 @@ class Way(Protocol):
         """Add the gradients."""
 
 
-def reduce(pairs: Pairs, asked: Sequence[Reduction], size: int, small: int) -> tuple[Tensor, ...]:
+def reduce(pairs: Pairs, asked: Sequence[Reduction], size: int, small: int, kernels: bool) -> tuple[Tensor, ...]:
     """Give each reduction, without holding more than `small` similarities together."""
     for reduction in asked:
         dense.check(reduction, pairs)
     if torch.compiler.is_compiling():
         if operator.can_travel(pairs, asked):
-            return operator.reduce(pairs, asked, size, small)
-        return _uncompiled(pairs, asked, size, small)
-    return _reduce(pairs, asked, size, small)
+            return operator.reduce(pairs, asked, size, small, kernels)
+        return _uncompiled(pairs, asked, size, small, kernels)
+    return _reduce(pairs, asked, size, small, kernels)
 
 
-def _reduce(pairs: Pairs, asked: Sequence[Reduction], size: int, small: int) -> tuple[Tensor, ...]:
+def _reduce(pairs: Pairs, asked: Sequence[Reduction], size: int, small: int, kernels: bool) -> tuple[Tensor, ...]:
     if all(isinstance(one, Count) for one in asked) and pairs.anchor.z.device.type == "cpu" and pairs.identity.plain:
         counts: list[Any] = [one for one in asked if _by_identity(one, pairs)]
         if len(counts) == len(asked):
             return tuple(pairs.identity.count(one.over, one.among, one.rows) for one in counts)
-    call = prepared(pairs, asked, size, small)
+    call = prepared(pairs, asked, size, small, kernels)
     if not any(call.wants):
         return tuple(call.forward(call.inputs)[0])
     return _apply(call)[: len(asked)]
 
 
-def prepared(pairs: Pairs, asked: Sequence[Reduction], size: int, small: int) -> _Call:
+def prepared(pairs: Pairs, asked: Sequence[Reduction], size: int, small: int, kernels: bool) -> _Call:
     """Give a call that is ready to run."""
-    return _Call(pairs, asked, lambda work: _ways(work, size, small))
+    return _Call(pairs, asked, lambda work: _ways(work, size, small, kernels))
 
 
 def topk(pairs: Pairs, k: int, over: Relation, among: Tensor | None, size: int) -> tuple[Tensor, Tensor]:
     """Give the k largest similarities of each row, with gradient, and the positions of their candidates."""
     dense.check(Count(over, among), pairs)
     with torch.no_grad():
-        call = _Call(pairs, [], lambda work: _ways(work, size, 0))
+        call = _Call(pairs, [], lambda work: _ways(work, size, 0, False))
         places = Tiles(call.work([z.detach() for z in call.inputs]), [], size).topk(k, over, among)
     call = _Call(pairs, [], lambda work: [Places(work, places)])
     if not any(call.wants):
@@ -158,13 +158,14 @@ class _Call:
         )
 
 
-def _ways(work: Work, size: int, small: int) -> list[Way]:
+def _ways(work: Work, size: int, small: int, kernels: bool) -> list[Way]:
     """Send each reduction its way."""
-    if work.x.shape[-2] * work.starts[-1] <= small and Whole.accepts(work):
+    kernels = kernels or work.x.device.type == "cuda"
+    if not kernels and work.x.shape[-2] * work.starts[-1] <= small and Whole.accepts(work):
         return [Whole(work, list(range(len(work.asked))))]
     ways: list[Way] = []
     counted, listed, tiled = [], [], []
-    plain = work.x.device.type == "cpu" and work.identity.plain
+    plain = work.x.device.type == "cpu" and not kernels and work.identity.plain
     for number, asked in enumerate(work.asked):
         modules = any(isinstance(value, nn.Module | str) for value in arguments(asked).values())
         if not plain:
@@ -183,6 +184,14 @@ def _ways(work: Work, size: int, small: int) -> list[Way]:
         ways.append(_Counted(work, counted))
     if listed:
         ways.append(Listed(work, listed))
+    if tiled and kernels:
+        from contrast.reductions.kernels import Kernels  # Triton is imported only where it serves
+
+        # A threshold must meet the similarities it was found among, to the bit: those stay with the tiles.
+        fit = [n for n in tiled if Kernels.accepts(work, n) and getattr(work.asked[n], "above", None) is None]
+        if fit and Kernels.available(work.x.device):
+            ways.append(Kernels(work, fit))
+            tiled = [n for n in tiled if n not in fit]
     if tiled:
         bounded = plain and all(Bounded.accepts(work, number) for number in tiled)
         ways.append(Bounded(work, tiled, size) if bounded else Tiles(work, tiled, size))

@@ -109,7 +109,7 @@ class Tiles:
         outputs: list[list[Tensor]] = [[] for _ in self.asked]
         saved: list[list[Tensor]] = [[] for _ in self.asked]
         for rows in self.rows():
-            states = [_State(asked, self.work.x, rows) for asked in self.asked]
+            states = [State(asked, self.work.x, rows) for asked in self.asked]
             strips = {place: self._strip(rows) for place in whole}
             for part, within, columns in self.columns():
                 wanted = self._asked_of(rows, columns)
@@ -241,7 +241,7 @@ class Tiles:
             into.add_parameter(tensor, gradients[id(tensor)])
 
 
-class _State:
+class State:
     """What a reduction knows of a block of rows so far.
 
     Args:
