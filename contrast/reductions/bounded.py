@@ -88,13 +88,15 @@ class Bounded:
         self.mirrored = work.mirrored if self._may_mirror() else 0
         above = any(getattr(asked, "above", None) is not None for asked in self.asked)
         self.height, self.width = low_tiles(work, size) if above else (size, size)
-        constant = all(asked.rows is None and asked.among is None for asked in self.asked)
-        key = ("tiles", self.height, self.width, self.mirrored, *(asked.over for asked in self.asked))
-        plan: _Plan | None = work.identity.kept.get(key) if constant else None
+        identity = work.identity
+        whole = tuple(
+            (asked.over, *_wholes(asked.rows, identity.anchor_runs), *_wholes(asked.among, identity.candidate_runs))
+            for asked in self.asked
+        )
+        key = ("tiles", self.height, self.width, self.mirrored, whole)
+        plan: _Plan | None = identity.kept.get(key)
         if plan is None:
-            plan = self._plan()
-            if constant:
-                work.identity.kept[key] = plan
+            plan = identity.kept[key] = self._plan()
         self.rows, self.columns, self.tiles, self._blanks = plan
         # What a softmax of the anchors over candidates without gradient gives back is known in the forward pass.
         alone = len(self.asked) == 1 and isinstance(self.asked[0], LogSumExp)
@@ -267,14 +269,19 @@ class Bounded:
         self.kept.append(self.work.x.new_empty(height, width))
         return self.kept[-1]
 
-    def _exponential(self, term: _Term, tile: Tensor, out: Tensor, fold: float | None, i: int, j: int) -> None:
-        """Write exp(scale * s + bias - shift), 0 where a pair does not count."""
+    def _exponential(
+        self, term: _Term, tile: Tensor, out: Tensor, fold: float | None, i: int, j: int, share: bool = False
+    ) -> None:
+        """Write exp(scale * s + bias - shift), 0 where a pair does not count; or with `share` its share of a softplus."""
         logits = tile if fold is not None else torch.mul(tile, term.scale, out=out)
         if isinstance(term.bias, Tensor):
             logits = torch.add(logits, term.bias[self.rows[i].start : self.rows[i].stop].unsqueeze(1), out=out)
         elif term.bias - term.shift:
             logits = torch.add(logits, term.bias - term.shift, out=out)
-        torch.exp(logits, out=out)
+        if share and isinstance(term.asked, SoftplusSum):
+            torch.sigmoid(logits, out=out)
+        else:
+            torch.exp(logits, out=out)
         above = getattr(term.asked, "above", None)
         if above is not None:
             out.masked_fill_(tile < above[self.rows[i].start : self.rows[i].stop].unsqueeze(1), 0)
@@ -382,9 +389,7 @@ class Bounded:
                     continue
                 spare = place + 1 == len(terms) and factors[place][1] is None and not learned and fold is not None
                 e = tile if spare else buffers.tile(1 if total is None else 2, rows, columns)
-                self._exponential(term, tile, e, fold, i, j)
-                if isinstance(term.asked, SoftplusSum):
-                    _share_of_log1p(e)
+                self._exponential(term, tile, e, fold, i, j, share=True)
                 self._times(e, tile, factors[place], fold, i, j, row, column or diagonal)
                 if learned:
                     self._learn(term, e, tile, fold, i, 0.5 if diagonal else 1.0, head, into)
@@ -495,11 +500,6 @@ def _plain_sum_of_log1p(e: Tensor, dim: int) -> Tensor:
     return torch.log1p(e).sum(dim)
 
 
-def _share_of_log1p(e: Tensor) -> None:
-    """Turn e into e / (1 + e) in place."""
-    torch.div(e, e + 1, out=e)
-
-
 def _head(z: Tensor, head: int) -> Tensor:
     return z[head] if z.ndim == 3 else z
 
@@ -540,6 +540,10 @@ def _common_scale(terms: list[_Term]) -> float | None:
     if any(getattr(term.asked, "above", None) is not None for term in terms):
         return None  # thresholds are compared with the similarities themselves
     return scales.pop() or None if len(scales) == 1 else None
+
+
+def _wholes(which: Tensor | None, runs: list[Run]) -> list[bool | None]:
+    return [] if which is None else [_whole(which, run) for run in runs]
 
 
 def _whole(which: Tensor | None, run: Run) -> bool | None:

@@ -23,8 +23,12 @@ from contrast.reductions.work import Gradients, Work, learned, mirrored, shared
 if TYPE_CHECKING:
     from contrast.pairs import Pairs
 
-TILE = 1024
-"""Rows and columns of a tile: with a copy or two it stays in the processor's cache, and starting it costs little."""
+TILE = 512
+"""Rows and columns of a tile: with its few copies it stays in the processor's cache."""
+
+
+LOOKED_UP = 16
+"""So many times more similarities may stand in one tile where nothing is known of the identities."""
 
 
 class Way(Protocol):
@@ -161,7 +165,9 @@ class _Call:
 def _ways(work: Work, size: int, small: int, kernels: bool) -> list[Way]:
     """Send each reduction its way."""
     kernels = kernels or work.x.device.type == "cuda"
-    if not kernels and work.x.shape[-2] * work.starts[-1] <= small and Whole.accepts(work):
+    # Where identities must be looked up, masks of a small size are had sooner than lists.
+    room = small if work.identity.canonical or work.rules else LOOKED_UP * small
+    if not kernels and work.x.shape[-2] * work.starts[-1] <= room and Whole.accepts(work):
         return [Whole(work, list(range(len(work.asked))))]
     ways: list[Way] = []
     counted, listed, tiled = [], [], []

@@ -90,8 +90,8 @@ class Tiles:
                 continue
             if isinstance(value, nn.Module):
                 if id(value) not in known:
-                    known[id(value)] = value(self.work.anchor[rows], self.work.candidates[part][within])
-                made[name] = known[id(value)]
+                    known[id(value)] = self._evaluate(value, rows, part, within, known)
+                made[name] = known[id(value)].detach()
             elif isinstance(value, str):
                 u, v = self.work.anchor.reference, self.work.candidates[part].reference
                 assert u is not None
@@ -171,7 +171,7 @@ class Tiles:
                 wanted = [place for place in self._asked_of(rows, columns) if place in active]
                 if not wanted:
                     continue
-                known: dict[Any, Tensor] = {}
+                known: dict[Any, Any] = {"history": True}
                 s = self.similarity(rows, part, within)
                 gradient = torch.zeros_like(s)
                 to_modules: dict[int, tuple[nn.Module, Tensor]] = {}
@@ -197,8 +197,8 @@ class Tiles:
                             to_modules[id(value)] = (value, sofar + share)
                         elif (self.numbers[place], name) in into.arguments:
                             self._add_argument(into, place, name, share, rows, columns)
-                for module, share in to_modules.values():
-                    self._into_module(module, share, rows, part, within, into)
+                if to_modules:
+                    self._into_modules(to_modules, known, rows, part, within, into)
                 if into.anchor is not None:
                     into.anchor[..., rows, :] += gradient @ work.parts[part][..., within, :]
                 to_part = into.parts[part]
@@ -215,21 +215,44 @@ class Tiles:
         part = to_bias[..., rows] if to_bias.ndim and to_bias.shape[-1] > 1 else to_bias
         part += share.sum(dim=-1).sum_to_size(part.shape)
 
-    def _into_module(
-        self, module: nn.Module, share: Tensor, rows: slice, part: int, within: slice, into: Gradients
-    ) -> None:
-        """Send a tile's gradient back through a PairFunction: to its parameters, and to the vectors it reads."""
-        anchor, candidate = self.work.anchor[rows], self.work.candidates[part][within]
-        x, y = anchor.z.detach().requires_grad_(into.anchor is not None), candidate.z.detach()
-        y.requires_grad_(into.parts[part] is not None)
-        known = learned(module)
+    def _evaluate(self, module: nn.Module, rows: slice, part: int, within: slice, known: dict[Any, Any]) -> Tensor:
+        """Give a tile of a PairFunction; for the backward pass with its history, from vectors kept in `known`."""
+        if "history" not in known:
+            tile: Tensor = module(self.work.anchor[rows], self.work.candidates[part][within])
+            return tile
+        if "vectors" not in known:
+            anchor, candidate = self.work.anchor[rows], self.work.candidates[part][within]
+            x, y = anchor.z.detach(), candidate.z.detach()
+            x.requires_grad_(self.work.wants_anchor)
+            y.requires_grad_(self.work.wants_part[part])
+            known["vectors"] = (_with(anchor, x), _with(candidate, y))
         with torch.enable_grad():
-            tile = module(_with(anchor, x), _with(candidate, y))
-        if not tile.requires_grad:
+            tile = module(*known["vectors"])
+        return tile  # noqa: RET504
+
+    def _into_modules(
+        self,
+        shares: dict[int, tuple[nn.Module, Tensor]],
+        known: dict[Any, Any],
+        rows: slice,
+        part: int,
+        within: slice,
+        into: Gradients,
+    ) -> None:
+        """Send a tile's gradients back through its PairFunctions: to their parameters, and to the vectors they read."""
+        tiles = [known[number] for number in shares]
+        given = [
+            share.sum_to_size(tile.shape).to(tile.dtype)
+            for tile, (_, share) in zip(tiles, shares.values(), strict=True)
+        ]
+        history = [number for number, tile in enumerate(tiles) if tile.requires_grad]
+        if not history:
             return
-        wanted = [tensor for tensor in (x, y, *known) if tensor.requires_grad]
+        x, y = (embeddings.z for embeddings in known["vectors"])
+        parameters = {id(tensor): tensor for module, _ in shares.values() for tensor in learned(module)}
+        wanted = [tensor for tensor in (x, y, *parameters.values()) if tensor.requires_grad]
         found = torch.autograd.grad(
-            tile, wanted, share.sum_to_size(tile.shape).to(tile.dtype), allow_unused=True, materialize_grads=True
+            [tiles[n] for n in history], wanted, [given[n] for n in history], allow_unused=True, materialize_grads=True
         )
         gradients = dict(zip(map(id, wanted), found, strict=True))
         if id(x) in gradients and into.anchor is not None:
@@ -237,8 +260,8 @@ class Tiles:
         to_part = into.parts[part]
         if id(y) in gradients and to_part is not None:
             to_part[..., within, :] += gradients[id(y)]
-        for tensor in known:
-            into.add_parameter(tensor, gradients[id(tensor)])
+        for number, tensor in parameters.items():
+            into.add_parameter(tensor, gradients[number])
 
 
 class State:

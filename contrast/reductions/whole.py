@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from contrast.reductions.asked import Count, LogSumExp, Mean, Relation, SoftMean, SoftplusSum, arguments
+from contrast.reductions.asked import Count, Kth, LogSumExp, Mean, Relation, SoftMean, SoftplusSum, arguments
 from contrast.reductions.shares import Arguments, logits, shares, softplus
+from contrast.reductions.thresholds import kth_largest
 from contrast.reductions.tiles import relation
 from contrast.reductions.work import Gradients, Work, nothing
 
@@ -31,12 +32,9 @@ class Whole:
 
     @staticmethod
     def accepts(work: Work) -> bool:
-        """Say whether every reduction has numbers and tensors for arguments, and no similarity decides who counts."""
+        """Say whether every reduction has numbers and tensors for arguments, and no rule decides who counts."""
         return not work.rules and all(
-            isinstance(asked, LogSumExp | SoftMean | SoftplusSum | Mean | Count)
-            and getattr(asked, "above", None) is None
-            and not any(isinstance(value, nn.Module | str) for value in arguments(asked).values())
-            for asked in work.asked
+            not any(isinstance(value, nn.Module | str) for value in arguments(asked).values()) for asked in work.asked
         )
 
     def forward(self) -> tuple[list[Tensor], list[Tensor]]:
@@ -56,14 +54,20 @@ class Whole:
         for number, asked, output, g, normaliser in zip(
             self.numbers, self.asked, outputs, upstream, normalisers, strict=True
         ):
-            if isinstance(asked, Count):
+            if isinstance(asked, Count | Kth):
                 continue
-            if isinstance(asked, Mean) and asked.weight is None:
+            plain = getattr(asked, "above", None) is None
+            if plain and isinstance(asked, Mean) and asked.weight is None:
                 to_s = self._share_of_mean(asked) * g.unsqueeze(-1)
-            elif isinstance(asked, LogSumExp) and asked.log_weight is None and isinstance(asked.scale, float | int):
+            elif (
+                plain
+                and isinstance(asked, LogSumExp)
+                and asked.log_weight is None
+                and isinstance(asked.scale, float | int)
+            ):
                 to_s = self._share_of_softmax(asked, s, g, normaliser)
             else:
-                counts, given = self._counting(asked), self._given(asked)
+                counts, given = self._counting(asked, s), self._given(asked)
                 to_s, to_arguments = shares(asked, s, counts, given, _spread, g, output, normaliser)
                 for name, share in to_arguments.items():
                     if (number, name) in into.arguments:
@@ -91,8 +95,8 @@ class Whole:
             return parts[0]
         return torch.cat([part.expand(*work.heads, *part.shape[-2:]) for part in parts], dim=-2)
 
-    def _counting(self, asked: Any) -> Tensor:
-        """Give (N, M) bool: who counts."""
+    def _counting(self, asked: Any, s: Tensor | None = None) -> Tensor:
+        """Give (N, M) bool, or (H, N, M): who counts."""
         kept = self.work.identity.kept
         key = ("counting", asked.over)
         if key not in kept:
@@ -100,7 +104,11 @@ class Whole:
         counts: Tensor = kept[key]
         if asked.among is not None:
             counts = counts & asked.among
-        return counts if asked.rows is None else counts & asked.rows.unsqueeze(-1)
+        if getattr(asked, "rows", None) is not None:
+            counts = counts & asked.rows.unsqueeze(-1)
+        if s is not None and getattr(asked, "above", None) is not None:
+            counts = counts & (s >= asked.above.unsqueeze(-1))
+        return counts
 
     def _relation(self, over: Relation) -> Tensor:
         everyone = slice(None)
@@ -129,11 +137,16 @@ class Whole:
         return Arguments(**given)
 
     def _reduce(self, asked: Any, s: Tensor) -> tuple[Tensor, Tensor]:
-        if isinstance(asked, Mean) and asked.weight is None:
+        if isinstance(asked, Mean) and asked.weight is None and asked.above is None:
             return (self._share_of_mean(asked) * s).sum(dim=-1), s.new_zeros(0)
-        counts = self._counting(asked)
+        counts = self._counting(asked, s)
         if isinstance(asked, Count):
             return counts.sum(dim=-1), s.new_zeros(0)
+        if isinstance(asked, Kth):
+            found = counts.sum(dim=-1)
+            k = torch.minimum(torch.as_tensor(asked.k, device=s.device), found).clamp(min=1)
+            ordered = torch.where(counts, s, -torch.inf)
+            return kth_largest(ordered, k).masked_fill((found == 0).expand(s.shape[:-1]), 0), s.new_zeros(0)
         given = self._given(asked)
         if isinstance(asked, Mean):
             weight = torch.where(counts, torch.as_tensor(given.weight, dtype=s.dtype, device=s.device), 0)
@@ -162,7 +175,7 @@ class Whole:
 
 def work_lacks_nobody(work: Work, asked: LogSumExp) -> bool:
     """Say whether every row is known to have candidates."""
-    return asked.among is None and asked.rows is None and work.identity.nobody_lacks(asked.over)
+    return asked.among is None and asked.rows is None and asked.above is None and work.identity.nobody_lacks(asked.over)
 
 
 def _spread(of_rows: Tensor) -> Tensor:

@@ -1,0 +1,294 @@
+"""The table of docs/combinations.md: which loss goes with what, and the sentence of each that does not.
+
+`python -m tests.losses.test_combinations` writes the page anew.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from contrast.embeddings import REMEMBERED, Embeddings, normalise
+from contrast.losses import LOSSES, BadPairs, PairLoss
+from tests.losses.cases import DIMS, Case
+
+PAGE = Path(__file__).parents[2] / "docs" / "combinations.md"
+
+FIRST_NINE = [
+    "info_nce",
+    "decoupled",
+    "hard_negative",
+    "hard_contrastive",
+    "cacr",
+    "cwcl",
+    "siglip",
+    "amcl",
+    "bad_pairs",
+]
+NEEDS = {
+    "amcl": {"dim": DIMS},
+    "amcl_cosine": {"dim": DIMS},
+    "amcl_barlow": {"dim": DIMS},
+    "bad_pairs": {"loss": {"name": "info_nce"}, "samples": 64},
+}
+"""Arguments without which a loss cannot be made."""
+TARGETS = {"cacr_queue", "cacr_multi_crop", "amcl_cosine", "negative_cosine"}
+SAMPLE = {"bad_pairs"}
+SUBJECTS = [
+    Case(name, NEEDS.get(name, {}), targets=name in TARGETS, sample=name in SAMPLE)
+    for name in [*FIRST_NINE, *(name for name in sorted(LOSSES) if name not in FIRST_NINE)]
+]
+SUBJECTS[1:1] = [
+    Case("info_nce", {"candidates": "across"}),
+    Case("info_nce", {"candidates": "memory"}, extra=True),
+]
+
+NO_NEGATIVES = "Nothing changes: there are no negatives."
+NOTHING = "Nothing changes."
+
+SAMPLES = 6
+LABELS = torch.tensor([0, 1, 0, 2, 1, 1])
+
+
+@dataclass(frozen=True)
+class Works:
+    """Value and gradient are finite, and what was asked for makes a difference.
+
+    Args:
+        given: what else had to be given for that.
+        without: what happens without it.
+    """
+
+    given: str = ""
+    without: str = ""
+
+
+@dataclass(frozen=True)
+class Refused:
+    """The call raises a ValueError with this sentence, or cannot do anything for this reason."""
+
+    sentence: str
+
+
+class Nothing:
+    """The call gives what it gives without: what was asked for makes no difference."""
+
+
+Outcome = Works | Refused | Nothing
+
+
+def value_of(loss, views, given):
+    """Give the value of a call, whose gradient is finite."""
+    value = loss(*views, **given)
+    leaves = [*views, *loss.parameters()]
+    gradients = torch.autograd.grad(value, leaves, allow_unused=True, materialize_grads=True)
+    assert torch.isfinite(value)
+    assert all(torch.isfinite(gradient).all() for gradient in gradients)
+    return float(value.detach())
+
+
+def outcome(call: Callable[..., float], first, second) -> Outcome:
+    """Give what comes of a call that is made with one thing, and with another in its place."""
+    try:
+        one, other = call(first), call(second)
+    except ValueError as error:
+        return Refused(str(error))
+    return Works() if abs(one - other) > 1e-9 else Nothing()
+
+
+def random(*shape, seed):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def queue(seed, *, labels=False, reference=None):
+    """Give what a queue holds of nine samples, two of which are in the batch."""
+    sample = torch.tensor([0, 3, *range(40, 47)])
+    group = torch.arange(9) % 3 if labels else sample
+    z = normalise(random(9, DIMS, seed=seed))
+    return Embeddings(z, sample, group, torch.full_like(sample, REMEMBERED), reference)
+
+
+def two_views(case: Case) -> Outcome:
+    views, _ = case.inputs(SAMPLES)
+
+    def call(factor):
+        return value_of(case.make(), [views[0], (views[1].detach() + factor).requires_grad_()], {})
+
+    return outcome(call, 0, random(SAMPLES, DIMS, seed=3))
+
+
+def with_a_queue(case: Case) -> Outcome:
+    views, given = case.inputs(SAMPLES)
+    given["sample"] = torch.arange(SAMPLES)
+
+    def call(extra, **more):
+        return value_of(case.make(), views, {**given, **more, "extra": [extra]})
+
+    found = outcome(call, queue(5), queue(6))
+    if isinstance(found, Nothing):
+        queues = (queue(seed, labels=True) for seed in (5, 6))
+        again = outcome(lambda extra: call(extra, group=LABELS), *queues)
+        return Works("with labels", NO_NEGATIVES) if isinstance(again, Works) else found
+    if isinstance(found, Refused) and "reference" in found.sentence:
+        queues = (queue(seed, reference=normalise(random(9, 3, seed=8))) for seed in (5, 6))
+        again = outcome(lambda extra: call(extra, reference=random(SAMPLES, 3, seed=9)), *queues)
+        return Works("with `reference=`", found.sentence) if isinstance(again, Works) else found
+    return found
+
+
+def with_labels(case: Case) -> Outcome:
+    views, given = case.inputs(SAMPLES)
+    return outcome(lambda group: value_of(case.make(), views, {**given, "group": group}), None, LABELS)
+
+
+def of_three_views(case: Case) -> Outcome:
+    (a, b), given = case.inputs(SAMPLES)
+    if case.targets:
+        given["targets"] = (*given["targets"], random(SAMPLES, DIMS, seed=4))
+    seeds = (11, 12)
+    return outcome(
+        lambda seed: value_of(case.make(), [a, b, random(SAMPLES, DIMS, seed=seed).requires_grad_()], given), *seeds
+    )
+
+
+def of_heads(case: Case) -> Outcome:
+    views, given = case.inputs(SAMPLES, heads=3)
+    if case.extra:
+        given["extra"] = [random(3, 6, DIMS, seed=7)]
+
+    def call(head):
+        changed = views[0].detach().clone()
+        if head is not None:
+            changed[head] = random(SAMPLES, DIMS, seed=13)
+        return value_of(case.make(), [changed.requires_grad_(), views[1]], given)
+
+    every = [outcome(call, None, head) for head in range(3)]
+    assert len({type(one) for one in every}) == 1
+    return every[0]
+
+
+def inside_bad_pairs(case: Case) -> Outcome:
+    views, given = case.inputs(SAMPLES)
+    given["sample"] = torch.arange(SAMPLES)
+
+    def call(width):
+        inner = case.make()
+        criterion = BadPairs(inner, samples=SAMPLES, warmup_epochs=0, noisy_width=width, faulty_width=width)
+        criterion(*views, **given)
+        criterion.end_epoch()
+        value = value_of(criterion, views, given)
+        assert width < float("inf") or value == value_of(inner, views, given)
+        return value
+
+    return outcome(call, float("inf"), 0.1)
+
+
+def ignoring(loss: PairLoss, rule) -> PairLoss:
+    """Make the loss ignore the negatives that the rule names."""
+    if not isinstance(loss, PairLoss):
+        raise ValueError(f"{type(loss).__name__} has no pairs of samples.")
+    plain = loss.pairs
+    loss.pairs = lambda *views, **given: [pairs.ignoring(rule) for pairs in plain(*views, **given)]
+    return loss
+
+
+def with_ignoring(case: Case) -> Outcome:
+    views, given = case.inputs(SAMPLES)
+
+    def call(bound):
+        rule = lambda anchor, candidate, similarity: similarity > bound  # noqa: E731
+        return value_of(ignoring(case.make(), rule), views, given)
+
+    found = outcome(call, 2.0, 0.2)
+    if isinstance(found, Nothing) and with_a_queue(case) == Works("with labels", NO_NEGATIVES):
+        return Refused(NO_NEGATIVES)
+    if isinstance(found, Works):
+        assert call(2.0) == value_of(case.make(), views, given)
+        call(-2.0)  # nobody is left to repel
+    return found
+
+
+COLUMNS: dict[str, Callable[[Case], Outcome]] = {
+    "`loss(z_a, z_b)`": two_views,
+    "queue": with_a_queue,
+    "labels": with_labels,
+    "three views": of_three_views,
+    "heads": of_heads,
+    "bad pairs": inside_bad_pairs,
+    "ignoring": with_ignoring,
+}
+
+
+WORDS = """# What goes with what
+
+Made by `python -m tests.losses.test_combinations`; the tests compute every cell anew. *Works* says that value and
+gradient are finite and that what the column names makes a difference. A number leads to the sentence with which the
+call refuses, or to the reason why nothing changes. Losses that need `targets`, `sample` or `dim` were given them, but
+for the first column.
+
+| column | the call |
+|---|---|
+| `loss(z_a, z_b)` | two views and nothing else |
+| queue | `extra=[queue]`, remembered samples, two of them in the batch |
+| labels | `group=labels` |
+| three views | `loss(z_a, z_b, z_c)` |
+| heads | views (H, N, D) |
+| bad pairs | `BadPairs(loss, samples=...)` around it, after an epoch |
+| ignoring | its pairs with a rule that leaves near negatives out, [as in your own loss](your_own_loss.md) |
+"""
+
+
+def written() -> str:
+    """Give the page."""
+    notes: dict[str, int] = {}
+
+    def noted(sentence: str) -> str:
+        return f"({notes.setdefault(sentence, len(notes) + 1)})"
+
+    def cell(found: Outcome) -> str:
+        match found:
+            case Works(given="", without=""):
+                return "works"
+            case Works(given, without):
+                return f"works {given} {noted(without)}"
+            case Refused(sentence):
+                return noted(sentence)
+        return noted(NOTHING)
+
+    rows = []
+    for subject in SUBJECTS:
+        words = [f"{key}={value!r}" for key, value in subject.arguments.items() if key == "candidates"]
+        cells = [" ".join(f"`{word}`" for word in (subject.name, *words))]
+        rows.append([*cells, *(cell(column(subject)) for column in COLUMNS.values())])
+    table = [["loss", *COLUMNS], ["---"] * (len(COLUMNS) + 1), *rows]
+    lines = ["| " + " | ".join(cells) + " |" for cells in table]
+    numbered = [f"{number}. {sentence}" for sentence, number in notes.items()]
+    return "\n".join([WORDS, *lines, "", *numbered, ""])
+
+
+def test_the_page_is_what_the_losses_do():
+    assert PAGE.read_text() == written(), "write it anew: python -m tests.losses.test_combinations"
+
+
+def test_every_registered_loss_is_in_the_table():
+    assert {subject.name for subject in SUBJECTS} == set(LOSSES)
+    assert [subject.name for subject in SUBJECTS if not subject.arguments.get("candidates")][:9] == FIRST_NINE
+
+
+@pytest.mark.parametrize("case", [case for case in SUBJECTS if not (case.targets or case.sample or case.extra)], ids=str)
+def test_a_loss_that_needs_two_views_only_takes_two_views_only(case):
+    assert isinstance(two_views(case), Works)
+
+
+@pytest.mark.parametrize("case", [case for case in SUBJECTS if case.targets or case.sample or case.extra], ids=str)
+def test_a_loss_that_needs_more_says_in_a_sentence_what(case):
+    found = two_views(case)
+    assert isinstance(found, Refused)
+    assert ("targets=" if case.targets else "sample=" if case.sample else "extra=") in found.sentence
+    assert "\n" not in found.sentence
+
+
+if __name__ == "__main__":
+    PAGE.write_text(written())

@@ -1,0 +1,120 @@
+"""Finite values and gradients at the ends of what users give: temperatures, odd batches, precisions, 1e5 candidates."""
+
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from contrast import reductions
+from contrast.losses import LOSSES
+from contrast.registry import schema
+from tests.losses.cases import CASES, DIMS
+
+SAMPLES = 40
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def plain(views):
+    return views, {}
+
+
+def zero_rows(views):
+    return [view * (torch.arange(len(view)) % 3 > 0)[:, None] for view in views], {}
+
+
+def duplicates(views):
+    """Two directions in all, so that whole rows of similarities are 1 or tie."""
+    return [view[torch.arange(len(view)) % 2] for view in views], {}
+
+
+def opposites(views):
+    """All positives are as far as can be, all else is the same point."""
+    return [torch.ones_like(view) * (-1) ** number for number, view in enumerate(views)], {}
+
+
+def one_sample(views):
+    return [view[:1] for view in views], {}
+
+
+def one_class(views):
+    return views, {"group": torch.zeros(SAMPLES, dtype=torch.int64)}
+
+
+def one_of_each_class(views):
+    return views, {"group": torch.arange(SAMPLES)}
+
+
+def short_and_long(views):
+    """A direction has no length; as long as one over it, which the gradient is, can be written in the precision."""
+    shortest, longest = (1e-3, 1e4) if views[0].dtype == torch.float16 else (1e-30, 1e30)
+    return [view * torch.tensor([shortest, longest])[torch.arange(len(view)) % 2][:, None].to(view) for view in views], {}
+
+
+BATCHES = (plain, zero_rows, duplicates, opposites, one_sample, one_class, one_of_each_class, short_and_long)
+ROADS = {"default": nullcontext, "tiles": lambda: reductions.road("tiles", size=64)}
+
+
+def at(case, temperature):
+    """Give the case at a temperature, which AMCL's bounds make room for."""
+    bounds = {"lowest_temperature": temperature / 10, "highest_temperature": temperature * 10}
+    bounds = bounds if "lowest_temperature" in schema(LOSSES[case.name]) else {}
+    return replace(case, arguments={**case.arguments, "temperature": temperature, **bounds})
+
+
+def has_temperature(case):
+    return "temperature" in schema(LOSSES[case.name])
+
+
+AT_TEMPERATURES = [at(case, number) for case in CASES if has_temperature(case) for number in (0.01, 0.1, 1.0, 10.0)]
+ALL = [*AT_TEMPERATURES, *(case for case in CASES if not has_temperature(case))]
+
+
+def batch(case, make, dtype):
+    views, given = case.inputs(SAMPLES, views=3, dtype=dtype)
+    changed, more = make([view.detach() for view in views])
+    if case.targets:
+        given["targets"] = make(given["targets"])[0]
+    if case.sample:
+        given["sample"] = given["sample"][: len(changed[0])]
+    return [view.requires_grad_() for view in changed], {**given, **more}
+
+
+def assert_finite(loss, views, given):
+    value = loss(*views, **given)
+    gradients = torch.autograd.grad(value, [*views, *loss.parameters()], allow_unused=True, materialize_grads=True)
+    assert torch.isfinite(value)
+    assert all(torch.isfinite(gradient).all() for gradient in gradients)
+
+
+@pytest.mark.parametrize("road", ROADS)
+@pytest.mark.parametrize("case", ALL, ids=str)
+def test_every_batch_in_every_precision_gives_finite_values_and_gradients(case, road):
+    loss = case.make()
+    for make in BATCHES:
+        for dtype in DTYPES:
+            views, given = batch(case, make, dtype)
+            with ROADS[road]():
+                assert_finite(loss, views, given)
+
+
+PEAK = Path("/proc/self/clear_refs")
+
+
+def peak_bytes():
+    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
+    return 1024 * int(line.split()[1])
+
+
+@pytest.mark.skipif(not PEAK.exists(), reason="reads the peak of the memory from Linux")
+@pytest.mark.parametrize("case", {case.name: case for case in CASES if case.plain_extra}.values(), ids=str)
+def test_a_hundred_thousand_candidates_need_no_matrix(case):
+    views, given = case.inputs(128, dtype=torch.float32)
+    given["extra"] = [torch.randn(100_000, DIMS, generator=torch.Generator().manual_seed(1))]
+    loss = case.make()
+    PEAK.write_text("5")  # the peak is now what is used
+    before = peak_bytes()
+    assert_finite(loss, views, given)
+    matrix = 256 * 100_000 * 4
+    assert peak_bytes() - before < matrix / 2

@@ -1,0 +1,85 @@
+"""The losses need torch, numpy and the standard library: shown in processes where everything else is missing."""
+
+import json
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+ALONE = """
+import sys
+import numpy, torch
+import torch._dynamo, torch.utils.checkpoint  # what torch imports of itself when it is first used
+
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] not in {"contrast", "torch", "numpy", *sys.stdlib_module_names}:
+            raise ModuleNotFoundError(f"refused: {name}", name=name)
+
+before = set(sys.modules)
+sys.meta_path.insert(0, Refuse())
+"""
+USE = """
+from contrast.losses import (
+    AMCL, CACR, CWCL, BadPairs, DecoupledInfoNCE, HardContrastive, HardNegative, InfoNCE, SigLIP
+)
+from contrast.losses import LOSSES
+import contrast
+
+z = torch.randn(2, 200, 8, requires_grad=True)
+index = torch.arange(200)
+for loss in (
+    InfoNCE(), DecoupledInfoNCE(), HardNegative(), HardContrastive(), CACR(), CWCL(), SigLIP(), AMCL(dim=8),
+    BadPairs(InfoNCE(), samples=200),
+):
+    loss(*z, sample=index, group=index % 5).backward()
+    assert loss.metrics
+    loss.end_epoch()
+with contrast.local():
+    InfoNCE()(*z, extra=[torch.randn(9, 8)])
+"""
+ADDED = """
+import json
+print(json.dumps(sorted({name.split(".")[0] for name in set(sys.modules) - before})))
+"""
+
+
+def run(code):
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+def test_every_loss_runs_where_all_but_torch_and_numpy_is_refused():
+    answer = run(ALONE + USE + ADDED)
+    assert answer.returncode == 0, answer.stderr
+    ours = set(json.loads(answer.stdout)) - sys.stdlib_module_names
+    assert ours <= {"contrast", "torch", "numpy"}
+
+
+def test_the_refusal_refuses():
+    answer = run(ALONE + "import pandas")
+    assert "refused: pandas" in answer.stderr
+
+
+def test_importing_the_losses_adds_modules_of_ours_and_the_standard_library_only():
+    code = "import sys, numpy, torch\nbefore = set(sys.modules)\nimport contrast, contrast.losses\n" + ADDED
+    answer = run(code)
+    assert answer.returncode == 0, answer.stderr
+    assert set(json.loads(answer.stdout)) - sys.stdlib_module_names == {"contrast"}
+
+
+@pytest.mark.long
+def test_importing_the_losses_takes_little_time_beyond_torch(capsys):
+    """A bound of the product, not a comparison: the median of five processes."""
+    code = (
+        "import time, numpy, torch\nstart = time.perf_counter()\n"
+        "from contrast.losses import InfoNCE\nprint(time.perf_counter() - start)"
+    )
+    seconds = statistics.median(float(run(code).stdout) for _ in range(5))
+    with capsys.disabled():
+        print(f" {seconds:.3f} s beyond torch")
+    assert seconds < 0.3
