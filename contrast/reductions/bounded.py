@@ -272,7 +272,7 @@ class Bounded:
     def _exponential(
         self, term: _Term, tile: Tensor, out: Tensor, fold: float | None, i: int, j: int, share: bool = False
     ) -> None:
-        """Write exp(scale * s + bias - shift), 0 where a pair does not count; or with `share` its share of a softplus."""
+        """Write exp(scale * s + bias - shift), 0 where a pair does not count; with `share` softplus's."""
         logits = tile if fold is not None else torch.mul(tile, term.scale, out=out)
         if isinstance(term.bias, Tensor):
             logits = torch.add(logits, term.bias[self.rows[i].start : self.rows[i].stop].unsqueeze(1), out=out)

@@ -166,7 +166,7 @@ def _ways(work: Work, size: int, small: int, kernels: bool) -> list[Way]:
     """Send each reduction its way."""
     kernels = kernels or work.x.device.type == "cuda"
     # Where identities must be looked up, masks of a small size are had sooner than lists.
-    room = small if work.identity.canonical or work.rules else LOOKED_UP * small
+    room = small if work.identity.canonical else LOOKED_UP * small
     if not kernels and work.x.shape[-2] * work.starts[-1] <= room and Whole.accepts(work):
         return [Whole(work, list(range(len(work.asked))))]
     ways: list[Way] = []

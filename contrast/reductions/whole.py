@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from contrast.embeddings import PADDING, REMEMBERED
 from contrast.reductions.asked import Count, Kth, LogSumExp, Mean, Relation, SoftMean, SoftplusSum, arguments
 from contrast.reductions.shares import Arguments, logits, shares, softplus
 from contrast.reductions.thresholds import kth_largest
-from contrast.reductions.tiles import relation
 from contrast.reductions.work import Gradients, Work, nothing
 
 
@@ -111,11 +111,24 @@ class Whole:
         return counts
 
     def _relation(self, over: Relation) -> Tensor:
-        everyone = slice(None)
-        parts = [
-            relation(self.work, over, self.work.x, everyone, part, everyone) for part in range(len(self.work.parts))
-        ]
-        return torch.cat(parts, dim=-1)
+        """Give (N, M) bool: who stands in this relation; all relations come of two masks."""
+        identity, kept = self.work.identity, self.work.identity.kept
+        if "eligible" not in kept:
+            view = identity.anchor_view[:, None]
+            remembered = identity.view == REMEMBERED
+            same_view = view == identity.view
+            eligible = ~((identity.anchor_sample[:, None] == identity.sample) & (same_view | remembered))
+            eligible &= (view != PADDING) & (identity.view != PADDING)
+            kept["eligible"] = eligible & ~same_view if identity.across else eligible
+            kept["same group"] = identity.anchor_group[:, None] == identity.group
+        allowed: Tensor = kept["eligible"]
+        same_group: Tensor = kept["same group"]
+        if over == "all":
+            return allowed
+        if over == "positive":
+            return allowed & same_group
+        negative = allowed & ~same_group
+        return negative if over == "negative" else negative & (identity.view == REMEMBERED)
 
     def _share_of_mean(self, asked: Mean) -> Tensor:
         """Give (N, M): what each candidate has of the mean."""
