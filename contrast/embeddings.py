@@ -252,9 +252,16 @@ def gather_all(parts: Sequence[Embeddings]) -> list[Embeddings]:
 _calls = itertools.count()
 
 
-def unknown_samples(count: int, device: torch.device) -> Tensor:
-    """Give (count,) sample indices for embeddings that came without: negative, new on every process and every call."""
+def unknown_samples(count: int, device: torch.device, place: int = 0) -> Tensor:
+    """Give (count,) sample indices for embeddings that came without: negative, new on every process and every call.
+
+    Args:
+        count: how many.
+        device: where.
+        place: distinguishes several of one call where calls cannot be counted, in a compiled graph.
+    """
     # 2**24 rows a call, 2**10 processes: 2**29 calls before int64 ends.
     world, rank = distributed.world_size(), distributed.rank()
-    first = -1 - (next(_calls) * 2**24 * world + rank)
+    call = place if torch.compiler.is_compiling() else next(_calls)
+    first = -1 - (call * 2**24 * world + rank)
     return torch.arange(first, first - count * world, -world, device=device)

@@ -1,6 +1,9 @@
 """What the README and the pages in docs/ show, runs."""
 
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -22,6 +25,18 @@ def test_every_python_block_of_a_page_runs_in_order(page):
             exec(compile(block, page.name, "exec"), names)
     finally:
         LOSSES._parts.pop("margin", None)
+
+
+def test_the_page_s_script_for_several_processes_runs_in_two(tmp_path):
+    """As the page says: torchrun and the script."""
+    (script,) = re.findall(r"```python ddp\n(.*?)```", (ROOT / "docs" / "in_your_loop.md").read_text(), re.DOTALL)
+    train = tmp_path / "train.py"
+    train.write_text(script)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(train)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    answer = subprocess.run(torchrun, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert answer.returncode == 0, answer.stderr
+    assert float(answer.stdout) > 0
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

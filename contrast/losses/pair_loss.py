@@ -171,13 +171,13 @@ class PairLoss(nn.Module):
 
     def extras(self, extra: Sequence[Extra], own: Sequence[Embeddings]) -> list[Embeddings]:
         """Give further candidates as embeddings: what memories hold, plain (K, D) tensors as remembered strangers."""
-        return [self._extra(source, own) for source in extra]
+        return [self._extra(source, own, place) for place, source in enumerate(extra)]
 
-    def _extra(self, source: Extra, own: Sequence[Embeddings]) -> Embeddings:
+    def _extra(self, source: Extra, own: Sequence[Embeddings], place: int) -> Embeddings:
         if isinstance(source, Tensor):
             if source.ndim not in (2, 3) or not source.is_floating_point():
                 raise ValueError(f"a plain extra is a floating (K, D) tensor; got {_described(source)}.")
-            sample = unknown_samples(source.shape[-2], source.device)
+            sample = unknown_samples(source.shape[-2], source.device, 1 + place)
             z = normalise(source) if self.normalise else source
             made = of_view(z, sample, sample, REMEMBERED, None, fresh=True, unit=self.normalise)
         elif isinstance(source, Embeddings):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import cache
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -51,8 +52,15 @@ def reduce(pairs: Pairs, asked: Sequence[Reduction], size: int, small: int, kern
     if torch.compiler.is_compiling():
         if operator.can_travel(pairs, asked):
             return operator.reduce(pairs, asked, size, small, kernels)
-        return _uncompiled(pairs, asked, size, small, kernels)
+        return _uncompiled()(pairs, asked, size, small, kernels)
     return _reduce(pairs, asked, size, small, kernels)
+
+
+@cache
+def _uncompiled() -> Callable[..., tuple[Tensor, ...]]:
+    """Give `_reduce` behind the compiler's back; made at its first use, since the compiler takes a second to import."""
+    made: Callable[..., tuple[Tensor, ...]] = torch.compiler.disable(_reduce)  # type: ignore[no-untyped-call]
+    return made
 
 
 def _reduce(pairs: Pairs, asked: Sequence[Reduction], size: int, small: int, kernels: bool) -> tuple[Tensor, ...]:
@@ -305,6 +313,3 @@ class _FirstOnly(torch.autograd.Function):
             "the reductions of Pairs have first derivatives only; for a second one (a gradient penalty, MAML) compute "
             "the loss inside `with contrast.reductions.road('dense'):`."
         )
-
-
-_uncompiled: Callable[..., tuple[Tensor, ...]] = torch.compiler.disable(_reduce)  # type: ignore[no-untyped-call]

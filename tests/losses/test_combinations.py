@@ -277,7 +277,9 @@ def test_every_registered_loss_is_in_the_table():
     assert [subject.name for subject in SUBJECTS if not subject.arguments.get("candidates")][:9] == FIRST_NINE
 
 
-@pytest.mark.parametrize("case", [case for case in SUBJECTS if not (case.targets or case.sample or case.extra)], ids=str)
+@pytest.mark.parametrize(
+    "case", [case for case in SUBJECTS if not (case.targets or case.sample or case.extra)], ids=str
+)
 def test_a_loss_that_needs_two_views_only_takes_two_views_only(case):
     assert isinstance(two_views(case), Works)
 

@@ -69,3 +69,19 @@ def test_the_forward_pass_is_one_graph_with_the_sweep_as_one_operator(case):
     assert any("contrast.reduce" in name for name in called)
     assert len(called) < 150
     assert not any("mm" in name for name in called)
+
+
+@pytest.mark.parametrize("given", [{}, {"extra": torch.randn(6, DIMS, dtype=torch.float64)}], ids=["views", "extra"])
+def test_further_calls_compile_nothing_anew(given):
+    loss, compiled = Case("info_nce").make(), []
+
+    def backend(graph, inputs):
+        compiled.append(graph)
+        return graph.forward
+
+    step = torch.compile(loss, backend=backend)
+    for seed in range(4):
+        views, _ = Case("info_nce").inputs(seed=seed)
+        torch.testing.assert_close(step(*views, **given), loss(*views, **given))
+    torch._dynamo.reset()
+    assert len(compiled) == 1

@@ -12,7 +12,7 @@ from contrast.losses import LOSSES
 from contrast.registry import schema
 from tests.losses.cases import CASES, DIMS
 
-SAMPLES = 40
+SAMPLES = 36
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -49,7 +49,8 @@ def one_of_each_class(views):
 def short_and_long(views):
     """A direction has no length; as long as one over it, which the gradient is, can be written in the precision."""
     shortest, longest = (1e-3, 1e4) if views[0].dtype == torch.float16 else (1e-30, 1e30)
-    return [view * torch.tensor([shortest, longest])[torch.arange(len(view)) % 2][:, None].to(view) for view in views], {}
+    length = torch.tensor([shortest, longest])[torch.arange(len(views[0])) % 2][:, None].to(views[0])
+    return [view * length for view in views], {}
 
 
 BATCHES = (plain, zero_rows, duplicates, opposites, one_sample, one_class, one_of_each_class, short_and_long)
@@ -67,7 +68,17 @@ def has_temperature(case):
     return "temperature" in schema(LOSSES[case.name])
 
 
-AT_TEMPERATURES = [at(case, number) for case in CASES if has_temperature(case) for number in (0.01, 0.1, 1.0, 10.0)]
+def slow(case):
+    """Say whether it has a network for each pair, which takes longer than all else."""
+    return case.name.startswith("amcl")
+
+
+AT_TEMPERATURES = [
+    at(case, number)
+    for case in CASES
+    if has_temperature(case)
+    for number in ((0.01, 10.0) if slow(case) else (0.01, 0.1, 1.0, 10.0))
+]
 ALL = [*AT_TEMPERATURES, *(case for case in CASES if not has_temperature(case))]
 
 
@@ -93,7 +104,7 @@ def assert_finite(loss, views, given):
 def test_every_batch_in_every_precision_gives_finite_values_and_gradients(case, road):
     loss = case.make()
     for make in BATCHES:
-        for dtype in DTYPES:
+        for dtype in DTYPES if make is plain else (torch.float16, torch.float32):
             views, given = batch(case, make, dtype)
             with ROADS[road]():
                 assert_finite(loss, views, given)
@@ -108,13 +119,15 @@ def peak_bytes():
 
 
 @pytest.mark.skipif(not PEAK.exists(), reason="reads the peak of the memory from Linux")
-@pytest.mark.parametrize("case", {case.name: case for case in CASES if case.plain_extra}.values(), ids=str)
+@pytest.mark.parametrize("case", {case.name: case for case in reversed(CASES) if case.plain_extra}.values(), ids=str)
 def test_a_hundred_thousand_candidates_need_no_matrix(case):
-    views, given = case.inputs(128, dtype=torch.float32)
+    views, given = case.inputs(256, dtype=torch.float32)
+    if case.sample:
+        given["sample"] = given["sample"] % 64
     given["extra"] = [torch.randn(100_000, DIMS, generator=torch.Generator().manual_seed(1))]
     loss = case.make()
     PEAK.write_text("5")  # the peak is now what is used
     before = peak_bytes()
     assert_finite(loss, views, given)
-    matrix = 256 * 100_000 * 4
+    matrix = 512 * 100_000 * 4
     assert peak_bytes() - before < matrix / 2
