@@ -124,6 +124,8 @@ class _Unit(torch.autograd.Function):
         (unit, inverse), (g, to_inverse) = ctx.saved_tensors, gradients
         if g is None:
             return None if to_inverse is None else -to_inverse * inverse.square() * unit
+        if not torch.is_grad_enabled() and g.ndim == 2 and len(g) > AT_ONCE:
+            return _unit_gradient(g, unit, inverse)
         with full_precision(g):
             along = (g * unit).sum(dim=-1, keepdim=True)
             # Only a second derivative asks for that of 1 / |z|.
@@ -145,6 +147,18 @@ class _UnitOfTransforms(_Unit):
         ctx.set_materialize_grads(False)
 
 
+def _unit_gradient(g: Tensor, unit: Tensor, inverse: Tensor) -> Tensor:
+    """Give the gradient in slices, whose intermediate results stay small."""
+    found = torch.empty_like(g)
+    for start in range(0, len(g), AT_ONCE):
+        rows = slice(start, start + AT_ONCE)
+        along = (g[rows] * unit[rows]).sum(dim=-1, keepdim=True)
+        torch.addcmul(g[rows], unit[rows], along, value=-1, out=found[rows]).mul_(inverse[rows])
+    return found
+
+
+AT_ONCE = 8192
+"""Vectors worked on at a time where there are many."""
 _SAFE = (1e-24, 1e24)
 """Squared lengths between these are far from the ends of float32."""
 
@@ -153,7 +167,13 @@ def _unit(z: Tensor) -> tuple[Tensor, Tensor]:
     if not z.shape[-1]:
         return z.clone(), z.new_zeros(*z.shape[:-1], 1)
     if z.device.type == "cpu" and z.numel() and not torch.compiler.is_compiling():
-        squared = z.square().sum(dim=-1, keepdim=True)
+        many = z.numel() > 64 * AT_ONCE
+        # One is the quicker for few vectors, the other needs no room.
+        squared = (
+            torch.linalg.vector_norm(z, dim=-1, keepdim=True).square_()
+            if many
+            else z.square().sum(dim=-1, keepdim=True)
+        )
         least, most = squared.aminmax()
         if least > _SAFE[0] and most < _SAFE[1]:
             inverse = squared.sqrt_().reciprocal_()

@@ -1204,7 +1204,7 @@ autograd; the tests compare its value and gradient with ours. *Compiled dense* i
 compiling not counted. *Does not fit* is what takes more than {ROOM // 2**30} GiB. Above {EAGER:,} embeddings the eager
 form and other libraries are not timed. D = {DIMS}.
 
-M, the size, counts embeddings, all views together:"""
+M, the size, is a side of the similarity matrix:"""
 
 MEMORY_WORDS = """\
 MiB by which the process grows in forward and backward beyond its inputs, their unit copies and their gradients (N x D

@@ -101,7 +101,17 @@ class Bounded:
         # What a softmax of the anchors over candidates without gradient gives back is known in the forward pass.
         alone = len(self.asked) == 1 and isinstance(self.asked[0], LogSumExp)
         wanted = work.wants_anchor or (numbers[0], "scale") in work.wants_argument
-        learns = any(number == numbers[0] for number, _ in work.wants_argument)
+        # The sum of dL/ds * s over all pairs is that of the anchors against their gradient, once or, mirrored, twice.
+        one_kind = (
+            self.mirrored in (0, len(work.parts))
+            and work.wants_anchor
+            and not any(
+                wanted and not wants
+                for wanted, wants in zip([work.wants_anchor] * len(work.parts), work.wants_part, strict=True)
+            )
+        )
+        self.by_anchor = alone and one_kind and work.wants_argument & {(numbers[0], "scale")} != set()
+        learns = any(number == numbers[0] for number, _ in work.wants_argument) and not self.by_anchor
         self.keeps = (
             alone and not learns and self.asked[0].above is None and (work.wants_anchor or any(work.wants_part))
         )
@@ -361,8 +371,12 @@ class Bounded:
         x, parts = _head(self.work.x, head), self._parts(head)
         to_x = None if into.anchor is None else _head(into.anchor, head)
         to_parts = [None if gradient is None else _head(gradient, head) for gradient in into.parts]
-        learned = any((term.number, name) in into.arguments for term in terms for name in ("scale", "bias"))
         fold = _common_scale(terms)
+        by_anchor = self.by_anchor and fold is not None and to_x is not None
+        before = _dot(x, to_x) if by_anchor else None
+        learned = not by_anchor and any(
+            (term.number, name) in into.arguments for term in terms for name in ("scale", "bias")
+        )
         buffers = _Buffers(x, 3)
         scaled, block = x, -1
         for spot in self.tiles:
@@ -396,6 +410,10 @@ class Bounded:
                 total = e if total is None else total.add_(e)
             assert total is not None
             self._send(spot, total, anchors, others, to_x, to_y)
+        if before is not None:
+            sides = 2 if self.mirrored else 1
+            share = (_dot(x, to_x) - before) / (sides * terms[0].scale)
+            _add_to_head(into.arguments[terms[0].number, "scale"], head, share)
 
     def _send(
         self, spot: _Tile, gradient: Tensor, anchors: Tensor, others: Tensor, to_x: Tensor | None, to_y: Tensor | None
@@ -498,6 +516,11 @@ def _sum_of_log1p(e: Tensor, dim: int) -> Tensor:
 
 def _plain_sum_of_log1p(e: Tensor, dim: int) -> Tensor:
     return torch.log1p(e).sum(dim)
+
+
+def _dot(x: Tensor, y: Any) -> Tensor:
+    """Give the sum of x * y, slice by slice."""
+    return torch.stack([(a * b).sum() for a, b in zip(torch.split(x, 8192), torch.split(y, 8192), strict=True)]).sum()
 
 
 def _head(z: Tensor, head: int) -> Tensor:
