@@ -220,8 +220,13 @@ class Pairs:
 
 
 def _similarity(anchor: Embeddings, candidate: Embeddings) -> Tensor:
-    product: Tensor = _Product.apply(anchor.z, candidate.z)
-    return product
+    return product(anchor.z, candidate.z)
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """Give a b^T, (..., n, m), in full precision also where `backward()` is called inside an autocast block."""
+    result: Tensor = _Product.apply(a, b)
+    return result
 
 
 class _Product(torch.autograd.Function):

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from contrast import distributed
 from contrast.embeddings import Embeddings
 from contrast.losses.pair_loss import LOSSES
-from contrast.losses.temperatures import Network, PairTemperature, omega, product
+from contrast.losses.temperatures import Network, PairTemperature, omega
+from contrast.pairs import product
 
 
 @LOSSES.register("amcl_barlow", aliases=("amcl_barlow_twins",))

@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from contrast import distributed
 from contrast.embeddings import Embeddings
-from contrast.pairs import Pairs
+from contrast.pairs import Pairs, product
 from contrast.reductions import LogSumExp, Mean, Reduction, Relation
 
 PIECE = 2**17
@@ -225,32 +225,6 @@ def mean_temperatures(
 
 def _mean_weight(logarithm_of_sum: Tensor, count: Tensor) -> Tensor:
     return (logarithm_of_sum - count.clamp(min=1).to(logarithm_of_sum.dtype).log()).exp()
-
-
-def product(a: Tensor, b: Tensor) -> Tensor:
-    """Give a b^T, (..., n, m), in full precision also where `backward()` is called inside an autocast block."""
-    result: Tensor = _Product.apply(a, b)
-    return result
-
-
-class _Product(torch.autograd.Function):
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(a: Tensor, b: Tensor) -> Tensor:
-        return a @ b.transpose(-2, -1)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:  # noqa: ARG004
-        ctx.save_for_backward(*inputs)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        gradient, (a, b) = gradients[0], ctx.saved_tensors
-        with torch.autocast(gradient.device.type, enabled=False):
-            to_a = (gradient @ b).sum_to_size(a.shape) if ctx.needs_input_grad[0] else None
-            to_b = (gradient.transpose(-2, -1) @ a).sum_to_size(b.shape) if ctx.needs_input_grad[1] else None
-        return to_a, to_b
 
 
 class _Perceptron(torch.autograd.Function):

@@ -102,15 +102,8 @@ class Bounded:
         alone = len(self.asked) == 1 and isinstance(self.asked[0], LogSumExp)
         wanted = work.wants_anchor or (numbers[0], "scale") in work.wants_argument
         # The sum of dL/ds * s over all pairs is that of the anchors against their gradient, once or, mirrored, twice.
-        one_kind = (
-            self.mirrored in (0, len(work.parts))
-            and work.wants_anchor
-            and not any(
-                wanted and not wants
-                for wanted, wants in zip([work.wants_anchor] * len(work.parts), work.wants_part, strict=True)
-            )
-        )
-        self.by_anchor = alone and one_kind and work.wants_argument & {(numbers[0], "scale")} != set()
+        one_kind = self.mirrored in (0, len(work.parts)) and work.wants_anchor and all(work.wants_part)
+        self.by_anchor = alone and one_kind and (numbers[0], "scale") in work.wants_argument
         learns = any(number == numbers[0] for number, _ in work.wants_argument) and not self.by_anchor
         self.keeps = (
             alone and not learns and self.asked[0].above is None and (work.wants_anchor or any(work.wants_part))
