@@ -26,6 +26,7 @@ from contrast.reductions import (
     sweep,
 )
 from contrast.reductions.identity import Identity, identify
+from contrast.reductions.work import saved
 
 Rule = Callable[..., Tensor]
 """rule(anchor, candidate, similarity, *rows of per_anchor) -> bool tile, True = leave this negative out."""
@@ -244,7 +245,7 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        gradient, (a, b) = gradients[0], ctx.saved_tensors
+        gradient, (a, b) = gradients[0], saved(ctx)
         with torch.autocast(gradient.device.type, enabled=False):
             to_a = (gradient @ b).sum_to_size(a.shape) if ctx.needs_input_grad[0] else None
             to_b = (gradient.transpose(-2, -1) @ a).sum_to_size(b.shape) if ctx.needs_input_grad[1] else None

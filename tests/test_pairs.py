@@ -471,6 +471,20 @@ def test_backward_inside_autocast_keeps_full_precision():
     assert torch.equal(inside, outside)
 
 
+@pytest.mark.parametrize("way", ["dense", "tiles", "whole"])
+def test_a_candidate_that_changed_before_the_backward_pass_is_named(way):
+    index = torch.arange(4)
+    z = torch.randn(4, DIMS, requires_grad=True)
+    stored = torch.randn(6, DIMS)
+    strangers = torch.arange(6) + 10
+    queue = Embeddings(stored[1:], strangers[1:], strangers[1:], torch.full((5,), REMEMBERED))
+    with reductions.road("dense" if way == "dense" else "tiles", size=2, small=1000 if way == "whole" else 0):
+        value = Pairs(Embeddings(z, index, index, index * 0), (queue,)).logsumexp(1.0, "remembered").sum()
+    stored[3] = 0
+    with pytest.raises(RuntimeError, match=r"candidate changed .* a memory's update\(...\) after loss.backward\(\)"):
+        value.backward()
+
+
 def test_all_pairs_lets_every_view_meet_every_view_and_the_extras():
     index = torch.arange(2)
     a, b = (Embeddings(torch.randn(2, DIMS), index, index, index * 0 + view) for view in range(2))

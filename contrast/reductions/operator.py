@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from contrast.embeddings import Embeddings
 from contrast.reductions import asked as kinds
 from contrast.reductions.asked import Count, Kth, Reduction, arguments
+from contrast.reductions.work import saved
 
 if TYPE_CHECKING:
     from contrast.pairs import Pairs
@@ -200,10 +201,10 @@ def register(
         ctx.wants = [tensor.requires_grad for tensor in (*vectors, *tensors)]
 
     def differentiate(ctx: Any, gradients: list[Tensor | None]) -> Any:
-        saved, lists = list(ctx.saved_tensors), []
+        rest, lists = list(saved(ctx)), []
         for size in ctx.sizes:
-            lists.append(saved[:size])
-            saved = saved[size:]
+            lists.append(rest[:size])
+            rest = rest[size:]
         x = lists[0][0]
         upstream = [
             x.new_zeros(shape, dtype=dtype) if gradient is None else gradient

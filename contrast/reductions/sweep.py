@@ -19,7 +19,7 @@ from contrast.reductions.listed import Listed, Places
 from contrast.reductions.thresholds import Thresholds
 from contrast.reductions.tiles import Tiles
 from contrast.reductions.whole import Whole
-from contrast.reductions.work import Gradients, Work, learned, mirrored, shared
+from contrast.reductions.work import Gradients, Work, learned, mirrored, saved, shared
 
 if TYPE_CHECKING:
     from contrast.pairs import Pairs
@@ -271,8 +271,8 @@ class _FunctionOfTransforms(torch.autograd.Function):
 
 def _gradients(ctx: Any, upstream: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
     call: _Call = ctx.call
-    inputs, tensors = ctx.saved_tensors[: len(call.inputs)], list(ctx.saved_tensors[len(call.inputs) :])
-    outputs, kept = tensors[: call.outputs], tensors[call.outputs :]
+    tensors, count = list(saved(ctx)), len(call.inputs)
+    inputs, outputs, kept = tensors[:count], tensors[count : count + call.outputs], tensors[count + call.outputs :]
     return (None, *first_only(lambda *given: call.backward(outputs, kept, given), inputs, *upstream[: call.outputs]))
 
 

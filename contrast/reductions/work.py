@@ -8,7 +8,7 @@ import operator
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -132,6 +132,24 @@ def learned(module: nn.Module) -> list[Tensor]:
     """Give what a PairFunction learns: its parameters, and tensors it holds that have a gradient of their own."""
     held = (value for part in module.modules() for value in vars(part).values() if isinstance(value, Tensor))
     return [value for value in (*module.parameters(), *held) if value.requires_grad]
+
+
+def saved(ctx: Any) -> tuple[Tensor, ...]:
+    """Give what the forward pass saved.
+
+    Raises:
+        RuntimeError: where a candidate was written to since.
+    """
+    try:
+        found: tuple[Tensor, ...] = ctx.saved_tensors
+    except RuntimeError as error:
+        if "modified by an inplace operation" not in str(error):
+            raise
+        raise RuntimeError(
+            "a candidate changed between the loss and its backward pass: call a memory's update(...) after "
+            "loss.backward()."
+        ) from error
+    return found
 
 
 def shared(tensor: Tensor) -> Tensor:
