@@ -1,0 +1,64 @@
+"""Queue and Bank as plain Python tells them, and random pushes for both."""
+
+import torch
+from hypothesis import strategies as st
+
+from contrast.embeddings import Embeddings, normalise
+
+DIM = 3
+
+
+class PlainQueue:
+    """A list of (vector, sample, group), from which the oldest leave.
+
+    Args:
+        size: how many stay.
+    """
+
+    def __init__(self, size):
+        self.size, self.entries = size, []
+
+    def update(self, z, sample, group):
+        for row, one, its_group in zip(z.movedim(-2, 0), sample.tolist(), group.tolist(), strict=True):
+            self.entries.append((row.tolist(), one, its_group))
+            if len(self.entries) > self.size:
+                self.entries.pop(0)
+
+
+class PlainBank:
+    """A dictionary sample -> (vector, group, the step in which it was written)."""
+
+    def __init__(self):
+        self.entries, self.step = {}, 0
+
+    def update(self, z, sample, group):
+        self.step += 1
+        for row, one, its_group in zip(z.movedim(-2, 0), sample.tolist(), group.tolist(), strict=True):
+            self.entries[one] = (row.tolist(), its_group, self.step)
+
+
+def entries(embeddings):
+    """Give what embeddings hold as a sorted list of (vector, sample, group)."""
+    rows = zip(embeddings.z.movedim(-2, 0), embeddings.sample.tolist(), embeddings.group.tolist(), strict=True)
+    return sorted((row.tolist(), sample, group) for row, sample, group in rows)
+
+
+def push(sample, seed, *, heads=None, labels=3, reference=None):
+    """Give random unit embeddings of these samples."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = (len(sample), DIM) if heads is None else (heads, len(sample), DIM)
+    sample = torch.tensor(sample, dtype=torch.int64)
+    vectors = None
+    if reference is not None:
+        vectors = normalise(torch.randn(len(sample), reference, generator=generator))
+    z = normalise(torch.randn(shape, generator=generator))
+    return Embeddings(z, sample, sample % labels, torch.zeros_like(sample), vectors)
+
+
+def anchor(sample=(), **given):
+    """Give anchors of these samples."""
+    return push(list(sample), seed=99, **given)
+
+
+samples_of_pushes = st.lists(st.lists(st.integers(0, 11), max_size=12, unique=True), max_size=7)
+"""Some updates, each the samples of its rows: none, or up to more than a small queue holds."""

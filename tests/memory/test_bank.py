@@ -1,0 +1,129 @@
+"""The bank against a dictionary of the newest, and its errors in a sentence."""
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from contrast.embeddings import REMEMBERED
+from contrast.losses import InfoNCE
+from contrast.memory import MEMORIES, Bank, room
+from tests.memory.model import DIM, PlainBank, anchor, entries, push, samples_of_pushes
+from tests.memory.test_queue import saved_and_loaded
+
+SAMPLES = 12
+
+
+@given(pushes=samples_of_pushes, heads=st.sampled_from([None, 1, 2]))
+def test_any_pushes_leave_what_a_plain_dictionary_keeps(pushes, heads):
+    bank, plain = Bank(SAMPLES, DIM, heads), PlainBank()
+    for seed, sample in enumerate(pushes):
+        rows = push(sample, seed, heads=heads, labels=2 + seed)
+        bank.update(rows)
+        plain.update(rows.z, rows.sample, rows.group)
+        found = bank.candidates(anchor(heads=heads))
+        assert entries(found) == sorted((row, one, group) for one, (row, group, _) in plain.entries.items())
+        assert (found.view == REMEMBERED).all()
+        ages = [plain.step - plain.entries[one][2] if one in plain.entries else -1 for one in range(SAMPLES)]
+        assert bank.age.tolist() == ages
+        assert bank.known.tolist() == sorted(plain.entries)
+        known = [age for age in ages if age >= 0]
+        assert bank.metrics["bank"] == len(known)
+        assert bank.metrics["bank_age"] == pytest.approx(sum(known) / max(len(known), 1))
+
+
+@given(pushes=samples_of_pushes, more=samples_of_pushes)
+def test_a_checkpoint_goes_on_bit_for_bit(pushes, more):
+    whole, resumed = Bank(SAMPLES, DIM, reference_dim=2), Bank(SAMPLES, DIM, reference_dim=2)
+    for seed, sample in enumerate(pushes):
+        whole.update(push(sample, seed, reference=2))
+    resumed.load_state_dict(saved_and_loaded(whole.state_dict()))
+    for seed, sample in enumerate(more):
+        for bank in (whole, resumed):
+            bank.update(push(sample, 50 + seed, reference=2))
+    one, other = whole.candidates(anchor()), resumed.candidates(anchor())
+    for name in ("z", "sample", "group", "reference"):
+        assert torch.equal(getattr(one, name), getattr(other, name))
+    assert torch.equal(whole.age, resumed.age)
+    assert one.unit == other.unit
+
+
+def full(seed=0):
+    bank = Bank(SAMPLES, DIM)
+    bank.update(push(list(range(SAMPLES)), seed, labels=SAMPLES))
+    return bank
+
+
+def test_the_own_sample_in_the_bank_is_neither_negative_nor_positive():
+    criterion = InfoNCE(0.2)
+    criterion(*torch.randn(2, 4, DIM), sample=torch.arange(4), extra=[full()])
+    assert criterion.metrics["negatives"] == 6 + SAMPLES - 1
+    assert criterion.metrics["positives"] == 1
+
+
+def test_an_update_before_the_backward_pass_is_named_where_it_would_do_harm():
+    bank, index = full(), torch.arange(4)
+    loss = InfoNCE(0.2)(*torch.randn(2, 4, DIM).requires_grad_(), sample=index, extra=[bank])
+    bank.update(torch.randn(4, DIM), sample=index)
+    with pytest.raises(RuntimeError, match=r"call a memory's update\(...\) after loss.backward\(\)"):
+        loss.backward()
+
+
+def test_a_full_bank_is_not_copied():
+    bank = full()
+    assert bank.candidates(anchor()).z.data_ptr() == bank.held["z"].data_ptr()
+
+
+@pytest.mark.parametrize("cast", [lambda x: x.half(), lambda x: x.double()])
+def test_casts_and_copies_leave_it_alone(cast):
+    bank = full()
+    other = cast(copy.deepcopy(bank))
+    assert torch.equal(other.candidates(anchor()).z, bank.candidates(anchor()).z)
+    other.update(push([4, 5], 1))
+    assert bank.age.tolist() == [0] * SAMPLES
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda b: b.update(push([3, 1, 3], 0)), "sample 3 stands twice in this update"),
+        (lambda b: b.update(push([3, 12], 0)), r"must lie in \[0, 12\), as samples=12 says; got 12"),
+        (lambda b: b.update(torch.randn(1, 3), sample=torch.tensor([-4])), "from 0; got -4"),
+        (lambda b: b.update(torch.randn(1, 4), sample=torch.tensor([4])), r"holds \(N, 3\) embeddings; got \(1, 4\)"),
+        (lambda b: b.load_state_dict(Bank(5, 3).state_dict()), "this bank has samples 12 and the checkpoint's has 5"),
+        (lambda b: InfoNCE()(*torch.randn(2, 4, 3), extra=[b]), r"call loss\(..., sample=index, extra=\[memory\]\)"),
+        (lambda b: Bank(0, 3), "samples must be 1 or more, the size of the data set; got 0"),
+    ],
+)
+def test_wrong_calls_are_answered_in_a_sentence(call, words):
+    bank = full()
+    before = bank.held["z"].clone()
+    with pytest.raises(ValueError, match=words) as caught:
+        call(bank)
+    assert "\n" not in str(caught.value)
+    assert torch.equal(bank.held["z"], before)
+
+
+def test_a_bank_that_does_not_fit_says_so_with_figures(monkeypatch):
+    monkeypatch.setattr(room, "free_bytes", lambda: 3 * 2**30)
+    with pytest.raises(ValueError, match=r"10000000 samples at 512 bytes needs 4.8 GiB, and 3.0 GiB of memory"):
+        Bank(10_000_000, 128)
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    Bank(10, 128)
+    with pytest.raises(ValueError, match=r"needs 47.7 GiB, 6.0 GiB on each of 8 processes, and 3.0 GiB"):
+        Bank(100_000_000, 128)
+    with pytest.raises(ValueError, match=r"needs 4.8 GiB, and 3.0 GiB"):
+        Bank(10_000_000, 128, bytes_per_process=2**40)
+
+
+def test_the_machine_tells_its_free_memory():
+    free = room.free_bytes()
+    assert free is None or 2**20 < free < 2**50
+
+
+@pytest.mark.parametrize("alias", ["memory_bank", "instance_discrimination"])
+def test_aliases_point_to_it(alias):
+    with pytest.raises(ValueError, match=f"the memory '{alias}' is called 'bank' here"):
+        MEMORIES[alias]
