@@ -3,8 +3,9 @@ import itertools
 import operator
 
 import pytest
+import torch
 
-from contrast.data.loader import StepSampler
+from contrast.data.loader import SAMPLERS, Neighbours, StepSampler
 from contrast.registry import InputError
 
 
@@ -46,3 +47,55 @@ def test_fewer_items_than_the_batch_is_one_sentence():
 def test_a_batch_of_one_has_nobody_to_tell_apart():
     with pytest.raises(InputError, match="batch_size must lie between 2"):
         StepSampler(3, 1)
+
+
+def near_in_a_circle(count, reach):
+    """Each item's neighbours lie beside it in a circle, nearest first."""
+    steps = [sign * step for step in range(1, reach + 1) for sign in (1, -1)]
+    return torch.tensor([[(item + step) % count for step in steps] for item in range(count)])
+
+
+def neighbours(count, together=3, from_epoch=0):
+    order = Neighbours(together)
+    order.table = lambda epoch: near_in_a_circle(count, 2 * together) if epoch >= from_epoch else None
+    return order
+
+
+def test_an_epoch_of_neighbours_has_every_item_once():
+    batches = first(StepSampler(24, 8, order=neighbours(24)), 3)
+    assert sorted(functools.reduce(operator.iadd, batches, [])) == list(range(24))
+
+
+def test_neighbours_come_into_one_batch():
+    def close_pairs(order):
+        batches = first(StepSampler(240, 8, seed=3, order=order), 30)
+        return sum(
+            min((a - b) % 240, (b - a) % 240) <= 2 for batch in batches for a, b in itertools.combinations(batch, 2)
+        )
+
+    assert close_pairs(neighbours(240)) > 5 * close_pairs(None)
+
+
+def test_an_item_is_followed_by_as_many_of_its_nearest_as_fit_the_batch():
+    (batch, *_) = first(StepSampler(100, 6, seed=1, order=neighbours(100, together=3)), 2)
+    seed = batch[0]
+    assert batch[:4] == [seed, (seed + 1) % 100, (seed - 1) % 100, (seed + 2) % 100]
+    second = batch[4]
+    assert batch[5] in ((second + 1) % 100, (second - 1) % 100), "one place is left in the batch, for one neighbour"
+
+
+def test_without_a_table_the_order_is_the_shuffled_one():
+    plain, waiting = StepSampler(12, 4, seed=1), StepSampler(12, 4, seed=1, order=neighbours(12, from_epoch=1))
+    assert first(waiting, 3) == first(plain, 3)
+    assert first(waiting, 6)[3:] != first(plain, 6)[3:]
+
+
+def test_a_place_without_a_neighbour_is_passed_over():
+    order = Neighbours(2)
+    order.table = lambda _: torch.full((9, 4), -1)
+    assert sorted(functools.reduce(operator.iadd, first(StepSampler(9, 3, order=order), 3), [])) == list(range(9))
+
+
+def test_no_neighbours_is_one_sentence():
+    with pytest.raises(InputError, match="sampler 'neighbours': neighbours must be 1 or more; got 0"):
+        SAMPLERS.build({"name": "neighbours", "neighbours": 0}, where="sampler")
