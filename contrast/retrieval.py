@@ -1,0 +1,685 @@
+"""Which stored vectors are nearest: exact search on any device, FAISS's indices, k-means; the only file with faiss."""
+
+from __future__ import annotations
+
+import math
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from contrast.registry import InputError
+
+Strangers = Sequence[tuple[Tensor, Tensor]]
+"""Pairs (number of each query (Q,), number of each stored vector (M,)): of equal numbers, the vector is left out."""
+
+
+class Found(NamedTuple):
+    """What a search found for each query, nearest first.
+
+    Args:
+        similarity: (Q, k) float32 inner products; -inf where there is nothing more.
+        position: (Q, k) int64, which stored vectors; -1 where there is nothing more.
+    """
+
+    similarity: Tensor
+    position: Tensor
+
+
+@torch.no_grad()
+def nearest(
+    queries: Tensor, stored: Tensor, k: int, *, strangers: Strangers = (), search_dtype: torch.dtype | None = None
+) -> Found:
+    r"""Give the k stored vectors with the largest inner products, exactly and without the (Q, M) matrix.
+
+    Products are computed in float32, a tile at a time. Of each query a few more than k are kept; their similarity is
+    computed again in float64, in one fixed order of summation, and rounded to float32, and by that they are ordered,
+    equal ones by position. No vector left out can belong inside where
+
+    .. math:: s_k > p_{last} + \varepsilon
+
+    with p_last the smallest product kept and epsilon the bound of its rounding error. The rows that cannot be certified
+    so, of many nearly equal vectors, are searched in float64. Therefore the answer does not depend on tiles, device or
+    search_dtype, and is what an index "Flat" answers.
+
+    Args:
+        queries: (Q, D) in any floating type; used as float32.
+        stored: (M, D), on the same device.
+        k: from 0 to M.
+        strangers: pairs of numbers, (Q,) and (M,) int64: a stored vector that has the query's number in any pair is
+            left out before anything is counted (own sample, own group).
+        search_dtype: bfloat16 or float16 to find candidates by coarser products, quicker on some GPUs.
+
+    Raises:
+        InputError: for shapes, devices or a k that do not fit, and for vectors that are not finite.
+    """
+    queries, stored = _checked(queries, stored, k, strangers)
+    if queries.device.type == "mps":  # It has no float64.
+        pairs = [(of_query.cpu(), of_stored.cpu()) for of_query, of_stored in strangers]
+        found = nearest(queries.cpu(), stored.cpu(), k, strangers=pairs, search_dtype=search_dtype)
+        return Found(*(part.to(queries.device) for part in found))
+    if not k or not len(queries):
+        return _nothing(queries, k)
+    with torch.autocast(queries.device.type, enabled=False):
+        search = _Products(stored, search_dtype)
+        most = _most_left_out(strangers)
+        masked: Strangers = strangers if most > FEW else ()
+        count = min(search.more_than(k) + (0 if masked else most), len(stored))
+        parts, certain = [], []
+        for rows in _slices(len(queries), search.rows):
+            few, own = queries[rows], _of(strangers, rows)
+            product, position = search.largest(few, count, _of(masked, rows))
+            part = _ranked(few, stored, position, k, own)
+            parts.append(part)
+            certain.append(_certain(part, product, search.error(few), count >= len(stored)))
+        return _completed(_joined(parts), torch.cat(certain), queries, stored, k, strangers)
+
+
+def merge(parts: Sequence[Found], k: int) -> Found:
+    """Give the k nearest of what several searches found for the same queries, at positions of their own.
+
+    Args:
+        parts: one of each shard, with positions that count over all shards; their widths may differ, also be 0.
+        k: how many to keep.
+    """
+    similarity = torch.cat([part.similarity for part in parts], dim=1)
+    position = torch.cat([part.position for part in parts], dim=1)
+    if (lacking := k - position.shape[1]) > 0:
+        similarity = F.pad(similarity, (0, lacking), value=-math.inf)
+        position = F.pad(position, (0, lacking), value=-1)
+    return _ordered(similarity, position, k)
+
+
+# ------------------------------------------------------------------------------------------------------------- indices
+
+
+class Index(ABC):
+    """Stored vectors, ready to be searched. They must not change as long as the index is used.
+
+    Args:
+        stored: (M, D) float32.
+    """
+
+    def __init__(self, stored: Tensor) -> None:
+        self.stored = stored
+
+    @abstractmethod
+    def search(self, queries: Tensor, k: int, *, strangers: Strangers = ()) -> Found:
+        """Give the k nearest stored vectors of queries (Q, D) as `nearest` does; positions are -1 only where there are
+        fewer than k strangers in all. Which vectors are found may be approximate; their similarities are not.
+        """
+
+    @abstractmethod
+    def refill(self, stored: Tensor) -> None:
+        """Put other vectors in the place of the stored ones; what was trained on the first ones is kept."""
+
+
+AUTO = {"cpu": 50_000, "cuda": 2_000_000}
+"""Up to so many stored vectors, on such a device, "auto" searches exactly."""
+
+
+def build_index(stored: Tensor, index: str = "auto", *, probes: int | None = None, seed: int = 0) -> Index:
+    """Give an index of vectors (M, D) by name.
+
+    Args:
+        stored: in any floating type; used as float32. Where it is on a GPU and the installed faiss has one, so is the
+            index.
+        index: "auto" is "exact" or, for many vectors, inverted lists (`auto_index` says which); "exact" searches by
+            `nearest`; any other is a factory string of FAISS: "Flat", "IVF4096,Flat", "HNSW32", "IVF256,PQ32". Without
+            faiss "auto" and "Flat" are "exact", which answers the same as "Flat".
+        probes: how many lists of an IVF index a query looks into; None is `default_probes` of them.
+        seed: of what an index trains. HNSW builds its graph on all cores in no fixed order, so that two of them differ.
+
+    Raises:
+        InputError: where faiss is missing or refuses the string, or where there are too few vectors to train it.
+    """
+    stored, _ = _checked(stored, stored, 0, ())
+    if index == "auto":
+        index = auto_index(len(stored), stored.device.type)
+    if index == "exact" or (index == "Flat" and not has_faiss()):
+        return _Exact(stored)
+    return _Faiss(stored, index, probes, seed)
+
+
+def auto_index(count: int, device: str = "cpu") -> str:
+    """Name the index that "auto" is for so many vectors: "exact", or inverted lists where they are quicker."""
+    if count <= AUTO.get(device, AUTO["cpu"]) or not has_faiss():
+        return "exact"
+    return f"IVF{2 ** round(math.log2(4 * math.sqrt(count)))},Flat"
+
+
+def default_probes(lists: int) -> int:
+    """Give into how many of its lists a query looks: one in 64, at least 16."""
+    return min(lists, max(16, lists // 64))
+
+
+def has_faiss() -> bool:
+    """Tell whether faiss is installed."""
+    try:
+        _faiss()
+    except ImportError:
+        return False
+    return True
+
+
+class _Exact(Index):
+    def search(self, queries: Tensor, k: int, *, strangers: Strangers = ()) -> Found:
+        return nearest(queries, self.stored, k, strangers=strangers)
+
+    def refill(self, stored: Tensor) -> None:
+        self.stored, _ = _checked(stored, self.stored, 0, ())
+
+
+class _Faiss(Index):
+    """An index of FAISS's factory, by inner product; what it finds is ranked as `nearest` does."""
+
+    def __init__(self, stored: Tensor, name: str, probes: int | None, seed: int) -> None:
+        super().__init__(stored)
+        try:
+            faiss = _faiss()
+        except ImportError:
+            raise InputError(
+                f"the index '{name}' needs faiss, which is not installed: pip install \"contrast-learning[faiss-cpu]\" "
+                "(or [faiss-gpu]); 'exact' and 'auto' do without."
+            ) from None
+        self.name = name
+        try:
+            self._index = faiss.index_factory(stored.shape[1], name, faiss.METRIC_INNER_PRODUCT)
+        except RuntimeError as error:
+            raise InputError(
+                f"faiss does not take '{name}' as an index of vectors with {stored.shape[1]} numbers: "
+                f"{_reason(error)}. It takes 'Flat', 'IVF256,Flat', 'HNSW32' or 'IVF256,PQ32', for example."
+            ) from None
+        self._prepare(faiss, probes, seed)
+        self._to_device(faiss)
+        try:
+            self._index.train(self._own(stored))
+            self._index.add(self._own(stored))
+        except RuntimeError as error:
+            raise InputError(
+                f"faiss cannot make the index '{name}' of {len(stored)} vectors: {_reason(error)}. Take fewer lists or "
+                "codes, or 'exact', which needs no training."
+            ) from None
+
+    def _prepare(self, faiss: Any, probes: int | None, seed: int) -> None:
+        """Seed what is trained and choose how many lists are looked into."""
+        inner = self._index
+        while isinstance(inner, faiss.IndexPreTransform | faiss.IndexIDMap):
+            inner = faiss.downcast_index(inner.index)
+        self._graph = getattr(inner, "hnsw", None)
+        lists = getattr(inner, "nlist", None)
+        if lists is not None:
+            inner.nprobe = min(probes or default_probes(lists), lists)
+        for trained in (inner, getattr(inner, "pq", None)):
+            if (settings := getattr(trained, "cp", None)) is not None:
+                settings.seed = seed % 2**31
+                # Few vectors a list are the caller's choice; faiss would print a warning a training.
+                settings.min_points_per_centroid = 1
+
+    def _to_device(self, faiss: Any) -> None:
+        """Move the index to the GPU of the vectors where faiss has it there; else vectors travel to the host."""
+        self._on_gpu = False
+        if self.stored.device.type != "cuda" or not getattr(faiss, "get_num_gpus", int)():
+            return
+        number = self.stored.device.index or 0
+        try:
+            moved = faiss.index_cpu_to_gpu(_gpu_resources(number), number, self._index)
+        except RuntimeError:  # HNSW and others are made for the CPU alone.
+            return
+        if hasattr(moved, "getDevice"):
+            self._index, self._on_gpu = moved, True
+
+    def _own(self, x: Tensor) -> Tensor:
+        return x if self._on_gpu else x.cpu()
+
+    def refill(self, stored: Tensor) -> None:
+        self.stored, _ = _checked(stored, self.stored, 0, ())
+        self._index.reset()
+        self._index.add(self._own(self.stored))
+
+    @torch.no_grad()
+    def search(self, queries: Tensor, k: int, *, strangers: Strangers = ()) -> Found:
+        queries, _ = _checked(queries, self.stored, k, strangers)
+        if not k or not len(queries):
+            return _nothing(queries, k)
+        exact = self.name == "Flat"
+        whole = exact or re.search(r"(^|,)(Flat|HNSW\d+)$", self.name) is not None
+        most = _most_left_out(strangers)
+        # Vectors that were stored coarsely are found coarsely: more of them are looked at as they are.
+        count = (2 * k + 32 if self._on_gpu else k + max(4, k // 8)) if whole else 4 * k + 16
+        count = min(count + min(most, FEW), len(self.stored), self._limit())
+        open_rows = torch.arange(len(queries), device=queries.device)
+        found = _nothing(queries, k)
+        while len(open_rows):
+            few, own = queries[open_rows], _of(strangers, open_rows)
+            product, position = self._fetch(few, count)
+            part = _ranked(few, self.stored, position, k, own)
+            found.similarity[open_rows], found.position[open_rows] = part
+            if exact:
+                done = _certain(part, product, self._error(few), count >= len(self.stored))
+            else:
+                # Less than asked for came from the lists that were looked into: they have no more.
+                done = (part.position[:, k - 1] >= 0) if k else torch.ones(len(few), dtype=torch.bool)
+            open_rows = open_rows[~done]
+            if count >= min(MOST_FETCHED, len(self.stored), self._limit()) or most <= FEW:
+                break
+            count = min(4 * count, len(self.stored), self._limit())
+        certain = torch.ones(len(queries), dtype=torch.bool, device=queries.device)
+        certain[open_rows] = False
+        return _completed(found, certain, queries, self.stored, k, strangers)
+
+    def _limit(self) -> int:
+        return 2048 if self._on_gpu else len(self.stored)
+
+    def _fetch(self, queries: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        if self._graph is not None:
+            self._graph.efSearch = max(64, 2 * count)
+        product, position = self._index.search(self._own(queries.contiguous()), count)
+        return product.to(queries.device), position.to(queries.device)
+
+    def _error(self, queries: Tensor) -> Tensor:
+        # What a GPU's library rounds operands to is not ours to choose: tf32 at worst.
+        return _error(queries, self.stored, operands=2.0**-10 if self._on_gpu else 0.0)
+
+
+def _reason(error: RuntimeError) -> str:
+    """Give what faiss said, without the place in its source."""
+    said = re.sub(r"^Error in .*? at \S+:\d+: ", "", str(error), flags=re.DOTALL)
+    return re.sub(r"^Error: '.*?' failed:? ?", "", said).strip().rstrip(".") or said.strip()
+
+
+@cache
+def _faiss() -> Any:
+    # torch is imported above: in the other order the two libraries have crashed. torch_utils lets faiss take tensors.
+    import faiss
+    import faiss.contrib.torch_utils
+
+    return faiss
+
+
+_scratch: dict[int, Any] = {}
+
+
+def _gpu_resources(number: int) -> Any:
+    """Give faiss's scratch memory on a GPU, one for all indices: by default each would take 1.5 GB."""
+    if number not in _scratch:
+        _scratch[number] = _faiss().StandardGpuResources()
+        _scratch[number].setTempMemory(2**28)
+    return _scratch[number]
+
+
+# ------------------------------------------------------------------------------------------------------- exact search
+
+FEW = 64
+"""Up to so many vectors that are no strangers are fetched and dropped; of more, the products are masked."""
+MOST_FETCHED = 1024
+"""An index is asked for no more than so many; queries that still lack strangers are searched exactly."""
+COLUMNS = {"cpu": 8192, "cuda": 65_536}
+TILE = {"cpu": 2**23, "cuda": 2**27}
+"""How many products are held at a time, and of how many stored vectors."""
+GROUP = 32
+"""So many products have one maximum, by which most are passed over."""
+PIECE = 2**19
+"""Numbers worked on at a time where similarities are computed again: they stay in the cache."""
+
+
+class _Products:
+    """The largest inner products with the stored vectors, found a tile at a time."""
+
+    def __init__(self, stored: Tensor, dtype: torch.dtype | None) -> None:
+        self.stored, self.dtype = stored, dtype or torch.float32
+        kind = "cuda" if stored.device.type == "cuda" else "cpu"
+        self.columns = max(1, min(len(stored), COLUMNS[kind]))
+        self.rows = max(1, TILE[kind] // self.columns)
+        self._coarse = self.dtype != torch.float32
+        # PyTorch rounds the operands of float32 products, too, where it was told to.
+        told = {"highest": 0.0, "high": 2.0**-10, "medium": 2.0**-7}[torch.get_float32_matmul_precision()]
+        self._operands = torch.finfo(self.dtype).eps if self._coarse else told
+        self._buffer = stored.new_empty(0)
+
+    def more_than(self, k: int) -> int:
+        """Say how many to fetch so that k are nearly always certain."""
+        return 2 * k + 32 if self._operands else k + max(4, k // 8)
+
+    def error(self, queries: Tensor) -> Tensor:
+        """Bound the rounding error of the products of each query, (n,) float64."""
+        return _error(queries, self.stored, operands=self._operands)
+
+    def largest(self, queries: Tensor, count: int, masked: Strangers) -> tuple[Tensor, Tensor]:
+        """Give the `count` largest products of each query and their positions, (n, count), in no order."""
+        best = queries.new_full((len(queries), count), -math.inf)
+        where = torch.full_like(best, -1, dtype=torch.int64)
+        own = queries.to(self.dtype)
+        for columns in _slices(len(self.stored), self.columns):
+            tile = self._tile(own, self.stored[columns])
+            for of_query, of_stored in masked:
+                tile.masked_fill_(of_query[:, None] == of_stored[columns], -math.inf)
+            product, index = self._promising(tile, best)
+            if product.shape[1]:
+                best, order = torch.cat([best, product], dim=1).topk(count, dim=1, sorted=False)
+                where = torch.cat([where, index + columns.start], dim=1).gather(1, order)
+        return best, where
+
+    def _tile(self, queries: Tensor, stored: Tensor) -> Tensor:
+        if not self._coarse:
+            if self._buffer.numel() < len(queries) * len(stored):
+                self._buffer = stored.new_empty(len(queries) * len(stored))
+            out = self._buffer[: len(queries) * len(stored)].view(len(queries), len(stored))
+            return torch.mm(queries, stored.T, out=out)
+        if stored.device.type == "cuda":
+            return torch.mm(queries, stored.to(self.dtype).T, out_dtype=torch.float32)
+        return torch.mm(queries, stored.to(self.dtype).T).float()
+
+    def _promising(self, tile: Tensor, best: Tensor) -> tuple[Tensor, Tensor]:
+        """Give the products of a tile that may be among the best, some others too, and their columns.
+
+        The largest are among the groups of the largest maxima, and in nothing but the first tiles do many groups have a
+        maximum above the least of the best.
+        """
+        count, groups = best.shape[1], tile.shape[1] // GROUP
+        if tile.shape[1] % GROUP or 2 * GROUP * min(count, 8) > tile.shape[1]:
+            return tile.topk(min(count, tile.shape[1]), dim=1, sorted=False)
+        # A group is every groups-th column, so that maxima are taken of whole vectors.
+        maxima = tile.view(len(tile), GROUP, groups).amax(1)
+        wanted = min(count, groups)
+        if tile.device.type == "cpu":
+            wanted = min(wanted, int((maxima > best.amin(1, keepdim=True)).sum(1).max()))
+        if 2 * GROUP * wanted > tile.shape[1]:
+            return tile.topk(min(count, tile.shape[1]), dim=1, sorted=False)
+        group = maxima.topk(wanted, dim=1, sorted=False).indices
+        column = group[:, :, None] + groups * torch.arange(GROUP, device=tile.device)
+        column = column.view(len(tile), -1)
+        return tile.gather(1, column), column
+
+
+def _error(queries: Tensor, stored: Tensor, *, operands: float) -> Tensor:
+    """Bound how far float32 products (D terms in any order) are from the similarity, (n,) float64.
+
+    Args:
+        queries: (n, D).
+        stored: (M, D).
+        operands: by what share of itself a number may be rounded before it is multiplied, and a sum after.
+    """
+    unit, terms = torch.finfo(torch.float32).eps / 2, stored.shape[1]
+    share = (terms + 4) * unit / (1 - (terms + 4) * unit) + operands * (3 + 3 * operands)
+    bound: Tensor = _lengths(queries) * _lengths(stored).amax() * share + terms * torch.finfo(torch.float32).tiny
+    return bound
+
+
+def _lengths(x: Tensor) -> Tensor:
+    lengths: Tensor = torch.linalg.vector_norm(x, dim=1).double() * (1 + 2.0**-20)
+    return lengths
+
+
+def _certain(part: Found, product: Tensor, error: Tensor, everything: bool) -> Tensor:
+    """Tell of each row whether nothing that was not fetched can belong inside, (n,) bool."""
+    if everything or not part.position.shape[1]:
+        return torch.ones(len(product), dtype=torch.bool, device=product.device)
+    least = product.amin(1).double()
+    return (part.similarity[:, -1].double() > least + error) | (least == -math.inf)
+
+
+def _completed(found: Found, certain: Tensor, queries: Tensor, stored: Tensor, k: int, strangers: Strangers) -> Found:
+    """Search the rows that are not certain with care."""
+    torn = (~certain).nonzero().squeeze(1)
+    for few in torch.split(torn, max(1, TILE["cpu"] // 2 // min(len(stored), CAREFUL))):
+        if len(few):
+            part = _careful(queries[few], stored, k, _of(strangers, few))
+            found.similarity[few], found.position[few] = part
+    return found
+
+
+CAREFUL = 4096
+"""Stored vectors in a tile of the careful search."""
+
+
+def _careful(queries: Tensor, stored: Tensor, k: int, strangers: Strangers) -> Found:
+    """Search by the similarities themselves, for rows of many nearly equal ones: in float64, a tile at a time.
+
+    A product in float64 is rounded to the similarity wherever its error cannot change the rounding; the few others are
+    computed again.
+    """
+    own = queries.double()
+    error = 4 * stored.shape[1] * torch.finfo(torch.float64).eps * _lengths(queries)[:, None]
+    best = queries.new_empty(len(queries), 0)
+    where = torch.empty(len(queries), 0, dtype=torch.int64, device=queries.device)
+    for columns in _slices(len(stored), CAREFUL):
+        tile = stored[columns]
+        product, bound = own @ tile.double().T, error * _lengths(tile)
+        low, high = (product - bound).float(), (product + bound).float()
+        unsure = low != high
+        if best.shape[1] == k:
+            # What comes later must be larger to come in.
+            unsure &= high > best[:, -1:]
+        row, column = unsure.nonzero(as_tuple=True)
+        high[row, column] = _similarity(queries, tile, row, column)
+        for of_query, of_stored in strangers:
+            high.masked_fill_(of_query[:, None] == of_stored[columns], -math.inf)
+        value, index = _largest_in_order(high, min(k, high.shape[1]))
+        # The earlier tiles stand first, and the sort is stable: equal similarities stay in order.
+        best, order = torch.cat([best, value], dim=1).sort(dim=1, descending=True, stable=True)
+        where = torch.cat([where, index + columns.start], dim=1).gather(1, order)[:, :k]
+        best = best[:, :k]
+    return Found(best, where.masked_fill(best == -math.inf, -1))
+
+
+def _largest_in_order(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Give the k largest of each row and their positions, by value, then by position."""
+    values, index = x.topk(k, dim=1)
+    # topk picks freely among values equal to the last it takes; only those rows are worth a whole sort.
+    torn = (x >= values[:, -1:]).sum(1) > k
+    if torn.any():
+        ordered, position = x[torn].sort(dim=1, descending=True, stable=True)
+        values[torn], index[torn] = ordered[:, :k], position[:, :k]
+    return _ordered(values, index, k)
+
+
+def _ranked(queries: Tensor, stored: Tensor, position: Tensor, k: int, strangers: Strangers) -> Found:
+    """Give the k strangers at (n, count) positions with the largest similarities, in order."""
+    n, count = position.shape
+    missing, place = position < 0, position.clamp(min=0)
+    for of_query, of_stored in strangers:
+        missing |= of_query[:, None] == of_stored[place]
+    row = torch.arange(n, device=position.device)[:, None].expand(n, count)
+    value = _similarity(queries, stored, row.reshape(-1), place.reshape(-1)).view(n, count)
+    found = _ordered(value.masked_fill_(missing, -math.inf), position.masked_fill(missing, -1), k)
+    return found if count >= k else merge([found], k)
+
+
+def _ordered(similarity: Tensor, position: Tensor, k: int) -> Found:
+    """Sort by similarity, largest first, and equal ones by position; the first k."""
+    position, order = position.sort(dim=1)
+    similarity, by_value = similarity.gather(1, order).sort(dim=1, descending=True, stable=True)
+    return Found(similarity[:, :k].contiguous(), position.gather(1, by_value)[:, :k].contiguous())
+
+
+def _similarity(queries: Tensor, stored: Tensor, row: Tensor, position: Tensor) -> Tensor:
+    """Give the inner products of the pairs (row, position), (P,) float32: the same bits on every road and device.
+
+    Products of float32 numbers are exact in float64; halves of the terms are added, then halves of the sums, which is
+    the same order everywhere. At last the sum is rounded to float32.
+    """
+    found = queries.new_empty(len(row))
+    for piece in _slices(len(row), max(1, PIECE // max(1, stored.shape[1]))):
+        terms = queries[row[piece]].double().mul_(stored[position[piece]])
+        while (width := terms.shape[1]) > 1:
+            half = (width + 1) // 2
+            terms[:, : width - half] += terms[:, half:]
+            terms = terms[:, :half]
+        found[piece] = terms.sum(1)
+    return found
+
+
+# --------------------------------------------------------------------------------------------------------- small parts
+
+
+def _checked(queries: Tensor, stored: Tensor, k: int, strangers: Strangers) -> tuple[Tensor, Tensor]:
+    """Give both as float32, or say in a sentence what does not fit."""
+    if queries.ndim != 2 or stored.ndim != 2 or queries.shape[1] != stored.shape[1]:
+        raise InputError(
+            "queries and stored vectors are (Q, D) and (M, D) with the same D; "
+            f"got the shapes {tuple(queries.shape)} and {tuple(stored.shape)}."
+        )
+    if queries.device != stored.device:
+        raise InputError(f"queries and stored vectors must be on one device; got {queries.device} and {stored.device}.")
+    if not 0 <= k <= len(stored):
+        raise InputError(
+            f"k = {k} neighbours are asked for, and {len(stored)} vectors are stored; ask for at most these."
+        )
+    for of_query, of_stored in strangers:
+        if of_query.shape != (len(queries),) or of_stored.shape != (len(stored),):
+            raise InputError(
+                f"strangers are pairs of numbers, ({len(queries)},) of the queries and ({len(stored)},) of the stored "
+                f"vectors; got the shapes {tuple(of_query.shape)} and {tuple(of_stored.shape)}."
+            )
+    made = [x.detach().to(torch.float32).contiguous() for x in (queries, stored)]
+    for name, x in zip(("queries", "stored vectors"), made, strict=True):
+        if not torch.isfinite(torch.linalg.vector_norm(x, dim=1)).all():
+            raise InputError(f"some {name} are NaN, infinite or too long to be squared; look where they come from.")
+    return made[0], made[1]
+
+
+def _nothing(queries: Tensor, k: int) -> Found:
+    similarity = queries.new_full((len(queries), k), -math.inf)
+    return Found(similarity, torch.full_like(similarity, -1, dtype=torch.int64))
+
+
+def _slices(count: int, size: int) -> list[slice]:
+    return [slice(start, min(start + size, count)) for start in range(0, count, size)]
+
+
+def _of(strangers: Strangers, rows: slice | Tensor) -> Strangers:
+    return [(of_query[rows], of_stored) for of_query, of_stored in strangers]
+
+
+def _joined(parts: Sequence[Found]) -> Found:
+    return Found(torch.cat([part.similarity for part in parts]), torch.cat([part.position for part in parts]))
+
+
+def _most_left_out(strangers: Strangers) -> int:
+    """Give how many stored vectors at most have the number of one query."""
+    most = 0
+    for of_query, of_stored in strangers:
+        if len(of_query) and len(of_stored):
+            known = of_stored.sort().values
+            last = torch.searchsorted(known, of_query, right=True)
+            most += int((last - torch.searchsorted(known, of_query)).max())
+    return most
+
+
+# -------------------------------------------------------------------------------------------------------------- k-means
+
+
+class Clusters(NamedTuple):
+    """What k-means found.
+
+    Args:
+        centroids: (k, D) float32.
+        assignment: (N,) int64, to which each vector belongs.
+        inertia: the sum of the squared distances of the vectors to their centroids.
+    """
+
+    centroids: Tensor
+    assignment: Tensor
+    inertia: float
+
+
+@torch.no_grad()
+def kmeans(x: Tensor, clusters: int, *, spherical: bool = False, iterations: int = 50, seed: int = 0) -> Clusters:
+    """Give k-means clusters of vectors (N, D), the same for the same seed.
+
+    It starts from k-means++ on a sample of the vectors and stops when nothing moves. A cluster that loses all its
+    vectors starts anew from one of those farthest from their centroids.
+
+    Args:
+        x: in any floating type; used as float32.
+        clusters: k, from 1 to N.
+        spherical: vectors and centroids are made unit length first, so that the cosine decides.
+        iterations: at most.
+        seed: of the start.
+
+    Source: Lloyd 1982; Arthur and Vassilvitskii 2007, k-means++; Dhillon and Modha 2001 for the spherical form.
+    """
+    x, _ = _checked(x, x, 0, ())
+    if not 1 <= clusters <= len(x):
+        raise InputError(f"{clusters} clusters are asked for, of {len(x)} vectors; ask for 1 to {len(x)}.")
+    x = F.normalize(x) if spherical else x
+    generator = torch.Generator().manual_seed(seed)
+    squared = x.square().sum(1)
+    centroids = _spread_out(x, squared, clusters, generator)
+    assignment, distance = _assigned(x, squared, centroids)
+    for _ in range(iterations):
+        centroids = _means(x, assignment, distance, clusters)
+        centroids = F.normalize(centroids) if spherical else centroids
+        before = assignment
+        assignment, distance = _assigned(x, squared, centroids)
+        if torch.equal(assignment, before):
+            break
+    inertia = sum(
+        float((x[rows] - centroids[assignment[rows]]).double().square().sum())
+        for rows in _slices(len(x), max(1, TILE["cpu"] // 4 // x.shape[1]))
+    )
+    return Clusters(centroids, assignment, inertia)
+
+
+SAMPLE = 32
+"""Vectors a cluster among which k-means++ chooses."""
+
+
+def _spread_out(x: Tensor, squared: Tensor, clusters: int, generator: torch.Generator) -> Tensor:
+    """Choose the first centroids by greedy k-means++: of a few drawn by squared distance, the one that helps most."""
+    if len(x) > SAMPLE * clusters:
+        chosen = torch.randperm(len(x), generator=generator)[: SAMPLE * clusters].to(x.device)
+        x, squared = x[chosen], squared[chosen]
+    trials = 2 + int(math.log(clusters))
+    centroids = x.new_empty(clusters, x.shape[1])
+    centroids[0] = x[torch.randint(len(x), (), generator=generator)]
+    distance = _distances(x, squared, centroids[:1])[0]
+    for number in range(1, clusters):
+        total = distance.cumsum(0, dtype=torch.float64)
+        drawn = torch.rand(trials, generator=generator, dtype=torch.float64).to(x.device) * total[-1]
+        candidate = torch.searchsorted(total, drawn, right=True).clamp(max=len(x) - 1)
+        shorter = torch.minimum(distance, _distances(x, squared, x[candidate]))
+        best = shorter.sum(1).argmin()
+        distance, centroids[number] = shorter[best], x[candidate[best]]
+    return centroids
+
+
+def _distances(x: Tensor, squared: Tensor, centroids: Tensor) -> Tensor:
+    """Give the squared distances, (k, N) for k few."""
+    product = centroids @ x.T
+    return (squared + centroids.square().sum(1, keepdim=True) - 2 * product).clamp_(min=0)
+
+
+def _assigned(x: Tensor, squared: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
+    """Give each vector's nearest centroid, the first of equals, and the squared distance to it."""
+    assignment, distance = torch.empty_like(squared, dtype=torch.int64), torch.empty_like(squared)
+    half = -centroids.square().sum(1) / 2
+    kind = "cuda" if x.device.type == "cuda" else "cpu"
+    width = min(len(centroids), COLUMNS[kind])
+    for rows in _slices(len(x), max(1, TILE[kind] // 4 // width)):
+        best, where = x.new_full((len(x[rows]),), -math.inf), assignment[rows]
+        for columns in _slices(len(centroids), width):
+            value, index = torch.addmm(half[columns], x[rows], centroids[columns].T).max(1)
+            nearer = value > best
+            best = torch.where(nearer, value, best)
+            where.copy_(torch.where(nearer, index + columns.start, where))
+        torch.sub(squared[rows], best, alpha=2, out=distance[rows])
+    return assignment, distance
+
+
+def _means(x: Tensor, assignment: Tensor, distance: Tensor, clusters: int) -> Tensor:
+    """Give the mean of each cluster; an empty one takes a vector that is far from its centroid."""
+    count = torch.bincount(assignment, minlength=clusters)
+    # Bags are added up in order, each by itself: the same bits every time, on a GPU too.
+    order = assignment.argsort(stable=True)
+    means = F.embedding_bag(order, x, count.cumsum(0) - count, mode="sum") / count.clamp(min=1)[:, None]
+    empty = (count == 0).nonzero().squeeze(1)
+    if len(empty):
+        means[empty] = x[distance.topk(len(empty)).indices]
+    return means
