@@ -11,6 +11,8 @@ from contrast import distributed
 from contrast.embeddings import REMEMBERED, Embeddings
 from contrast.memory.memory import MEMORIES, Memory, Width, refuse_other, refuse_unknown
 from contrast.memory.room import check_room
+from contrast.memory.search import Shelf, vectors
+from contrast.retrieval import Found, build_index, merge
 
 BLOCK = 65536
 """Rows that a sharded bank brings together at a time."""
@@ -63,6 +65,7 @@ class Bank(Memory):
         self.held = {**self.width.zeros(samples), "group": never, "written": never.clone()}
         self.shard = (0, 1)
         self.unit = True
+        self.pushed = 0
         self._complete = False
 
     @property
@@ -97,7 +100,7 @@ class Bank(Memory):
         if not self._complete:
             return self.at(self.known)
         everyone = torch.arange(self.samples, device=self.held["z"].device)
-        return self._embeddings(self.held["z"], everyone, self.held.get("reference"))
+        return self._embeddings(everyone, self.held["z"], self.held.get("reference"))
 
     @torch.no_grad()
     def update(
@@ -116,6 +119,7 @@ class Bank(Memory):
         self._check(everyone.sample)
         self.unit &= own.unit
         self.updates += 1
+        self.pushed += len(everyone)
         self.held["group"][everyone.sample] = everyone.group
         self.held["written"][everyone.sample] = self.updates
         rank, world = self.shard
@@ -132,24 +136,63 @@ class Bank(Memory):
         some = (age >= 0).sum()
         return {"bank": some, "bank_age": age.clamp(min=0).sum() / some.clamp(min=1)}
 
-    def at(self, sample: Tensor) -> Embeddings:
-        """Give the embeddings of (n,) samples that have one; on a sharded bank the same samples on every process."""
+    @property
+    def empty(self) -> bool:
+        """Whether nothing was ever put in."""
+        return not self.pushed
+
+    def shelf(self, index: str | None = None, *, seed: int = 0) -> Shelf:
+        """Give what this process holds, all or its share, ready to be searched by an index of `retrieval`."""
         self._settle()
-        if not self.sharded:
-            reference = self.held.get("reference")
-            return self._embeddings(
-                self.held["z"].index_select(-2, sample), sample, None if reference is None else reference[sample]
-            )
         rank, world = self.shard
-        owner = sample % world
-        sizes = torch.bincount(owner, minlength=world).tolist()
-        rows = sample[owner == rank] // world
-        order = torch.argsort(owner, stable=True).argsort()  # from owner after owner to the order asked
-        z = distributed.gather(self.held["z"][..., rows, :].movedim(-2, 0), sizes)[order].movedim(0, -2)
-        reference = self.held.get("reference")
-        if reference is not None:
-            reference = distributed.gather(reference[rows], sizes)[order]
-        return self._embeddings(z, sample, reference)
+        known = self.known
+        known = known[known % world == rank] if self.sharded else known
+        stored = self._embeddings(known, *self._rows(known // world))
+        return Shelf(stored, build_index(vectors(stored), index, seed=seed) if index and len(known) else None)
+
+    def nearest(self, anchor: Embeddings, k: int, *, own_group: bool = True, shelf: Shelf | None = None) -> Found:
+        """Give the k nearest samples that are not the anchor's, nor of its group unless `own_group`; -1 for fewer.
+
+        Where the bank is sharded every process calls it, with its own anchors, and searches its share for all.
+        """
+        self.follow(anchor.z.device)
+        shelf = shelf or self.shelf()
+        everyone = anchor.detach().gathered() if self.sharded else anchor
+        found = shelf.nearest(everyone, k, own_group=own_group)
+        if len(shelf.stored):
+            found = found._replace(
+                position=torch.where(found.position < 0, -1, shelf.stored.sample[found.position.clamp(min=0)])
+            )
+        if not self.sharded:
+            return found
+        rank, world = self.shard
+        counts = [count for (count,) in distributed.exchange_sizes([len(anchor)], anchor.z.device)]
+        parts = [distributed.gather(x, [len(everyone)] * world).chunk(world) for x in found]
+        merged = merge([Found(*part) for part in zip(*parts, strict=True)], k) if len(everyone) else found
+        own = slice(sum(counts[:rank]), sum(counts[: rank + 1]))
+        return Found(merged.similarity[own], merged.position[own])
+
+    @torch.no_grad()
+    def at(self, sample: Tensor) -> Embeddings:
+        """Give the embeddings of (n,) samples that have one; where the bank is sharded, every process calls it."""
+        self._settle()
+        rank, world = self.shard
+        if not self.sharded:
+            return self._embeddings(sample, *self._rows(sample))
+        asked = distributed.gather(sample, [n for (n,) in distributed.exchange_sizes([len(sample)], sample.device)])
+        asked = torch.unique(asked)
+        asked = asked[torch.argsort(asked % world, stable=True)]  # owner after owner
+        sizes = torch.bincount(asked % world, minlength=world).tolist()
+        z, reference = self._rows(asked[asked % world == rank] // world)
+        z = distributed.gather(z.movedim(-2, 0), sizes).movedim(0, -2)
+        reference = None if reference is None else distributed.gather(reference, sizes)
+        ordered, order = asked.sort()
+        which = order[torch.searchsorted(ordered, sample)]
+        return self._embeddings(sample, z[..., which, :], None if reference is None else reference[which])
+
+    def sample_at(self, position: Tensor) -> Tensor:
+        """Give whose embeddings these are: positions in a bank are samples."""
+        return position
 
     def get_extra_state(self) -> dict[str, Any]:
         """Give all that it holds; where the bank is sharded, all processes call this and process 0 is given it."""
@@ -157,12 +200,13 @@ class Bank(Memory):
             "samples": self.samples,
             "width": tuple(self.width),
             "updates": self.updates,
+            "pushed": self.pushed,
             "unit": self.unit,
             "process": self.shard[0],
             "group": self.held["group"],
             "written": self.held["written"],
         }
-        vectors = {name: self.held[name] for name in ("z", "reference") if name in self.held}
+        vectors: dict[str, Any] = {name: x for name, x in self.held.items() if name in ("z", "reference")}
         if self.sharded:
             vectors = {name: self._whole(x) for name, x in vectors.items()}
         return {**made, **vectors}
@@ -175,7 +219,8 @@ class Bank(Memory):
                 f"this checkpoint of a sharded bank was written by process {state['process']}; load process 0's, which "
                 "has all of it."
             )
-        self.updates, self.unit, self._complete = state["updates"], state["unit"], False
+        self.updates, self.pushed, self.unit = state["updates"], state["pushed"], state["unit"]
+        self._complete = False
         device = self.held["z"].device
         rank, world = self.shard
         for name in self.held:
@@ -200,9 +245,13 @@ class Bank(Memory):
                 "processes: update it with one view at a time, and with a sampler that does not repeat."
             )
 
-    def _embeddings(self, z: Tensor, sample: Tensor, reference: Tensor | None) -> Embeddings:
-        group = self.held["group"][sample] if len(sample) < self.samples else self.held["group"]
-        made = Embeddings(z, sample, group, torch.full_like(sample, REMEMBERED), reference)
+    def _rows(self, rows: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Give vectors and references at these rows of what this process holds."""
+        reference = self.held.get("reference")
+        return self.held["z"].index_select(-2, rows), None if reference is None else reference[rows]
+
+    def _embeddings(self, sample: Tensor, z: Tensor, reference: Tensor | None) -> Embeddings:
+        made = Embeddings(z, sample, self.held["group"][sample], torch.full_like(sample, REMEMBERED), reference)
         made.__dict__["unit"] = self.unit
         return made
 
@@ -232,7 +281,7 @@ class Bank(Memory):
             counts = [min(max(size - start, 0), BLOCK) for size in sizes]
             everyone = distributed.gather(share[start : start + BLOCK], counts)
             if whole is not None:
-                for other, rows in enumerate(everyone.split(counts)):
+                for other, rows in enumerate(torch.split(everyone, counts)):
                     first = start * world + other
                     whole[first : first + world * len(rows) : world] = rows.cpu()
         return (share if whole is None else whole).movedim(0, -2)

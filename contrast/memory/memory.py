@@ -87,7 +87,7 @@ class Memory(nn.Module):
             self.held = {name: tensor.to(device) for name, tensor in self.held.items()}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, tensor in self.held.items():
             self.held[name] = tensor.to(fn(tensor.new_empty(0)).device)
         return self

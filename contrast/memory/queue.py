@@ -9,6 +9,8 @@ from torch import Tensor
 
 from contrast.embeddings import REMEMBERED, Embeddings
 from contrast.memory.memory import MEMORIES, Memory, Width, refuse_other, refuse_unknown
+from contrast.memory.search import Shelf
+from contrast.retrieval import Found
 
 
 @MEMORIES.register("queue", aliases=("moco", "fifo", "xbm", "cross_batch_memory", "memory_queue"))
@@ -85,9 +87,23 @@ class Queue(Memory):
         """How many embeddings it holds."""
         return {"queue": float(self.filled)}
 
+    @property
+    def empty(self) -> bool:
+        """Whether nothing was ever put in."""
+        return not self.filled
+
+    def nearest(self, anchor: Embeddings, k: int) -> Found:
+        """Give the positions of the k nearest entries that are not of the anchor's sample; -1 where there are fewer."""
+        self.follow(anchor.z.device)
+        return Shelf(self._all()).nearest(anchor, k)
+
     def at(self, position: Tensor) -> Embeddings:
         """Give the embeddings at (n,) positions."""
         return self._all()[position]
+
+    def sample_at(self, position: Tensor) -> Tensor:
+        """Give whose embeddings stand at these positions; -1 where the position is -1."""
+        return torch.where(position < 0, -1, self.held["sample"][position.clamp(min=0)])
 
     def get_extra_state(self) -> dict[str, Any]:
         """Give a copy of all that it holds."""

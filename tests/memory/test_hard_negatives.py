@@ -1,0 +1,179 @@
+"""Hard negatives against sorting in plain loops; whose they may never be; when they are found."""
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from contrast.losses import InfoNCE
+from contrast.memory import MEMORIES, Bank, HardNegatives
+from tests.memory.model import DIM, anchor, push
+from tests.memory.test_queue import saved_and_loaded
+
+SAMPLES = 12
+
+
+def nearest_strangers(bank, sample, k):
+    """Give the samples that stand nearest, of another group, by sorting."""
+    z, group = bank.held["z"].double(), bank.held["group"]
+    others = [other for other in bank.known.tolist() if group[other] != group[sample] and other != sample]
+    near = sorted(others, key=lambda other: (-(z[sample] * z[other]).sum().float().item(), other))[:k]
+    return near + [-1] * (k - len(near))
+
+
+@given(
+    pushes=st.lists(st.lists(st.integers(0, SAMPLES - 1), max_size=SAMPLES, unique=True), max_size=4),
+    labels=st.sampled_from([1, 2, 3, SAMPLES]),
+    k=st.integers(1, SAMPLES - 1),
+    index=st.sampled_from(["exact", "auto"]),
+)
+def test_the_table_is_what_sorting_finds(pushes, labels, k, index):
+    bank = Bank(SAMPLES, DIM)
+    hard = HardNegatives(bank, k, index=index)
+    for seed, sample in enumerate(pushes):
+        hard.update(push(sample, seed, labels=labels))
+    hard.end_epoch()
+    known = bank.known.tolist()
+    for sample in range(SAMPLES):
+        expected = nearest_strangers(bank, sample, k) if sample in known else [-1] * k
+        assert hard.table[sample].tolist() == expected
+
+
+@given(
+    pushes=st.lists(st.lists(st.integers(0, SAMPLES - 1), max_size=SAMPLES, unique=True), max_size=4),
+    batch=st.lists(st.integers(0, SAMPLES - 1), max_size=5, unique=True),
+    labels=st.sampled_from([2, 3, SAMPLES]),
+)
+def test_nobody_retrieves_its_own_sample_or_group(pushes, batch, labels):
+    hard = HardNegatives(Bank(SAMPLES, DIM), 4)
+    for seed, sample in enumerate(pushes):
+        hard.update(push(sample, seed, labels=labels))
+    hard.find()
+    group = torch.arange(SAMPLES) % labels
+    found = hard.candidates(anchor(batch, labels=labels))
+    table = hard.table[batch]
+    assert found.sample.tolist() == sorted({int(one) for row in table for one in row if one >= 0})
+    for sample, row in zip(batch, table, strict=True):
+        assert all(one < 0 or group[one] != group[sample] for one in row.tolist())
+    assert torch.equal(found.z, hard.bank.held["z"][found.sample])
+    # A sample that somebody else retrieved is neither negative nor positive in its own row.
+    if batch:
+        index, criterion = torch.tensor(batch), InfoNCE()
+        criterion(*torch.randn(2, len(batch), DIM), sample=index, group=group[index], extra=[hard])
+        counts = {"negatives": 0, "positives": 0}
+        for sample in batch:
+            for other in [*batch, *batch, *found.sample.tolist()]:
+                if other != sample:
+                    counts["positives" if group[other] == group[sample] else "negatives"] += 1
+        assert criterion.metrics["negatives"] == pytest.approx(counts["negatives"] / len(batch))
+        assert criterion.metrics["positives"] == pytest.approx(1 + counts["positives"] / len(batch))
+
+
+def full(refresh="1 epochs", **given):
+    hard = HardNegatives(Bank(SAMPLES, DIM), 3, refresh, **given)
+    hard.update(push(range(SAMPLES), 0, labels=SAMPLES))
+    return hard
+
+
+def test_heads_are_near_by_the_sum_of_their_similarities():
+    bank = Bank(SAMPLES, DIM, heads=2)
+    hard = HardNegatives(bank, 2)
+    hard.update(push(range(SAMPLES), 0, heads=2, labels=SAMPLES))
+    hard.find()
+    similarity = torch.einsum("hid,hjd->ij", bank.held["z"], bank.held["z"]).fill_diagonal_(-torch.inf)
+    assert torch.equal(hard.table, similarity.topk(2).indices)
+    assert hard.candidates(anchor([3, 4], heads=2)).z.shape == (2, len(hard.table[[3, 4]].unique()), DIM)
+
+
+def test_it_searches_every_so_many_epochs():
+    hard = full("2 epochs")
+    assert not len(hard.candidates(anchor([1])))
+    hard.end_epoch()
+    assert not len(hard.candidates(anchor([1])))
+    hard.end_epoch()
+    assert len(hard.candidates(anchor([1]))) == 3
+    before = hard.table
+    hard.update(push(range(SAMPLES), 7, labels=SAMPLES))
+    hard.end_epoch()
+    assert torch.equal(hard.table, before)
+    hard.end_epoch()
+    assert not torch.equal(hard.table, before)
+
+
+def test_it_searches_every_so_many_steps():
+    hard = full("3 steps")
+    assert not len(hard.candidates(anchor([1])))
+    hard.update(push([1], 1, labels=SAMPLES))
+    hard.end_epoch()
+    assert not len(hard.candidates(anchor([1])))
+    hard.update(push([1], 2, labels=SAMPLES))
+    assert len(hard.candidates(anchor([1]))) == 3
+    assert hard.found_at == 3
+    assert hard.metrics["mined"] == 3
+    assert hard.seconds > 0
+
+
+def test_a_step_is_given_the_newest_embeddings():
+    hard = full()
+    hard.find()
+    hard.update(push(range(SAMPLES), 7, labels=SAMPLES))
+    found = hard.candidates(anchor([1]))
+    assert torch.equal(found.z, push(range(SAMPLES), 7).z[found.sample])
+
+
+def test_an_unbroken_run_and_a_resumed_one_are_equal_bit_for_bit():
+    def train(hard, steps):
+        given = []
+        for step in steps:
+            given.append(hard.candidates(anchor([step % SAMPLES, (5 * step) % SAMPLES])).z)
+            hard.update(push([(step * k) % SAMPLES for k in (1,)] + [(step + 3) % SAMPLES], step, labels=SAMPLES))
+            if step % 4 == 3:
+                hard.end_epoch()
+        return given
+
+    for refresh in ("1 epoch", "3 steps"):
+        whole = full(refresh)
+        unbroken = train(whole, range(20))
+        first = full(refresh)
+        train(first, range(10))
+        resumed = HardNegatives(Bank(SAMPLES, DIM), 3, refresh)
+        resumed.load_state_dict(saved_and_loaded(first.state_dict()))
+        for one, other in zip(train(resumed, range(10, 20)), unbroken[10:], strict=True):
+            assert torch.equal(one, other)
+        assert torch.equal(resumed.table, whole.table)
+
+
+def test_a_copy_has_a_bank_of_its_own():
+    hard = full()
+    other = copy.deepcopy(hard)
+    other.update(push([1], 5, labels=SAMPLES))
+    assert hard.bank.updates == 1
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: HardNegatives(Bank(5, DIM), 5), "neighbours must be from 1 to 4, fewer than the bank's 5 .* got 5"),
+        (lambda: HardNegatives(Bank(5, DIM), 0), "neighbours must be from 1 to 4"),
+        (lambda: full("weekly"), "'1 epochs' or '200 steps'; got 'weekly'"),
+        (lambda: full("0 steps"), "'1 epochs' or '200 steps'; got '0 steps'"),
+        (lambda: full("1.5 epochs"), "got '1.5 epochs'"),
+        (lambda: full().candidates(anchor([SAMPLES])), r"must lie in \[0, 12\), the bank's samples; got 12"),
+        (lambda: full(index="IVFnonsense").find(), "IVFnonsense"),
+        (lambda: InfoNCE()(*torch.randn(2, 4, DIM), extra=[full()]), r"call loss\(..., sample=index"),
+        (lambda: full().load_state_dict(HardNegatives(Bank(SAMPLES, DIM), 2).state_dict()), "has neighbours 3 and the"),
+    ],
+)
+def test_wrong_arguments_and_calls_are_answered_in_a_sentence(make, words):
+    with pytest.raises(ValueError, match=words) as caught:
+        make()
+    assert "\n" not in str(caught.value)
+
+
+def test_it_is_built_from_a_config():
+    hard = MEMORIES.build(
+        {"name": "hard_negatives", "neighbours": 2, "bank": {"name": "bank"}}, samples=SAMPLES, dim=DIM, heads=None
+    )
+    assert isinstance(hard.bank, Bank) and hard.stores() == [hard.bank]
