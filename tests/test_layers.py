@@ -17,6 +17,7 @@ COMMAND = {"config", "build", "named_models", "runs", "checking", "api", "cli"}
 
 MAY_IMPORT = {
     **dict.fromkeys(GROUND, frozenset()),
+    "retrieval": {"registry"},
     "embeddings": GROUND,
     "reductions": GROUND | {"embeddings"},
     "pairs": GROUND | {"embeddings", "reductions"},
@@ -48,7 +49,7 @@ ONLY_IN = {
 LIGHT = CORE | {"losses", "memory", "__init__"}
 """What needs torch and numpy alone."""
 
-MAY_LACK = {"reductions": {"triton"}}
+MAY_LACK = {"reductions": {"triton"}, "retrieval": {"faiss"}}
 """What a light room uses where it is installed, and does without where it is not."""
 
 
