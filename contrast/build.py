@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from contrast.config import Config
 from contrast.data import Data, open_data
-from contrast.data.loader import StepSampler
-from contrast.losses import LOSSES
+from contrast.data.loader import SAMPLERS, Neighbours, Order, StepSampler
+from contrast.losses import LOSSES, PairLoss
+from contrast.memory import MEMORIES, Bank, HardNegatives, Memory, NearestPositives, NeighbourTables
 from contrast.models import Encoder, ImageInputs, SeriesInputs, build_encoder
 from contrast.models.backbones import dry_run
-from contrast.registry import InputError
+from contrast.registry import InputError, schema
 from contrast.seeding import derived
 from contrast.train.budget import Budget
 from contrast.train.optimizers import OPTIMIZERS, Optimizer
+from contrast.train.step import Step
 from contrast.views.views import Views, build_views
 
 TINY = 40
@@ -43,6 +47,10 @@ class Experiment:
         encoder: backbone and head.
         loss: the loss, any `nn.Module` of LOSSES.
         optimizer: how to step.
+        memory: where more candidates come from.
+        order: of the items in an epoch.
+        watching: what finds neighbours for that order.
+        reference: raw batch -> (N, R), a frozen network's features, where the config names one.
         picked: dotted key -> what "auto" became.
     """
 
@@ -52,11 +60,27 @@ class Experiment:
     encoder: Encoder
     loss: torch.nn.Module
     optimizer: Optimizer
+    memory: list[Memory]
+    order: Order
+    watching: list[Memory]
+    reference: Callable[[Tensor], Tensor] | None
     picked: Mapping[str, Any]
 
     def sampler(self, start: int = 0) -> StepSampler:
         """Give the batches of the training set from step `start` on."""
-        return _sampler(self.config, self.data, start)
+        return _sampler(self.config, self.data, start, self.order)
+
+    def step(self) -> Step:
+        """Give what a training step is made of."""
+        return Step(self.encoder, self.loss, self.views, self.memory, self.watching, self.reference)
+
+    def labels(self) -> Tensor | None:
+        """Give the training items' classes by sample index, (samples,) int64, -1 for none; None without labels."""
+        if not self.data.classes:
+            return None
+        labels = torch.full((int(self.data.train.sample.max()) + 1,), -1)
+        labels[torch.from_numpy(self.data.train.sample)] = torch.from_numpy(self.data.train.target)
+        return labels
 
 
 def read_data(config: Config) -> Data:
@@ -73,8 +97,13 @@ def read_data(config: Config) -> Data:
     return open_data(source, **settings, seed=config.seed)
 
 
-def build(config: Config, data: Data) -> Experiment:
+def build(config: Config, data: Data, reference: Callable[[Tensor], Tensor] | None = None) -> Experiment:
     """Make every part of an experiment for this data; "auto" becomes what suits the data.
+
+    Args:
+        config: what was asked for.
+        data: all splits.
+        reference: raw batch -> (N, R), the network that `encoder.reference` names.
 
     Raises:
         InputError: naming the key, for parts that do not fit the data or each other.
@@ -83,27 +112,85 @@ def build(config: Config, data: Data) -> Experiment:
     views = build_views(config.views, data.shape, data.kind)
     encoder = build_encoder_for(config, data, views)
     optimizer = OPTIMIZERS.build(config.optimizer, where="optimizer")
-    loss = _loss(config, data, encoder)
-    return Experiment(config, data, views, encoder, loss, optimizer, picked)
-
-
-def _loss(config: Config, data: Data, encoder: Encoder) -> torch.nn.Module:
-    """Make the loss, told what it asks of the run: samples, the embeddings' width, epochs where they are known."""
-    steps_per_epoch = _sampler(config, data).steps_per_epoch
+    *heads, _, dim = dry_run(encoder.head, (2, encoder.width), "encoder.head").shape
     facts = {
         "samples": int(data.train.sample.max()) + 1,  # indices count the items of every split
-        "dim": dry_run(encoder.head, (2, encoder.width), "encoder.head").shape[-1],
+        "dim": dim,
+        "heads": heads[0] if heads else None,
+        "seed": config.seed,
     }
+    loss = _loss(config, data, facts)
+    if reference is not None:
+        facts["reference_dim"] = reference(data.train.x(np.zeros(1, dtype=np.int64))).shape[-1]
+    memory = _memories(config, loss, facts)
+    order, watching = _order(config, data, memory, facts)
+    return Experiment(config, data, views, encoder, loss, optimizer, memory, order, watching, reference, picked)
+
+
+def _loss(config: Config, data: Data, facts: Mapping[str, Any]) -> torch.nn.Module:
+    """Make the loss, told what it asks of the run: samples, the embeddings' width, epochs where they are known."""
+    steps_per_epoch = _sampler(config, data).steps_per_epoch
+    known = {name: facts[name] for name in ("samples", "dim")}
     if config.budget != "auto" and (steps := Budget.parse(config.budget, steps_per_epoch=steps_per_epoch).steps):
-        facts["epochs"] = math.ceil(steps / steps_per_epoch)
+        known["epochs"] = math.ceil(steps / steps_per_epoch)
     torch.manual_seed(derived(config.seed, "loss"))
-    loss: torch.nn.Module = LOSSES.build(config.loss, where="loss", **facts)
+    loss: torch.nn.Module = LOSSES.build(config.loss, where="loss", **known)
     return loss
 
 
-def _sampler(config: Config, data: Data, start: int = 0) -> StepSampler:
+def _memories(config: Config, loss: torch.nn.Module, facts: Mapping[str, Any]) -> list[Memory]:
+    """Make the memories; those that stand on a bank and name none share one."""
+    if config.memory and not isinstance(loss, PairLoss):
+        raise InputError("memory: this loss is no sum over pairs and takes no further candidates; leave memory out.")
+    made: dict[int, Memory] = {}
+    shared: Memory | None = None
+    # Banks that stand in the list come first: they are the one to share.
+    checked = [MEMORIES.check(part, where=f"memory[{number}]") for number, part in enumerate(config.memory)]
+    for number, (name, arguments) in sorted(enumerate(checked), key=lambda one: one[1][0] != "bank"):
+        where, part = f"memory[{number}]", {"name": name, **arguments}
+        wanted = {"bank", "store"} & schema(MEMORIES[name]).keys() - arguments.keys()
+        if wanted and shared is None:
+            shared = MEMORIES.build("bank", where=where, **facts)
+        made[number] = MEMORIES.build(part, where=where, **facts, **dict.fromkeys(wanted, shared))
+        if isinstance(made[number], Bank) and shared is None:
+            shared = made[number]
+    if sum(isinstance(memory, NearestPositives) for memory in made.values()) > 1:
+        raise InputError("memory: one memory gives the positives; leave one nearest_positives out.")
+    return [made[number] for number in range(len(config.memory))]
+
+
+def _order(config: Config, data: Data, memory: list[Memory], facts: Mapping[str, Any]) -> tuple[Order, list[Memory]]:
+    """Make the order of the items, and what finds neighbours for it, on the bank that the memories have already."""
+    order: Order = SAMPLERS.build(config.sampler, where="sampler")
+    if not isinstance(order, Neighbours):
+        return order, []
+    bank = next((store for one in memory for store in one.stores() if isinstance(store, Bank)), None)
+    bank = bank or MEMORIES.build("bank", where="sampler", **facts)
+    # More than are put together: the nearest may have been met already.
+    wanted = min(4 * order.neighbours, len(data.train) - 1)
+    miner = MEMORIES.build(
+        {"name": "hard_negatives", "neighbours": wanted, "refresh": order.refresh, "index": order.index},
+        where="sampler",
+        bank=bank,
+        **facts,
+    )
+    assert isinstance(miner, HardNegatives)
+    tables = NeighbourTables(miner)
+    sample = torch.from_numpy(data.train.sample)
+    position = torch.full((facts["samples"] + 1,), -1)  # the last one is where -1 points
+    position[sample] = torch.arange(len(sample))
+
+    def near(epoch: int) -> Tensor | None:
+        table = tables.known_before(epoch - 1)
+        return None if table is None else position[table.cpu()[sample]]
+
+    order.table = near
+    return order, [tables]
+
+
+def _sampler(config: Config, data: Data, start: int = 0, order: Order | None = None) -> StepSampler:
     assert isinstance(config.batch_size, int)
-    return StepSampler(len(data.train), config.batch_size, seed=config.seed, start=start)
+    return StepSampler(len(data.train), config.batch_size, seed=config.seed, start=start, order=order)
 
 
 def build_encoder_for(config: Config, data: Data, views: Views, *, pretrained: bool = True) -> Encoder:

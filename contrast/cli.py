@@ -129,7 +129,9 @@ def _parser() -> argparse.ArgumentParser:
     show = command("show", _show, "Every resolved value and where it came from.")
     show.add_argument("words", nargs="+", metavar="CONFIG|RUN|MODEL|key=value")
     listing = command(
-        "list", _list, "What there is: losses, backbones, heads, views, optimizers, protocols, configs, data."
+        "list",
+        _list,
+        "What there is: losses, memory, backbones, heads, views, samplers, optimizers, protocols, configs, data.",
     )
     listing.add_argument("what", metavar="WHAT", nargs="?")
     return parser
@@ -201,14 +203,17 @@ def _show_model(path: str) -> None:
 def _list(words: argparse.Namespace) -> None:
     from contrast import config as configuration
     from contrast.data import SOURCES
+    from contrast.data.loader import SAMPLERS
     from contrast.evaluation.protocols import PROTOCOLS
     from contrast.losses import LOSSES
+    from contrast.memory import MEMORIES
     from contrast.models import BACKBONES, HEADS
     from contrast.train.optimizers import OPTIMIZERS
     from contrast.views.views import RECIPES, VIEWS
 
     lists: dict[str, dict[str, str]] = {
         "losses": _described(LOSSES),
+        "memory": _described(MEMORIES),
         "backbones": {
             **_described(BACKBONES),
             "timm:NAME": "any network of timm",
@@ -220,6 +225,7 @@ def _list(words: argparse.Namespace) -> None:
             **_described(RECIPES),
             **{f"- {name}": words for name, words in _described(VIEWS).items()},
         },
+        "samplers": _described(SAMPLERS),
         "optimizers": _described(OPTIMIZERS),
         "protocols": _described(PROTOCOLS),
         "configs": {name: _first_comment(file) for name, file in configuration.shipped().items()},

@@ -18,8 +18,10 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from contrast.data.loader import SAMPLERS
 from contrast.evaluation.protocols import PROTOCOLS
 from contrast.losses import LOSSES
+from contrast.memory import MEMORIES
 from contrast.models.backbones import BACKBONES
 from contrast.models.heads import HEADS
 from contrast.registry import InputError, Registry, check_arguments, nearest, schema
@@ -50,6 +52,8 @@ class EncoderSettings:
     """Backbone and head; `momentum` adds a momentum twin, `predictor` a second head on the online side.
 
     `joint: false` sends each view through on its own, so that batch normalisation sees one view at a time.
+    `reference` names a frozen network, as `contrast evaluate` takes it: its features say how alike samples are, for the
+    losses that ask (cwcl, false_negatives with guide).
     """
 
     backbone: Part = "auto"
@@ -57,6 +61,7 @@ class EncoderSettings:
     momentum: float | None = None
     predictor: Part | None = None
     joint: bool = True
+    reference: str | None = None
 
 
 @dataclass(frozen=True)
@@ -95,6 +100,8 @@ class Config:
     views: Part | Sequence[Any] = "auto"
     encoder: EncoderSettings = field(default_factory=EncoderSettings)
     loss: Part = "info_nce"
+    memory: Sequence[Part] = ()
+    sampler: Part = "shuffled"
     optimizer: Part = "adamw"
     batch_size: int | Literal["auto"] = "auto"
     budget: str = "auto"
@@ -118,10 +125,13 @@ PARTS: dict[str, Registry] = {
     "encoder.head": HEADS,
     "encoder.predictor": HEADS,
     "loss": LOSSES,
+    "sampler": SAMPLERS,
     "optimizer": OPTIMIZERS,
 }
 LOSS_FACTS = {"samples": 1, "dim": 1, "epochs": 1}
 """What only the run knows of a loss: `build.py` fills it in, here stands what does for a check."""
+MEMORY_FACTS = ("samples", "dim", "heads", "reference_dim", "bank", "store", "seed")
+"""What only the run knows of a memory."""
 _AT_LEAST = {
     "seed": 0,
     "data.workers": 0,
@@ -184,7 +194,13 @@ def check(tree: Mapping[str, Any]) -> Config:
     """Give the typed experiment of a tree of settings, every part of it checked against its signature."""
     _plugins(tree.get("plugins", ()))
     settings = {
-        key: _section(key, value) if key in SECTIONS else part(key, value) if key in PARTS else value
+        key: _section(key, value)
+        if key in SECTIONS
+        else part(key, value)
+        if key in PARTS
+        else memories(value)
+        if key == "memory"
+        else value
         for key, value in tree.items()
     }
     config = Config(**check_arguments(Config, settings, where="", owner="the config"))
@@ -198,6 +214,7 @@ def check(tree: Mapping[str, Any]) -> Config:
     # What needs no data is built once and forgotten, for the values that its constructor refuses.
     LOSSES.build(config.loss, where="loss", **LOSS_FACTS)
     OPTIMIZERS.build(config.optimizer, where="optimizer")
+    SAMPLERS.build(config.sampler, where="sampler")
     return config
 
 
@@ -217,6 +234,15 @@ def part(key: str, value: Any) -> Any:
         return _backbone(key, value)
     name, arguments = registry.check(value, where=key)
     return {"name": name, **arguments}
+
+
+def memories(value: Any) -> list[dict[str, Any]]:
+    """Give the memories, each checked against its constructor; one may stand alone, without the list."""
+    listed = [value] if isinstance(value, str | Mapping) else [] if value is None else value
+    if not isinstance(listed, list | tuple):
+        raise InputError(f"memory must be a list of memories, [{{name: queue, size: 4096}}]; got {value!r}.")
+    checked = (MEMORIES.check(one, where=f"memory[{number}]") for number, one in enumerate(listed))
+    return [{"name": name, **arguments} for name, arguments in checked]
 
 
 def defaults() -> dict[str, Any]:
@@ -254,8 +280,19 @@ def resolved(config: Config) -> dict[str, Any]:
                     parts.append((f"{key}.{argument}", registry))
                 elif default is not inspect.Parameter.empty and not (registry is LOSSES and argument in LOSS_FACTS):
                     values.setdefault(f"{key}.{argument}", default)
+    if config.memory:
+        values["memory"] = [_with_defaults(one) for one in config.memory]
     order = [field.name for field in dataclasses.fields(Config)]
     return dict(sorted(values.items(), key=lambda item: order.index(item[0].split(".")[0])))
+
+
+def _with_defaults(memory: Part) -> dict[str, Any]:
+    """Give a memory with the defaults of its arguments; facts of the run are left out."""
+    name, arguments = MEMORIES.check(memory, where="memory")
+    known = schema(MEMORIES[name])
+    free = {key: default for key, (_, default) in known.items() if key not in MEMORY_FACTS}
+    left = {key: default for key, default in free.items() if default is not inspect.Parameter.empty}
+    return {"name": name, **left, **arguments}
 
 
 def shipped() -> dict[str, Path]:

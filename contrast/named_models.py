@@ -22,7 +22,7 @@ Encode = Callable[[Tensor], Tensor]
 
 
 class Model(torch.nn.Module):
-    """A frozen pretrained encoder, ready for raw data.
+    """A frozen encoder, ready for raw data.
 
     Args:
         encoder: with its input statistics.
@@ -65,7 +65,25 @@ def find(name: str, config: Config, data: Data) -> tuple[str, Encode]:
     Raises:
         InputError: where it cannot be had, or does not read this data.
     """
-    part = config.encoder.backbone
+    called, model = _find(name, config.encoder.backbone, data)
+    return called, encode_with(model.encoder) if isinstance(model, Model) else model
+
+
+def reference_of(config: Config, data: Data) -> Encode | None:
+    """Give the frozen network that `encoder.reference` names, raw batch -> (N, R); None where it names none.
+
+    Raises:
+        InputError: where it cannot be had, or does not read this data.
+    """
+    if config.encoder.reference is None:
+        return None
+    try:
+        return _find(config.encoder.reference, "auto", data)[1]
+    except InputError as error:
+        raise InputError(f"encoder.reference: {error}") from None
+
+
+def _find(name: str, part: Any, data: Data) -> tuple[str, Model | Encode]:
     if Path(name).exists():
         if Path(name).is_dir() or (Path(name).parent / "backbone.json").is_file():
             model = load(name)
@@ -74,7 +92,7 @@ def find(name: str, config: Config, data: Data) -> tuple[str, Encode]:
                     f"{name} reads {_items(model.kind, model.shape)}; "
                     f"{data.source} holds {_items(data.kind, data.shape)}."
                 )
-            return "pretrained", encode_with(model.encoder)
+            return "pretrained", model
         if part == "auto":
             raise InputError(
                 f"{name} does not say which network it is; name it: encoder.backbone=timm:resnet18, for example."
@@ -103,9 +121,10 @@ def encode_with(encoder: Encoder) -> Encode:
     return encode
 
 
-def _off_the_shelf(part: Mapping[str, Any], data: Data) -> Encode:
+def _off_the_shelf(part: Mapping[str, Any], data: Data) -> Model:
     backbone = build_backbone(part, data.shape, data.kind)
-    return encode_with(Encoder(backbone, torch.nn.Identity(), inputs=inputs_of(data)))
+    encoder = Encoder(backbone, torch.nn.Identity(), inputs=inputs_of(data))
+    return Model(encoder, {"kind": data.kind, "shape": data.shape})
 
 
 def _imported(name: str) -> Encode:

@@ -14,17 +14,21 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from contrast import config as configuration
 from contrast.build import Experiment, build, build_encoder_for, pick_size, pick_steps, read_data
 from contrast.config import Config, Loaded
 from contrast.data import Data
+from contrast.data.dataset import Samples
 from contrast.evaluation.compare import table
 from contrast.evaluation.features import extract, raw_input
 from contrast.evaluation.protocols import Evaluation, evaluate
+from contrast.losses import BadPairs
 from contrast.models import save_backbone
-from contrast.named_models import Encode, encode_with
+from contrast.named_models import Encode, encode_with, reference_of
 from contrast.registry import InputError
 from contrast.report import save_samples, views_picture, write_report
 from contrast.train.budget import Budget
@@ -124,7 +128,7 @@ def resume(path: str | Path, words: Sequence[str] = ()) -> Run:
         raise InputError(
             f"{data.source} is no longer the data that {folder.path} was started on; give it that data back."
         )
-    experiment = build(config, data)
+    experiment = build(config, data, reference_of(config, data))
     budget = Budget.parse(config.budget, steps_per_epoch=experiment.sampler().steps_per_epoch)
     step = latest_step(folder.checkpoint)
     if budget.steps and budget.steps < step:
@@ -155,16 +159,8 @@ def _prepare(config: Config, data: Data, steps: int) -> tuple[Experiment, Budget
     asked = config.data.size
     config, data = pick_size(config, data)
     check_trainer(config.trainer)
-    experiment = build(config, data)
-    rehearsal = rehearse(
-        experiment.encoder,
-        experiment.loss,
-        experiment.views,
-        experiment.optimizer,
-        data,
-        experiment.sampler(),
-        steps=steps,
-    )
+    experiment = build(config, data, reference_of(config, data))
+    rehearsal = rehearse(experiment.step(), experiment.optimizer, data, experiment.sampler(), steps=steps)
     picked: dict[str, Any] = {} if config.data.size == asked else {"data.size": config.data.size}
     if config.budget == "auto":
         picked["budget"] = f"{pick_steps(experiment, rehearsal.seconds_per_step)} steps"
@@ -208,6 +204,10 @@ def _train_and_measure(experiment: Experiment, budget: Budget, folder: RunFolder
         experiment.optimizer,
         budget,
         steps_per_epoch=sampler.steps_per_epoch,
+        memory=experiment.memory,
+        watching=experiment.watching,
+        reference=experiment.reference,
+        labels=experiment.labels(),
         seed=config.seed,
     )
     go_on = f"go on with: contrast resume {shlex.quote(str(folder.path))}"
@@ -284,12 +284,27 @@ def _measure(experiment: Experiment, folder: RunFolder, outcome: Outcome) -> Run
         train_features=train_features,
         prepare=lambda raw: encoder.cpu().prepare(raw),
         samples=config.report.samples,
+        held_bad=_held_bad(experiment.loss, data.train),
     )
     facts = _facts(config, folder, outcome, time.monotonic() - start)
     write_results(folder, facts, data, evaluation, names=config.report.samples)
     folder.set_state("done", outcome.step)
     log.info("writing the report")
     return Run(folder.path, evaluation, write_report(folder.path, samples=config.report.samples))
+
+
+def _held_bad(loss: torch.nn.Module, train: Samples) -> dict[str, tuple[Samples, NDArray[np.float32]]]:
+    """Give some of the samples that bad-pair mining flagged, those furthest from the mean first, and their losses."""
+    miner = next((part for part in loss.modules() if isinstance(part, BadPairs)), None)
+    if miner is None:
+        return {}
+    history = miner.history.cpu().numpy()[train.sample]
+    found = {}
+    for word, flagged, sign in (("noisy", miner.noisy, 1), ("faulty", miner.faulty, -1)):
+        rows = np.flatnonzero(flagged.cpu().numpy()[train.sample])
+        rows = rows[np.argsort(sign * history[rows], kind="stable")][:6]
+        found[word] = (train.subset(rows), history[rows])
+    return found
 
 
 def _facts(config: Config, folder: RunFolder, outcome: Outcome, evaluation_seconds: float) -> dict[str, Any]:
@@ -338,10 +353,13 @@ def _first_process() -> bool:
 
 
 def _with_whole_path(config: Config) -> Config:
-    """Give the config with its data's path from the root, so that a run can be taken up from any folder."""
-    if not Path(config.data.source).exists():
-        return config
-    return replace(config, data=replace(config.data, source=str(Path(config.data.source).resolve())))
+    """Give the config with its files' paths from the root, so that a run can be taken up from any folder."""
+    if Path(config.data.source).exists():
+        config = replace(config, data=replace(config.data, source=str(Path(config.data.source).resolve())))
+    reference = config.encoder.reference
+    if reference is not None and Path(reference).exists():
+        config = replace(config, encoder=replace(config.encoder, reference=str(Path(reference).resolve())))
+    return config
 
 
 def _about(budget: Budget, seconds_per_step: float) -> str:

@@ -14,9 +14,9 @@ from contrast.memory.memory import Memory
 class NeighbourTables(Memory):
     """Each sample's nearest strangers as they were known at the end of earlier epochs; it gives no candidates.
 
-    Loaders read ahead over the end of an epoch, by how much is their affair. A sampler that asks only for what was known
-    an epoch earlier draws the same batches however far it reads ahead, and also after resuming, since the two newest
-    tables are kept and stand in the checkpoint.
+    Loaders read ahead over the end of an epoch. A sampler that asks only for what was known an epoch earlier draws the
+    same batches however far it reads ahead, and also after resuming, since the two newest tables are kept and stand in
+    the checkpoint.
 
     Args:
         miner: searches the neighbours; only at the end of an epoch, also where its refresh is in steps.

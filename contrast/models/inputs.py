@@ -34,6 +34,10 @@ class ImageInputs(nn.Module):
         _check_shape(raw, "images (N, C, H, W)", 4, self.mean.numel())
         return ((raw.float() - self.low) / (self.high - self.low)).clamp(0, 1)
 
+    def restore(self, x: Tensor) -> Tensor:
+        """Give prepared images in raw values again, float32: what another network's `prepare` reads."""
+        return x * (self.high - self.low) + self.low
+
     def forward(self, x: Tensor) -> tuple[Tensor, None]:
         """Give standardised images, and no mask."""
         return (x - self.mean) / self.std, None
@@ -62,6 +66,10 @@ class SeriesInputs(nn.Module):
         """Give float32 (N, C, L), standardised; NaN stays NaN."""
         _check_shape(raw, "series (N, C, L)", 3, self.mean.numel())
         return (raw.float() - self.mean) / self.std
+
+    def restore(self, x: Tensor) -> Tensor:
+        """Give prepared series in raw units again: what another network's `prepare` reads."""
+        return x * self.std + self.mean
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """Give x with zeros for NaN, and the mask (N, L): True up to the last step with any observed channel.

@@ -16,7 +16,15 @@ from markupsafe import Markup, escape
 
 from contrast.evaluation.features import health
 from contrast.evaluation.results import title
-from contrast.report.pictures import POINTS_OF_A_CURVE, channels_remark, curve, feature_map, sample_picture, shortened
+from contrast.report.pictures import (
+    POINTS_OF_A_CURVE,
+    channels_remark,
+    curve,
+    epoch_curves,
+    feature_map,
+    sample_picture,
+    shortened,
+)
 from contrast.report.record import Record, duration, flat, memory, moment, read_record
 from contrast.report.tables import (
     Table,
@@ -85,6 +93,7 @@ def render(record: Record, *, samples: bool = True) -> str:
         differences=paired_sentences(first) if first else [],
         per_class=per_class_table(first) if first else None,
         curves=_curves(record),
+        bad_pairs=_bad_pairs(record, kind, samples=samples),
         views=_views(record) if samples else None,
         map=_map(record),
         neighbours=_neighbours(record, kind) if samples else None,
@@ -239,6 +248,33 @@ def _curves(record: Record) -> dict[str, Any]:
         label = f"Accuracy of the online probe over {step[-1]:,.0f} steps, {accuracy[-1]:.3f} at the end"
         drawn["probe"] = Markup(curve(step, accuracy, name="probe", label=label, y_label="accuracy"))
     return drawn
+
+
+def _bad_pairs(record: Record, kind: str, *, samples: bool) -> dict[str, Any] | None:
+    """Give what bad-pair mining held to be noisy and faulty: shares over the epochs, and some of the samples."""
+    step, noisy = record.series("noisy_samples")
+    _, faulty = record.series("faulty_samples")
+    _, counts = record.series("bad_pairs_count")
+    if not len(step):
+        return None
+    epochs = np.arange(1, len(step) + 1)
+    weighed = np.flatnonzero(counts > 0)
+    marked = (float(epochs[weighed[0]]), "weighed from here") if len(weighed) and weighed[0] else None
+    label = f"Shares of samples held to be noisy and faulty over {len(epochs)} epochs"
+    svg = epoch_curves(
+        epochs, {"noisy": noisy, "faulty": faulty}, name="bad", label=label, y_label="share of samples", marked=marked
+    )
+    arrays = record.arrays
+    shown: dict[str, list[dict[str, str]]] = {}
+    if samples and {"bad_x", "bad_kind", "bad_name", "bad_loss"} <= set(arrays):
+        for row, word in enumerate(arrays["bad_kind"].tolist()):
+            name = str(arrays["bad_name"][row])
+            picture = _data_address(sample_picture(arrays["bad_x"][row], kind), "png")
+            loss = f"{arrays['bad_loss'][row]:.3g}"
+            shown.setdefault(word, []).append(
+                {"picture": picture, "name": name, "short": shortened(name, 30), "loss": loss}
+            )
+    return {"svg": Markup(svg), "noisy": float(noisy[-1]), "faulty": float(faulty[-1]), "shown": shown}
 
 
 def _map(record: Record) -> dict[str, Any] | None:

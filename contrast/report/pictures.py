@@ -8,7 +8,7 @@ from __future__ import annotations
 import io
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -119,6 +119,46 @@ def curve(
     place.set_ylabel(y_label)
     if y_range is not None:
         place.set_ylim(*y_range)
+    place.grid(color=INK, alpha=0.12, linewidth=0.6)
+    place.spines[["top", "right"]].set_visible(False)
+    return _svg(figure, name=name, label=label)
+
+
+@_drawing()
+def epoch_curves(
+    epoch: Array, values: Mapping[str, Array], *, name: str, label: str, y_label: str, marked: tuple[float, str] | None
+) -> str:
+    """Give an inline SVG of several values over the epochs, each named at its line.
+
+    Args:
+        epoch: (n,) epochs, ascending.
+        values: name -> (n,) its values.
+        name: a word that no other picture of the page has.
+        label: what the picture shows, for people who cannot see it.
+        y_label: what the values are, at the axis.
+        marked: an epoch to mark by a line, and the word beside it.
+    """
+    figure = Figure(figsize=(4.6, 2.7), layout="constrained")
+    place = figure.subplots()
+    for (one, value), colour in zip(values.items(), COLOURS[1:], strict=False):
+        few = len(epoch) <= 40
+        place.plot(epoch, value, color=colour, linewidth=1.6, marker="o" if few else None, markersize=3, label=one)
+    if marked is not None:
+        place.axvline(marked[0], color=INK, alpha=0.5, linewidth=0.8, linestyle="--")
+        place.annotate(
+            marked[1],
+            (marked[0], 1),
+            xycoords=("data", "axes fraction"),
+            xytext=(3, -3),
+            textcoords="offset points",
+            va="top",
+            fontsize=8,
+            color=INK,
+        )
+    place.set_xlabel("epoch")
+    place.set_ylabel(y_label)
+    place.set_ylim(bottom=0)
+    place.legend(frameon=False, fontsize=8, labelcolor=INK)
     place.grid(color=INK, alpha=0.12, linewidth=0.6)
     place.spines[["top", "right"]].set_visible(False)
     return _svg(figure, name=name, label=label)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ def save_samples(
     train_features: Tensor,
     prepare: Callable[[Tensor], Tensor],
     samples: bool = True,
+    held_bad: Mapping[str, tuple[Samples, NDArray[np.float32]]] | None = None,
     queries: int = 6,
     neighbours: int = 5,
     points: int = 2000,
@@ -55,6 +56,10 @@ def save_samples(
     x_name     (u,) str          names of x; only with `samples`
     neighbours (q, 1 + m) int64  rows of x: the query, then its neighbours, nearest first; only with `samples`
     similarity (q, m) float32    the cosine similarities of the neighbours; only with `samples`
+    bad_x      as x              training samples that bad-pair mining flagged; these four only where it did
+    bad_kind   (b,) str          "noisy" or "faulty"
+    bad_name   (b,) str          their names
+    bad_loss   (b,) float32      their mean loss over the epochs
     ========== ================= ===========================================================================
 
     Args:
@@ -67,6 +72,7 @@ def save_samples(
         train_features: (M, F), row i of `train`'s sample i.
         prepare: makes raw batches fit to be drawn: images in [0, 1] (`Encoder.prepare`).
         samples: False leaves out every picture and name.
+        held_bad: "noisy" and "faulty" -> training samples that bad-pair mining flagged, and their mean losses.
         queries: how many samples are shown with neighbours.
         neighbours: how many neighbours each has.
         points: how many features are kept at most.
@@ -105,7 +111,25 @@ def save_samples(
             ),
             "similarity": similarity,
         }
+    if samples and held_bad:
+        arrays |= _bad(held_bad, prepare, kind)
     np.savez_compressed(path, allow_pickle=False, **arrays)
+
+
+def _bad(
+    held_bad: Mapping[str, tuple[Samples, NDArray[np.float32]]], prepare: Callable[[Tensor], Tensor], kind: str
+) -> dict[str, Any]:
+    """Give the arrays of the samples that bad-pair mining flagged."""
+    some = {word: flagged for word, flagged in held_bad.items() if len(flagged[0])}
+    if not some:
+        return {}
+    drawn = [_drawable(prepare(samples.x()), kind) for samples, _ in some.values()]
+    return {
+        "bad_x": _small(torch.cat(drawn), kind),
+        "bad_kind": np.repeat(list(some), [len(samples) for samples, _ in some.values()]),
+        "bad_name": np.array([str(name) for samples, _ in some.values() for name in samples.names], dtype=np.str_),
+        "bad_loss": np.concatenate([loss for _, loss in some.values()]),
+    }
 
 
 def _spread_over_classes(

@@ -8,6 +8,7 @@ WORDS = {
     "collapse": "The encoder gives (nearly) the same features for every sample, so that nothing can be told apart.",
     "cosine similarity": "How far two feature vectors point the same way: 1 the same way, 0 unrelated, -1 opposite.",
     "encoder": "The network that turns a sample into a short list of numbers, its features.",
+    "faulty": "A sample whose two views seem not to belong together: its loss was always large.",
     "features": "The numbers that the encoder gives for a sample; everything here is measured on them.",
     "fingerprint": "A short code of the data's content: another code means other data.",
     "k-NN": "k nearest neighbours: a sample gets the class that most of the training samples with the most similar "
@@ -18,6 +19,7 @@ WORDS = {
     "loss": "What training makes small: views of the same sample should be similar, others not. Its height says "
     "little by itself, and cannot be compared between different losses or batch sizes.",
     "macro-F1": "The balance of wrong alarms and misses of each class, then averaged over classes.",
+    "noisy": "A sample whose views are alike without telling anything, such as noise: its loss was always small.",
     "off the shelf": "An encoder with published weights, not trained on these data.",
     "online probe": "A small classifier that watches the encoder during training, on samples held out from the "
     "training data; it cannot influence the encoder.",

@@ -62,6 +62,8 @@ class Recorder(lightning.Callback):
         assert isinstance(module, Pretraining)
         self._losses.append(outputs["loss"].detach())
         step = module.global_step
+        if step % module.steps_per_epoch == 0 and (held_bad := module.held_bad()):
+            self.add(trainer, {"step": step, "epoch": round(module.epoch, 4), **held_bad})
         if self._bar is not None:
             self._bar.update((step if module.budget.steps else int(module.progress * 1000)) - self._bar.n)
         last = step == module.budget.steps
@@ -80,7 +82,7 @@ class Recorder(lightning.Callback):
             "lr": trainer.optimizers[0].param_groups[0]["lr"],
             "seconds": round(module.elapsed, 2),
         }
-        row |= {name: value.item() for name, value in module.loss.metrics.items()}  # type: ignore[operator, union-attr]
+        row |= {name: float(value) for name, value in module.measured().items()}
         self.add(trainer, row)
         if time.time() - self._beat > 5 and trainer.is_global_zero:
             self._beat = time.time()

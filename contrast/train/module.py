@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import lightning
@@ -11,16 +12,20 @@ from torch import Tensor, nn
 
 from contrast import distributed
 from contrast.data.dataset import Batch
+from contrast.embeddings import Embeddings
+from contrast.losses import BadPairs
+from contrast.memory import Memory
 from contrast.models.batch_norm import synchronise
 from contrast.models.encoder import Encoder
 from contrast.seeding import derived
 from contrast.train.budget import Budget
 from contrast.train.optimizers import Optimizer
+from contrast.train.step import Step
 from contrast.views.views import Views
 
 
 class Pretraining(lightning.LightningModule):
-    """Pretrains an encoder: random views of a batch, their embeddings, one loss.
+    """Pretrains an encoder: random views of a batch, their embeddings, candidates from memories, one loss.
 
     Every random number of a step comes from the seed, the step and the process alone, so that a stopped run goes on
     as if it had never stopped.
@@ -32,6 +37,10 @@ class Pretraining(lightning.LightningModule):
         optimizer: how to step.
         budget: where the schedule ends.
         steps_per_epoch: whole batches of an epoch.
+        memory: where more candidates come from.
+        watching: memories that remember but give no candidates, such as the one by which the sampler finds neighbours.
+        reference: raw batch -> (N, R), a frozen network's features.
+        labels: (samples,) int64 by sample index, -1 for none; false negatives are counted by them, nothing else.
         seed: decides every view and every dropout.
     """
 
@@ -44,6 +53,10 @@ class Pretraining(lightning.LightningModule):
         budget: Budget,
         *,
         steps_per_epoch: int,
+        memory: Sequence[Memory] = (),
+        watching: Sequence[Memory] = (),
+        reference: Callable[[Tensor], Tensor] | None = None,
+        labels: Tensor | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -54,8 +67,14 @@ class Pretraining(lightning.LightningModule):
         self.budget = budget
         self.steps_per_epoch = steps_per_epoch
         self.seed = seed
-        # A loss's memory is alike on every process as it is; DistributedDataParallel would send it around in each step.
-        self._ddp_params_and_buffers_to_ignore = [f"loss.{name}" for name, _ in loss.named_buffers()]
+        self.memory = nn.ModuleList(memory)
+        self.watching = nn.ModuleList(watching)
+        self.labels = labels
+        self.step = Step(encoder, loss, views, memory, watching, reference)
+        # Memories are alike on every process as they are; DistributedDataParallel would send them around in each step.
+        kept = ("loss.", "memory.", "watching.")
+        self._ddp_params_and_buffers_to_ignore = [name for name, _ in self.named_buffers() if name.startswith(kept)]
+        self._keys: list[Embeddings] = []
         self.seconds = 0.0
         self._since = time.monotonic()
 
@@ -85,6 +104,8 @@ class Pretraining(lightning.LightningModule):
 
     def on_fit_start(self) -> None:
         """Start the clock."""
+        if isinstance(self.step.reference, nn.Module):
+            self.step.reference.to(self.device)  # no part of the module: it is not trained and in no checkpoint
         self._since = time.monotonic()
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:  # noqa: ARG002
@@ -96,13 +117,12 @@ class Pretraining(lightning.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:  # noqa: ARG002
         """Give the loss of one batch."""
         generator = torch.Generator(self.device).manual_seed(self.step_seed("views"))
-        views = self.views(self.encoder.prepare(batch.x), generator)
-        out = self.encoder(views)
-        loss: Tensor = self.loss(*out.z, targets=out.targets, sample=batch.sample, group=batch.group)
-        return loss
+        taken = self.step.take(batch, generator)
+        self._keys.append(taken.keys)
+        return taken.loss
 
     def optimizer_step(self, *given: Any, **named: Any) -> None:
-        """Step, and finish the step: move the momentum twin, let the loss remember, close an epoch of the loss.
+        """Step, and finish the step: move the momentum twin, let loss and memories remember, close their epoch.
 
         Lightning calls the callbacks' `on_train_batch_end` before the module's: here, what they save is finished.
         """
@@ -111,8 +131,40 @@ class Pretraining(lightning.LightningModule):
         self.encoder.update_twin(self.budget.progress(step, self.elapsed))
         if hasattr(self.loss, "update"):
             self.loss.update()  # type: ignore[operator]
+        keys, self._keys = self._keys, []
+        self.step.remember(keys)
         if step % self.steps_per_epoch == 0:
             self.loss.end_epoch()  # type: ignore[operator]
+            for memory in (*self.step.memory, *self.step.watching):
+                memory.end_epoch()
+
+    def measured(self) -> dict[str, Tensor | float]:
+        """Give what is worth logging of the last step: by the loss, the memories, and the labels where there are any.
+
+        Labels count the false negatives among the candidates and are used for nothing else.
+        """
+        rows: dict[str, Tensor | float] = dict(self.loss.metrics)  # type: ignore[arg-type]
+        for memory in (*self.step.memory, *self.step.watching):
+            rows |= memory.metrics
+        if self.labels is not None and hasattr(self.loss, "false_negative_rates"):
+            self.labels = self.labels.to(self.device)
+            rows |= self.loss.false_negative_rates(self.labels)  # type: ignore[operator]
+        return rows
+
+    def held_bad(self) -> dict[str, float]:
+        """Give the shares of samples that bad-pair mining holds to be noisy and faulty by the epochs that have ended.
+
+        `bad_pairs_count` says whether they weigh less in the next epoch. {} without such a loss.
+        """
+        for part in self.loss.modules():
+            if isinstance(part, BadPairs):
+                mass = (part.counts > 0).sum().clamp(min=1)
+                return {
+                    "noisy_samples": float(part.noisy.sum() / mass),
+                    "faulty_samples": float(part.faulty.sum() / mass),
+                    "bad_pairs_count": float(part.epoch >= part.warmup_epochs),
+                }
+        return {}
 
     def step_seed(self, purpose: str) -> int:
         """Give the seed of this step for this process; another purpose, another seed."""

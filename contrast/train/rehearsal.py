@@ -7,18 +7,17 @@ import resource
 import statistics
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
-from contrast.data.dataset import Data
+from contrast.data.dataset import Batch, Data
 from contrast.data.loader import StepSampler
-from contrast.models.encoder import Encoder
 from contrast.registry import InputError
 from contrast.seeding import derived
 from contrast.train.optimizers import Optimizer
-from contrast.views.views import Views
+from contrast.train.step import Step
 
 
 @dataclass(frozen=True)
@@ -43,9 +42,7 @@ class Rehearsal:
 
 
 def rehearse(
-    encoder: Encoder,
-    loss: nn.Module,
-    views: Views,
+    step: Step,
     optimizer: Optimizer,
     data: Data,
     sampler: StepSampler,
@@ -54,14 +51,14 @@ def rehearse(
     shown: int = 8,
     device: torch.device | None = None,
 ) -> Rehearsal:
-    """Train copies of encoder and loss for some steps and forget them; random state and originals stay untouched.
+    """Train copies of the parts for some steps and forget them; random state and originals stay untouched.
 
     Raises:
-        InputError: where views, encoder and loss do not fit together, or the loss is not finite.
+        InputError: where views, encoder, loss and memories do not fit together, or the loss is not finite.
     """
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    encoder, loss = copy.deepcopy(encoder).to(device).train(), copy.deepcopy(loss).to(device).train()
-    stepper = optimizer.build([encoder, loss])
+    own = _copied(step, device)
+    stepper = optimizer.build([own.encoder, own.loss])
     for group in stepper.param_groups:
         group["lr"] = 0.0  # training starts from there; the full rate without its warm-up could diverge
     seconds, value = [], float("nan")
@@ -71,23 +68,23 @@ def rehearse(
         torch.cuda.reset_peak_memory_stats()
     with torch.random.fork_rng():
         torch.manual_seed(derived(sampler.seed, "rehearsal"))
-        for step in range(steps):
+        for number in range(steps):
             start = time.perf_counter()
             positions = next(batches)
-            batch = data.train.__getitems__(positions)
-            x = encoder.prepare(batch.x.to(device))
-            generator = torch.Generator(device).manual_seed(derived(sampler.seed, "rehearsal", step))
-            drawn = views(x, generator)
-            originals = x
-            out = encoder(drawn)
+            batch = Batch(*(field.to(device) for field in data.train.__getitems__(positions)))
+            generator = torch.Generator(device).manual_seed(derived(sampler.seed, "rehearsal", number))
             try:
-                total = loss(*out.z, targets=out.targets, sample=batch.sample.to(device), group=batch.group.to(device))
+                taken = own.take(batch, generator)
+            except InputError:
+                raise
             except ValueError as error:
                 raise InputError(f"loss: {error}") from error
+            originals, drawn = taken.prepared, taken.views
             stepper.zero_grad()
-            total.backward()
+            taken.loss.backward()  # type: ignore[no-untyped-call]
             stepper.step()
-            value = total.item()
+            own.remember([taken.keys])
+            value = taken.loss.item()
             seconds.append(time.perf_counter() - start)
     if value != value:
         raise InputError("the loss is NaN on the first batches of this data; look for extreme values in it.")
@@ -99,6 +96,16 @@ def rehearse(
         [view[:shown].cpu() for view in drawn],
         [data.train.names[position] for position in positions[:shown]],
     )
+
+
+def _copied(step: Step, device: torch.device) -> Step:
+    """Give the step with copies of all that it changes, on the device."""
+    encoder, loss, memory, watching = copy.deepcopy((step.encoder, step.loss, step.memory, step.watching))
+    for part in (encoder, loss, *memory, *watching):
+        part.to(device).train()
+    if isinstance(step.reference, nn.Module):
+        step.reference.to(device)
+    return replace(step, encoder=encoder, loss=loss, memory=memory, watching=watching)
 
 
 def peak_bytes(device: torch.device) -> int:
