@@ -8,8 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-QUERIES, STORED = 1024, 16_384
-"""No more similarities than 1,024 x 16,384 are held at a time."""
+from contrast.retrieval import nearest
 
 
 @dataclass(frozen=True)
@@ -39,7 +38,7 @@ class Neighbours:
 
     def probabilities(self, features: Tensor) -> Tensor:
         """Give each class's share of the votes, (N, C) float64, for features (N, F)."""
-        similarity, index = nearest_items(F.normalize(features.float()), self.stored, self.neighbours)
+        similarity, index = nearest(F.normalize(features.float()), self.stored, self.neighbours)
         vote = (similarity.double() / self.temperature).softmax(1)
         votes = torch.zeros(len(features), self.classes, dtype=torch.float64)
         return votes.scatter_add_(1, self.target[index], vote)
@@ -54,46 +53,3 @@ def fit_neighbours(
     """
     k = max(1, min(neighbours, len(target) // len(torch.unique(target))))
     return Neighbours(F.normalize(features.float()), target, classes, k, temperature)
-
-
-def nearest_items(queries: Tensor, stored: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Give the k largest inner products of each query, largest first, and which stored vectors they belong to.
-
-    Exact; equal products stand in the order of `stored`. A block of products is held at a time.
-
-    Args:
-        queries: (N, F).
-        stored: (M, F), M >= k.
-        k: at least 1.
-
-    Returns:
-        products (N, k) and positions (N, k) int64.
-    """
-    found = [_nearest_in_blocks(block, stored, k) for block in torch.split(queries, QUERIES)]
-    return torch.cat([product for product, _ in found]), torch.cat([index for _, index in found])
-
-
-def _nearest_in_blocks(queries: Tensor, stored: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    best = queries.new_empty(len(queries), 0)
-    where = torch.empty(len(queries), 0, dtype=torch.int64)
-    for start in range(0, len(stored), STORED):
-        product, index = _largest(queries @ stored[start : start + STORED].T, k)
-        # The earlier blocks stand first, and the sort is stable: equal products stay in order.
-        best, order = torch.cat([best, product], 1).sort(dim=1, descending=True, stable=True)
-        where = torch.cat([where, index + start], 1).gather(1, order)[:, :k]
-        best = best[:, :k]
-    return best, where
-
-
-def _largest(product: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Give the k largest of each row and their positions, by value, then by position."""
-    k = min(k, product.shape[1])
-    values, index = product.topk(k, 1)
-    # topk picks freely among values equal to the last it takes; only those rows are worth a whole sort.
-    torn = (product >= values[:, -1:]).sum(1) > k
-    if torn.any():
-        ordered, position = product[torn].sort(dim=1, descending=True, stable=True)
-        values[torn], index[torn] = ordered[:, :k], position[:, :k]
-    index, order = index.sort(1)
-    values, by_value = values.gather(1, order).sort(dim=1, descending=True, stable=True)
-    return values, index.gather(1, by_value)
