@@ -128,12 +128,12 @@ def _generator(*parts: int | str) -> torch.Generator:
 def experiment_of(cell: Cell, source: Path, epochs: int, warmup: int) -> Experiment:
     """Build a cell's experiment; without mining the warm-up never ends, so that the history is kept all the same."""
     warmup = warmup if cell.mining == "on" else epochs
-    widths = f"noisy_width: {NOISY_WIDTH}, faulty_width: {FAULTY_WIDTH}"
+    mining = f"warmup_epochs: {warmup}, noisy_width: {NOISY_WIDTH}, faulty_width: {FAULTY_WIDTH}, weight: peak_one"
     words = [
         *SETS[cell.set].words,
         f"data.source={source}",
         f"seed={cell.seed}",
-        f"loss={{name: bad_pairs, warmup_epochs: {warmup}, {widths}, weight: peak_one, loss: {{name: info_nce, temperature: 0.2}}}}",
+        f"loss={{name: bad_pairs, {mining}, loss: {{name: info_nce, temperature: 0.2}}}}",
         f"budget={epochs} epochs",
     ]
     config = configuration.load(None, words).config
