@@ -37,7 +37,16 @@ def contrast_says(capfd):
 
 
 def weights(run):
-    return torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    """Give all tensors and numbers of the last checkpoint, also those inside the state of a memory."""
+    return dict(flat(torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]))
+
+
+def flat(state, above=""):
+    for key, value in state.items() if isinstance(state, dict) else enumerate(state):
+        if isinstance(value, dict | list | tuple):
+            yield from flat(value, f"{above}{key}.")
+        else:
+            yield f"{above}{key}", value
 
 
 def numbers(run):
@@ -48,7 +57,7 @@ def numbers(run):
 def assert_same(a, b):
     assert a.keys() == b.keys()
     for key, value in a.items():
-        assert torch.equal(value, b[key]), key
+        assert torch.equal(value, b[key]) if isinstance(value, torch.Tensor) else value == b[key], key
 
 
 def test_pretrain_leaves_everything_that_a_run_promises(tmp_path, contrast_says):
@@ -101,10 +110,24 @@ def test_the_same_seed_gives_the_same_weights_and_numbers_and_another_does_not(t
     assert not torch.equal(*(weights(tmp_path / run)["encoder.head.0.weight"] for run in "ac"))
 
 
-@pytest.mark.parametrize("config", ["simclr", "moco_v3", "cacr"])
-def test_a_stopped_and_resumed_run_equals_an_unbroken_one_bit_for_bit(config, tmp_path, contrast_says, monkeypatch):
+MEMORIES = {
+    "a queue": ["moco_v2", "memory=[{name: queue, size: 40}]"],
+    "positives from a queue": ["nnclr"],
+    "hard negatives": ["hard_negatives"],
+    "mutual neighbours": ["memory=[{name: nearest_positives, mutual: 5}]"],
+    "batches of neighbours": ["neighbour_batches"],
+    "two that share a bank": ["memory=[bank, {name: hard_negatives, neighbours: 3, refresh: 2 steps}]"],
+}
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["simclr"], ["moco_v3"], ["cacr"], *MEMORIES.values()],
+    ids=["simclr", "moco_v3", "cacr", *MEMORIES],
+)
+def test_a_stopped_and_resumed_run_equals_an_unbroken_one_bit_for_bit(words, tmp_path, contrast_says, monkeypatch):
     images(tmp_path / "bars.npz")
-    settings = ["bars.npz", config, "budget=9 steps", "probe.every=2", *QUICK]
+    settings = ["bars.npz", *words, "budget=9 steps", "probe.every=2", *QUICK]
     assert contrast_says("pretrain", *settings, "--out", "whole")[0] == 0
     record = Recorder.on_train_batch_end
 
@@ -161,22 +184,38 @@ def test_a_run_cut_off_after_a_checkpoint_goes_on_bit_for_bit(step, tmp_path, co
 BAD_PAIRS = "{name: bad_pairs, loss: info_nce, warmup_epochs: 0, noisy_width: 0.8, faulty_width: 0.8}"
 
 
-@pytest.mark.parametrize("loss", ["info_nce", pytest.param(BAD_PAIRS, marks=pytest.mark.long)])
-def test_two_processes_train_as_one(loss, tmp_path):
+@pytest.mark.parametrize(
+    "more_words",
+    [
+        ["memory=[{name: queue, size: 48}, {name: hard_negatives, neighbours: 3, refresh: 2 steps}]"],
+        pytest.param([f"loss={BAD_PAIRS}"], marks=pytest.mark.long),
+        pytest.param(["nnclr", "encoder.predictor.batch_norm=false"], marks=pytest.mark.long),
+        pytest.param(
+            ["memory=[{name: hard_negatives, neighbours: 3, bank: {name: bank, bytes_per_process: 64}}]"],
+            marks=pytest.mark.long,
+        ),
+        pytest.param(["neighbour_batches", "budget=8 steps"], marks=pytest.mark.long),
+    ],
+    ids=["queue and hard negatives", "bad pairs", "nnclr", "sharded bank", "batches of neighbours"],
+)
+def test_two_processes_train_as_one(more_words, tmp_path):
     """The whole model: gathered losses, averaged gradients, synchronised batch norm; random views are left out."""
     images(tmp_path / "bars.npz")
     words = ["bars.npz", "budget=4 steps", "views=none", "trainer.accelerator=cpu", *QUICK, "evaluate.protocols=[knn]"]
-    words.append(f"loss={loss}")
+    words += more_words
     for out, more in (("one", []), ("two", ["trainer.devices=2", "trainer.strategy=ddp"])):
         command = [sys.executable, "-m", "contrast.cli", "pretrain", *words, *more, "--out", out]
         ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
         assert ran.returncode == 0, ran.stderr
-    assert ran.stderr.count("training for 4 steps") == 1
+    assert ran.stderr.count("training for") == 1
     one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
     assert one.keys() == two.keys()
     for key, value in one.items():
         if key in ("loss.sums", "loss.epoch_sums"):
             value, two[key] = value / 2**24, two[key] / 2**24  # BadPairs counts in these units
+        if key.startswith("memory.") and f"{key.rpartition('.')[0]}.position" in one:
+            # The processes take turns in a batch, and the queue has the rows of one after those of the other.
+            value, two[key] = (torch.as_tensor(rows, dtype=torch.float).sort(0)[0] for rows in (value, two[key]))
         torch.testing.assert_close(two[key], value, rtol=1e-3, atol=1e-5, msg=lambda text, key=key: f"{key}: {text}")
     assert json.loads((tmp_path / "two/results.json").read_text())["run"]["processes"] == 2
 

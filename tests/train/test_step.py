@@ -1,0 +1,182 @@
+"""A step with memories: who is asked for what, what is remembered, and when."""
+
+import pytest
+import torch
+from torch import nn
+
+from contrast.data.dataset import Batch
+from contrast.embeddings import normalise
+from contrast.losses import CWCL, InfoNCE, NegativeCosine
+from contrast.memory import Bank, HardNegatives, NearestPositives, Queue
+from contrast.models import Encoder
+from contrast.models.heads import mlp
+from contrast.models.inputs import SeriesInputs
+from contrast.train.step import Step
+from contrast.views.recipes import series
+from contrast.views.views import Views
+
+
+class Flat(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(8, 6)
+
+    def forward(self, x):
+        return self.linear(x.flatten(1))
+
+
+def encoder(**parts):
+    torch.manual_seed(0)
+    return Encoder(Flat(), mlp(6, out=4, batch_norm=False), inputs=SeriesInputs([0.5], [2.0]), width=6, **parts)
+
+
+def views():
+    return series()
+
+
+def batch(rows=5, start=0):
+    generator = torch.Generator().manual_seed(start)
+    sample = torch.arange(start, start + rows)
+    return Batch(torch.randn(rows, 1, 8, generator=generator), sample, sample % 2, sample)
+
+
+def take(step, number=0, rows=5):
+    return step.take(batch(rows, rows * number), torch.Generator().manual_seed(number))
+
+
+def test_without_memory_it_is_the_loss_of_the_views():
+    step = Step(encoder(), InfoNCE(), views())
+    taken = take(step)
+    out = step.encoder(taken.views)
+    torch.testing.assert_close(taken.loss, InfoNCE()(*out.z))
+
+
+def test_it_remembers_the_last_view_without_gradient_and_its_samples():
+    queue = Queue(8, dim=4)
+    step = Step(encoder(), InfoNCE(), views(), [queue])
+    taken = take(step)
+    assert queue.filled == 0, "the backward pass is still to come"
+    taken.loss.backward()
+    step.remember([taken.keys])
+    held = queue.candidates(taken.keys)
+    torch.testing.assert_close(held.z, normalise(step.encoder(taken.views).z[-1]).detach())
+    assert held.sample.tolist() == [0, 1, 2, 3, 4]
+    assert not held.z.requires_grad
+
+
+def test_what_it_remembers_is_the_momentum_key_where_there_is_a_twin():
+    queue = Queue(8, dim=4)
+    step = Step(encoder(momentum=0.9), InfoNCE(candidates="memory"), views(), [queue])
+    taken = take(step)
+    step.remember([taken.keys])
+    torch.testing.assert_close(queue.candidates(taken.keys).z, normalise(step.encoder(taken.views).targets[-1]))
+
+
+def test_remembered_samples_are_candidates_of_the_next_step():
+    queue = Queue(8, dim=4)
+    loss = InfoNCE()
+    step = Step(encoder(), loss, views(), [queue])
+    step.remember([take(step, 0).keys])
+    taken = take(step, 1)
+    out = step.encoder(taken.views)
+    expected = InfoNCE()(*out.z, sample=batch(5, 5).sample, extra=[queue])
+    torch.testing.assert_close(taken.loss, expected)
+    assert loss.metrics["negatives"] == 8 + 5
+
+
+def test_neighbours_become_the_views_and_the_embeddings_their_targets():
+    queue = Queue(8, dim=4)
+    nearest = NearestPositives(queue)
+    step = Step(encoder(predictor=mlp(4, out=4, batch_norm=False)), InfoNCE(candidates="across"), views(), [nearest])
+    first = take(step, 0)
+    first.loss.backward()
+    assert not queue.filled
+    step.remember([first.keys])
+    taken = take(step, 1)
+    out = step.encoder(taken.views)
+    held = queue.candidates(taken.keys).z
+    near = [held[(normalise(key) @ held.T).argmax(dim=1)] for key in out.targets]
+    expected = InfoNCE(candidates="across")(*near, targets=out.z, sample=batch(5, 5).sample)
+    torch.testing.assert_close(taken.loss, expected)
+    step.encoder.zero_grad()
+    taken.loss.backward()
+    assert all(parameter.grad.abs().sum() > 0 for parameter in step.encoder.parameters())
+
+
+def test_a_bank_that_two_memories_share_is_written_once_a_step():
+    bank = Bank(20, dim=4)
+    step = Step(encoder(), InfoNCE(), views(), [bank, HardNegatives(bank, 2), NearestPositives(bank)])
+    step.remember([take(step).keys])
+    assert bank.updates == 1
+
+
+def test_memories_that_only_watch_give_no_candidates():
+    bank, loss = Bank(20, dim=4), InfoNCE()
+    step = Step(encoder(), loss, views(), watching=[bank])
+    step.remember([take(step, 0).keys])
+    take(step, 1)
+    assert loss.metrics["negatives"] == 8
+    assert (bank.age >= 0).sum() == 5
+
+
+def test_a_loss_without_rows_trains_without_memories():
+    taken = take(Step(encoder(predictor=mlp(4, out=4)), NegativeCosine(), views()))
+    assert torch.isfinite(taken.loss)
+
+
+def test_a_frozen_network_s_features_reach_the_loss_and_the_queue():
+    def reference(raw):
+        return raw.flatten(1)[:, :3]
+
+    queue = Queue(8, dim=4, reference_dim=3)
+    step = Step(encoder(), CWCL(), views(), [queue], reference=reference)
+    taken = take(step, 0)
+    out = step.encoder(taken.views)
+    torch.testing.assert_close(taken.loss, CWCL()(*out.z, reference=reference(batch().x)))
+    step.remember([taken.keys])
+    torch.testing.assert_close(queue.candidates(taken.keys).reference, normalise(reference(batch().x)))
+
+
+def test_a_loss_that_asks_for_it_gets_the_frozen_network_s_features_of_each_view():
+    seen = []
+
+    def reference(raw):
+        seen.append(raw)
+        return raw.flatten(1)
+
+    given = {}
+
+    class Asking(nn.Module):
+        reference_of = "view"
+
+        def forward(self, *z, reference, **_):
+            given["reference"] = reference
+            return z[0].sum()
+
+    step = Step(encoder(), Asking(), Views(views().views), reference=reference)
+    taken = take(step)
+    assert len(given["reference"]) == 2
+    for raw, view in zip(seen, taken.views, strict=True):
+        torch.testing.assert_close(step.encoder.prepare(raw), view, equal_nan=True)
+    with pytest.raises(AssertionError):
+        torch.testing.assert_close(*given["reference"])
+
+
+def test_the_frozen_network_takes_no_gradient():
+    network = nn.Linear(8, 3)
+    step = Step(encoder(), CWCL(), views(), reference=lambda raw: network(raw.flatten(1)))
+    take(step).loss.backward()
+    assert network.weight.grad is None
+
+
+def test_a_raw_loss_remembers_raw_embeddings():
+    class Raw(InfoNCE):
+        normalise = False
+
+    queue = Queue(8, dim=4)
+    step = Step(encoder(), Raw(), views(), [queue])
+    taken = take(step)
+    step.remember([taken.keys])
+    torch.testing.assert_close(queue.candidates(taken.keys).z, step.encoder(taken.views).z[-1].detach())
+
+
