@@ -10,6 +10,7 @@ from contrast.losses.cacr_queue import CACRQueue
 from contrast.losses.cacr_rbf import CACRRBF
 from contrast.losses.cwcl import CWCL
 from contrast.losses.decoupled import DecoupledInfoNCE
+from contrast.losses.false_negatives import FalseNegatives
 from contrast.losses.hard_contrastive import HardContrastive
 from contrast.losses.hard_negative import HardNegative
 from contrast.losses.info_nce import InfoNCE
@@ -29,6 +30,7 @@ __all__ = [
     "CACRMultiCrop",
     "CACRQueue",
     "DecoupledInfoNCE",
+    "FalseNegatives",
     "HardContrastive",
     "HardNegative",
     "InfoNCE",

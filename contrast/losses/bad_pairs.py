@@ -118,7 +118,7 @@ class BadPairs(PairLoss):
         self.statistics = statistics
         self.weight = weight
         self.epochs = epochs
-        for wish in ("needs_positive", "needs_negative", "normalise", "reads_similarity"):
+        for wish in ("needs_positive", "needs_negative", "normalise", "reads_similarity", "reference_of"):
             setattr(self, wish, getattr(loss, wish))
         for name in ("sums", "counts", "epoch_sums", "epoch_counts"):
             self.register_buffer(name, torch.zeros(samples, dtype=torch.int64))
@@ -155,6 +155,12 @@ class BadPairs(PairLoss):
             )
         self._call = (sample, [self.loss._valid(pairs) for pairs in prepared])
         return prepared
+
+    def narrowed(self, prepared: Sequence[Pairs]) -> None:
+        """Note which rows count once some negatives do not."""
+        assert self._call is not None
+        self._call = (self._call[0], [self.loss._valid(pairs) for pairs in prepared])
+        self.loss.narrowed(prepared)
 
     def per_anchor(self, pairs: Pairs) -> Tensor:
         """Give the inner loss's rows."""

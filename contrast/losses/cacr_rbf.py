@@ -78,7 +78,7 @@ class CACRRBF(PairLoss):
         targets: Sequence[Tensor | None] | None = None,
         sample: Tensor | None = None,
         group: Tensor | None = None,
-        reference: Tensor | None = None,
+        reference: Tensor | Sequence[Tensor] | None = None,
         extra: Extra | Sequence[Extra] = (),
         reduction: Literal["mean", "none"] = "mean",
     ) -> Tensor:
@@ -89,7 +89,12 @@ class CACRRBF(PairLoss):
         extras = [extra] if isinstance(extra, Tensor | Embeddings | Source) else list(extra)
         with torch.autocast(views[0].device.type, enabled=False):
             (pairs,) = self.pairs(
-                *views, targets=targets, sample=sample, group=group, reference=reference, extra=extras
+                *views,
+                targets=targets,
+                sample=sample,
+                group=group,
+                reference=self._references(reference, views, targets),
+                extra=extras,
             )
             valid = self._valid(pairs)
             self._last = [

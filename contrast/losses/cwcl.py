@@ -69,10 +69,10 @@ class CWCL(InfoNCE):
         extras = self.extras(extra, own)
         for part in extras:
             width = None if part.reference is None else part.reference.shape[1]
-            if width != reference.shape[1]:
+            if width != reference.shape[-1]:
                 raise ValueError(
                     f"CWCL weighs every candidate by the frozen tower: extras are Embeddings with reference "
-                    f"(K, {reference.shape[1]}); got {'none' if width is None else f'(K, {width})'}."
+                    f"(K, {reference.shape[-1]}); got {'none' if width is None else f'(K, {width})'}."
                 )
         if twins:
             return [Pairs(concatenate(own), (*gather_all(twins), *extras), across=True, views=len(twins))]

@@ -22,7 +22,7 @@ from contrast.embeddings import (
     of_view,
     unknown_samples,
 )
-from contrast.pairs import Pairs, all_pairs
+from contrast.pairs import Pairs, Rule, all_pairs
 from contrast.reductions import Relation
 from contrast.registry import Registry
 
@@ -57,12 +57,15 @@ class PairLoss(nn.Module):
         normalise: whether embeddings are given unit length first.
         reads_similarity: whether `per_anchor` reads `pairs.similarity`; it is then called for blocks of anchors, and
             again in the backward pass.
+        reference_of: what a training loop hands over as `reference`: a frozen tower's vectors of each "sample", or of
+            each "view".
     """
 
     needs_positive: ClassVar[bool] = True
     needs_negative: ClassVar[bool] = False
     normalise: ClassVar[bool] = True
     reads_similarity: ClassVar[bool] = False
+    reference_of: Literal["sample", "view"] = "sample"
 
     def __init__(self) -> None:
         super().__init__()
@@ -81,7 +84,7 @@ class PairLoss(nn.Module):
         targets: Sequence[Tensor | None] | None = None,
         sample: Tensor | None = None,
         group: Tensor | None = None,
-        reference: Tensor | None = None,
+        reference: Tensor | Sequence[Tensor] | None = None,
         extra: Extra | Sequence[Extra] = (),
         reduction: Literal["mean", "none"] = "mean",
     ) -> Tensor:
@@ -93,7 +96,8 @@ class PairLoss(nn.Module):
                 there is none. They become the candidates, and never those of their own view.
             sample: (N,) int64 >= 0, indices in the data set; without them every row is a new sample.
             group: (N,) int64, equal = positives (labels); without it only the views of one sample are positives.
-            reference: (N, R), a frozen tower's embeddings of the samples.
+            reference: (N, R), a frozen tower's embeddings of the samples; or one (N, R) a view, of the views, which the
+                targets share.
             extra: more candidates, the same on every process: memories, `Embeddings`, or plain (K, D) negatives.
             reduction: "mean", or "none" for the local anchors' rows, view after view (with one softmax a target view:
                 as many rows for each anchor).
@@ -110,7 +114,12 @@ class PairLoss(nn.Module):
         extras = list(extra) if isinstance(extra, list | tuple) else self._listed(extra)
         with full_precision(views[0]):
             prepared = self.pairs(
-                *views, targets=targets, sample=sample, group=group, reference=reference, extra=extras
+                *views,
+                targets=targets,
+                sample=sample,
+                group=group,
+                reference=self._references(reference, views, targets),
+                extra=extras,
             )
             anchors = [pairs.anchor for pairs in prepared]
             rows = self.combine([self.rows(pairs) for pairs in prepared], anchors)
@@ -138,6 +147,9 @@ class PairLoss(nn.Module):
             return [all_pairs(*own, extra=extras)]
         return [Pairs(concatenate(own), (*gather_all(twins), *extras), across=True, views=len(twins))]
 
+    def narrowed(self, prepared: Sequence[Pairs]) -> None:
+        """Be told, by a wrapper that ignores some negatives, what becomes of the pairs that this loss has made."""
+
     def embed(
         self,
         views: Sequence[Tensor],
@@ -146,13 +158,24 @@ class PairLoss(nn.Module):
         group: Tensor | None = None,
         reference: Tensor | None = None,
     ) -> tuple[list[Embeddings], list[Embeddings]]:
-        """Give the views and the targets as embeddings with identities, of unit length where the loss wants that."""
+        """Give the views and the targets as embeddings with identities, of unit length where the loss wants that.
+
+        Args:
+            views: (N, D) or (H, N, D) each.
+            targets: their twins.
+            sample: (N,) int64.
+            group: (N,) int64.
+            reference: (N, R), or (V, N, R) of V views.
+        """
         count, device = views[0].shape[-2], views[0].device
         fresh = sample is None
         sample = unknown_samples(count, device) if sample is None else _identity("sample", sample, count, device)
         group = sample if group is None else _identity("group", group, count, device)
         if reference is not None:
             reference = normalise(reference.detach())
+
+        def seen(view: int) -> Tensor | None:
+            return reference if reference is None or reference.ndim == 2 else reference[view]
 
         known = group is sample and (fresh or _distinct(sample))
 
@@ -162,7 +185,7 @@ class PairLoss(nn.Module):
             if whole.device.type == "cpu" and not _finite(whole):
                 self._name_not_finite(what, views)
             return [
-                of_view(z, sample, group, view, reference, fresh=fresh if known else None, unit=self.normalise)
+                of_view(z, sample, group, view, seen(view), fresh=fresh if known else None, unit=self.normalise)
                 for view, z in zip(views, _slices(whole, len(views)), strict=True)
             ]
 
@@ -236,8 +259,52 @@ class PairLoss(nn.Module):
         measured = [self.measure(pairs) for pairs in self._last]
         return {name: torch.stack([one[name] for one in measured]).mean() for name in (measured[0] if measured else ())}
 
+    @torch.no_grad()
+    def false_negative_rates(self, labels: Tensor) -> dict[str, Tensor]:
+        """Give how many of the last call's negatives on this process were false by labels that it never used.
+
+        "false_negatives" is the share of the negatives, before any rule, that have the anchor's label;
+        "false_negatives_removed" the share of these that a rule left out; "true_negatives_removed" the share of the
+        others. Negatives without a label count nowhere; of nothing the share is 0. {} before the first call.
+
+        Args:
+            labels: (samples,) int64 by sample index, -1 for none.
+        """
+        met = torch.zeros(2, 2, dtype=torch.int64, device=labels.device)
+        for pairs in self._last:
+            for row, rules in enumerate(((), pairs.rules)):
+                for column, other in enumerate((True, False)):
+                    kept = replace(pairs, rules=rules).ignoring(_labelled(labels, same=not other))
+                    met[row, column] += kept.count("negative").sum().to(met.device)
+        if not self._last:
+            return {}
+        (false, true), (false_kept, true_kept) = met.double()
+        return {
+            "false_negatives": false / (false + true).clamp(min=1),
+            "false_negatives_removed": (false - false_kept) / false.clamp(min=1),
+            "true_negatives_removed": (true - true_kept) / true.clamp(min=1),
+        }
+
     def end_epoch(self) -> None:
         """Close an epoch; a loss that keeps statistics by epoch turns them over here."""
+
+    def _references(
+        self, reference: Tensor | Sequence[Tensor] | None, views: Sequence[Tensor], targets: Sequence[Any] | None
+    ) -> Tensor | None:
+        """Give (N, R), or (V, N, R) where there is one a view."""
+        if reference is None:
+            return None
+        several = not isinstance(reference, Tensor)
+        parts = [reference] if isinstance(reference, Tensor) else list(reference)
+        count, wanted = views[0].shape[-2], max(len(views), len(targets or ()))
+        if not all(isinstance(one, Tensor) and one.ndim == 2 and len(one) == count for one in parts) or (
+            several and (len(parts) != wanted or len({one.shape[1] for one in parts}) != 1)
+        ):
+            raise ValueError(
+                f"{type(self).__name__}: reference is ({count}, R), or one ({count}, R) for each of the {wanted} "
+                f"views; got {', '.join(map(_described, parts)) or 'none'}."
+            )
+        return torch.stack(parts) if several else parts[0]
 
     @staticmethod
     def _listed(extra: Any) -> list[Extra]:
@@ -313,6 +380,20 @@ def global_mean(rows: Tensor, valid: Tensor) -> Tensor:
     count = sums[1].clamp(min=1)
     share = own * (world / count).to(own.dtype)
     return (sums[0] / count).to(own.dtype) + (share - share.detach())
+
+
+def _labelled(labels: Tensor, *, same: bool) -> Rule:
+    """Give the rule that leaves out what has the anchor's label (or another one), and what has none."""
+
+    def label(sample: Tensor) -> Tensor:
+        known = (sample >= 0) & (sample < len(labels))
+        return torch.where(known, labels.to(sample.device)[sample.clamp(0, len(labels) - 1)], -1)
+
+    def rule(anchor: Embeddings, candidate: Embeddings, similarity: Tensor) -> Tensor:  # noqa: ARG001
+        own, other = label(anchor.sample)[:, None], label(candidate.sample)
+        return ((own == other) == same) | (own < 0) | (other < 0)
+
+    return rule
 
 
 def _joined(rows: Sequence[Tensor]) -> Tensor:

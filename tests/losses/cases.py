@@ -124,6 +124,9 @@ _KNOWN = [
         targets=True,
         sample=True,
     ),
+    Case("false_negatives", {"loss": {"name": "info_nce"}, "relative_margin": 0.3}),
+    Case("false_negatives", {"loss": {"name": "decoupled"}, "above": 0.2, "top": 1}, targets=True, extra=True),
+    Case("false_negatives", {"loss": {"name": "siglip"}, "margin": 0.2}),
     Case("negative_cosine", targets=True),
 ]
 _named = {case.name for case in _KNOWN}

@@ -32,6 +32,7 @@ NEEDS = {
     "amcl_cosine": {"dim": DIMS},
     "amcl_barlow": {"dim": DIMS},
     "bad_pairs": {"loss": {"name": "info_nce"}, "samples": 64},
+    "false_negatives": {"loss": {"name": "info_nce"}, "relative_margin": 0.3},
 }
 """Arguments without which a loss cannot be made."""
 TARGETS = {"cacr_queue", "cacr_multi_crop", "amcl_cosine", "negative_cosine"}

@@ -216,7 +216,7 @@ INDEX = torch.arange(4)
         ((Z, Z), {"extra": Z}, r"extras are Embeddings with reference \(K, 3\); got none"),
         ((Z, Z), {"reference": Z[:, :2], "extra": Z}, r"reference \(K, 2\); got none"),
         ((Z, Z), {"extra": Embeddings(Z, INDEX, INDEX, -torch.ones_like(INDEX), Z[:, :2])}, r"got \(K, 2\)"),
-        ((Z, Z), {"reference": Z[:2]}, r"reference must be \(4, R\)"),
+        ((Z, Z), {"reference": Z[:2]}, r"reference is \(4, R\), or one"),
     ],
 )
 def test_wrong_input_is_answered_in_a_sentence(views, given, words):
