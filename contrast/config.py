@@ -488,7 +488,7 @@ def with_origin(message: str, origins: Mapping[str, str]) -> str:
     """Put where a key was written, a file or the command line, before a message that begins with that key."""
     key = re.split(r"[:\s]", message, maxsplit=1)[0].lstrip(".")
     while key and key not in origins:
-        key = key.rpartition(".")[0]
+        key, _, _ = key.rpartition("[") if key.endswith("]") else key.rpartition(".")
     origin = origins.get(key)
     message = message.lstrip(".")
     if origin is None:

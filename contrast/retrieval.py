@@ -146,6 +146,23 @@ def build_index(stored: Tensor, index: str = "auto", *, probes: int | None = Non
     return _Faiss(stored, index, probes, seed)
 
 
+def least_vectors(index: str, dim: int) -> int:
+    """Give how many vectors an index needs before it can be built: as many as it trains lists or codes, else 1.
+
+    Args:
+        index: as for `build_index`.
+        dim: D, of the vectors.
+
+    Raises:
+        InputError: where faiss is missing or refuses the string.
+    """
+    if index in ("auto", "exact") or (index == "Flat" and not has_faiss()):
+        return 1
+    inner = _innermost(_factory(index, dim))
+    codes = [getattr(part, "ksub", 0) for part in (getattr(inner, "pq", None), inner) if part is not None]
+    return max(1, getattr(inner, "nlist", 0), *codes)
+
+
 def auto_index(count: int, device: str = "cpu") -> str:
     """Name the index that "auto" is for so many vectors: "exact", or inverted lists where they are quicker."""
     if count <= AUTO.get(device, AUTO["cpu"]) or not has_faiss():
@@ -180,23 +197,10 @@ class _Faiss(Index):
 
     def __init__(self, stored: Tensor, name: str, probes: int | None, seed: int) -> None:
         super().__init__(stored)
-        try:
-            faiss = _faiss()
-        except ImportError:
-            raise InputError(
-                f"the index '{name}' needs faiss, which is not installed: pip install \"contrast-learning[faiss-cpu]\" "
-                "(or [faiss-gpu]); 'exact' and 'auto' do without."
-            ) from None
         self.name = name
-        try:
-            self._index = faiss.index_factory(stored.shape[1], name, faiss.METRIC_INNER_PRODUCT)
-        except RuntimeError as error:
-            raise InputError(
-                f"faiss does not take '{name}' as an index of vectors with {stored.shape[1]} numbers: "
-                f"{_reason(error)}. It takes 'Flat', 'IVF256,Flat', 'HNSW32' or 'IVF256,PQ32', for example."
-            ) from None
-        self._prepare(faiss, probes, seed)
-        self._to_device(faiss)
+        self._index = _factory(name, stored.shape[1])
+        self._prepare(probes, seed)
+        self._to_device()
         try:
             self._index.train(self._own(stored))
             self._index.add(self._own(stored))
@@ -206,11 +210,9 @@ class _Faiss(Index):
                 "codes, or 'exact', which needs no training."
             ) from None
 
-    def _prepare(self, faiss: Any, probes: int | None, seed: int) -> None:
+    def _prepare(self, probes: int | None, seed: int) -> None:
         """Seed what is trained and choose how many lists are looked into."""
-        inner = self._index
-        while isinstance(inner, faiss.IndexPreTransform | faiss.IndexIDMap):
-            inner = faiss.downcast_index(inner.index)
+        inner = _innermost(self._index)
         self._graph = getattr(inner, "hnsw", None)
         lists = getattr(inner, "nlist", None)
         if lists is not None:
@@ -221,9 +223,9 @@ class _Faiss(Index):
                 # Few vectors a list are the caller's choice; faiss would print a warning a training.
                 settings.min_points_per_centroid = 1
 
-    def _to_device(self, faiss: Any) -> None:
+    def _to_device(self) -> None:
         """Move the index to the GPU of the vectors where faiss has it there; else vectors travel to the host."""
-        self._on_gpu = False
+        self._on_gpu, faiss = False, _faiss()
         if self.stored.device.type != "cuda" or not getattr(faiss, "get_num_gpus", int)():
             return
         number = self.stored.device.index or 0
@@ -285,6 +287,32 @@ class _Faiss(Index):
     def _error(self, queries: Tensor) -> Tensor:
         # What a GPU's library rounds operands to is not ours to choose: tf32 at worst.
         return _error(queries, self.stored, operands=2.0**-10 if self._on_gpu else 0.0)
+
+
+def _factory(name: str, dim: int) -> Any:
+    """Give an empty index of faiss by its factory string."""
+    try:
+        faiss = _faiss()
+    except ImportError:
+        raise InputError(
+            f"the index '{name}' needs faiss, which is not installed: pip install \"contrast-learning[faiss-cpu]\" "
+            "(or [faiss-gpu]); 'exact' and 'auto' do without."
+        ) from None
+    try:
+        return faiss.index_factory(dim, name, faiss.METRIC_INNER_PRODUCT)
+    except RuntimeError as error:
+        raise InputError(
+            f"faiss does not take '{name}' as an index of vectors with {dim} numbers: "
+            f"{_reason(error)}. It takes 'Flat', 'IVF256,Flat', 'HNSW32' or 'IVF256,PQ32', for example."
+        ) from None
+
+
+def _innermost(index: Any) -> Any:
+    """Give the index inside of those that only change or renumber vectors."""
+    faiss = _faiss()
+    while isinstance(index, faiss.IndexPreTransform | faiss.IndexIDMap):
+        index = faiss.downcast_index(index.index)
+    return index
 
 
 def _reason(error: RuntimeError) -> str:

@@ -587,6 +587,45 @@ WRONG = [
         ["on the command line: loss.loss.repulsion_scael", "repulsion_scale"],
     ),
     lambda _: (["pretrain", "digits", "loss=dcl"], ["loss", "decoupled"]),
+    lambda _: (["pretrain", "digits", "memory=moco"], ["on the command line: memory[0]", "'moco' is called 'queue'"]),
+    lambda _: (["pretrain", "digits", "memory=[{name: queue, sise: 4}]"], ["memory[0].sise", "size"]),
+    lambda _: (["pretrain", "digits", "memory=3"], ["memory must be a list of memories", "got 3"]),
+    lambda _: (["pretrain", "digits", "memory=queue", *QUICK], ["memory[0] 'queue'", "size is missing"]),
+    lambda _: (
+        ["pretrain", "digits", "memory={name: queue, size: 0}", *QUICK],
+        ["memory[0] 'queue'", "size must be 1"],
+    ),
+    lambda _: (
+        ["pretrain", "digits", "memory=[bank, {name: hard_negatives, neighbours: 5000}]", *QUICK],
+        ["memory[1] 'hard_negatives'", "1796", "5000"],
+    ),
+    lambda _: (
+        ["pretrain", "digits", "memory={name: hard_negatives, refresh: often}", *QUICK],
+        ["memory[0] 'hard_negatives'", "'often'", "1 epochs"],
+    ),
+    lambda _: (
+        ["pretrain", "digits", "memory={name: hard_negatives, index: Flatt}", *QUICK],
+        ["memory[0] 'hard_negatives'", "Flatt", "IVF256,Flat"],
+    ),
+    lambda _: (
+        ["pretrain", "digits", "memory={name: hard_negatives, index: 'IVF4096,Flat'}", *QUICK],
+        ["memory[0] 'hard_negatives'", "4,096", "1,797"],
+    ),
+    lambda _: (
+        ["pretrain", "digits", "memory={name: bank, samples: 100000000000}", *QUICK],
+        ["memory[0] 'bank'", "GiB"],
+    ),
+    lambda _: (
+        ["pretrain", "digits", "memory=[nearest_positives, nearest_positives]", *QUICK],
+        ["memory", "leave one nearest_positives out"],
+    ),
+    lambda _: (["pretrain", "digits", "memory=bank", "loss=amcl_barlow", *QUICK], ["memory", "no sum over pairs"]),
+    lambda _: (["pretrain", "digits", "sampler=nearest"], ["sampler", "'nearest' is called 'neighbours'"]),
+    lambda _: (
+        ["pretrain", "digits", "sampler={name: neighbours, refresh: 0 epochs}", *QUICK],
+        ["sampler", "0 epochs"],
+    ),
+    lambda _: (["pretrain", "digits", "encoder.reference=no/run", *QUICK], ["encoder.reference", "no/run"]),
     lambda _: (["pretrain", "digits", "encoder.backbone=resnet81"], ["encoder.backbone", "resnet81"]),
     lambda _: (["pretrain", "digits", "budget=soon", *QUICK], ["budget", "soon"]),
     lambda _: (["pretrain", "digits", "data.split_by=patient"], ["split_by", "patient"]),

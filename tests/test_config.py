@@ -73,6 +73,29 @@ def test_what_is_written_out_is_read_back_the_same(tmp_path):
     assert configuration.load(written(tmp_path, configuration.to_yaml(config))).config == config
 
 
+def test_a_memory_may_stand_alone_or_in_a_list():
+    queue = {"name": "queue", "size": 64}
+    assert configuration.load(None, ["memory={name: queue, size: 64}"]).config.memory == (queue,)
+    assert configuration.load(None, ["memory=[{name: queue, size: 64}, bank]"]).config.memory == [
+        queue,
+        {"name": "bank"},
+    ]
+    assert configuration.load("moco_v2", ["memory=[]"]).config.memory == ()
+
+
+def test_a_memory_of_a_file_is_named_by_its_file(tmp_path):
+    file = written(tmp_path, "memory: [bank, {name: queue, sise: 4}]\n")
+    with pytest.raises(InputError, match=rf"{file}: memory\[1\]\.sise: memory 'queue' has no such argument"):
+        configuration.load(file)
+
+
+def test_resolved_shows_a_memory_s_defaults_and_leaves_facts_of_the_run_out():
+    config = configuration.load(None, ["memory={name: hard_negatives, neighbours: 4}"]).config
+    assert configuration.resolved(config)["memory"] == [
+        {"name": "hard_negatives", "refresh": "1 epochs", "index": "auto", "neighbours": 4}
+    ]
+
+
 def test_views_may_be_a_list_a_view():
     views = [[{"name": "jitter", "sigma": 0.1}], [{"name": "scaling"}, {"name": "time_mask"}]]
     config = configuration.load(None, ["views=[[{name: jitter, sigma: 0.1}], [scaling, time_mask]]"]).config

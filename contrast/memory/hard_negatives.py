@@ -14,6 +14,7 @@ from contrast import distributed
 from contrast.embeddings import PADDING, Embeddings
 from contrast.memory.bank import Bank
 from contrast.memory.memory import MEMORIES, Memory, refuse_other, refuse_unknown
+from contrast.retrieval import least_vectors
 
 QUERIES = 65536
 """Samples whose neighbours are searched at a time."""
@@ -39,7 +40,8 @@ class HardNegatives(Memory):
         bank: where the embeddings are.
         neighbours: how many each anchor brings, below the number of samples.
         refresh: how often they are searched: "1 epochs", "200 steps".
-        index: of `contrast.retrieval`: "auto", "exact", or a factory string of FAISS.
+        index: of `contrast.retrieval`: "auto", "exact", or a factory string of FAISS; the search is exact as long as
+            fewer samples are known than it trains on.
         seed: of what an index trains.
 
     Attributes:
@@ -47,7 +49,8 @@ class HardNegatives(Memory):
         seconds: spent searching, in this process.
 
     Raises:
-        ValueError: for as many neighbours as samples or more, and a refresh that is none.
+        ValueError: for as many neighbours as samples or more, a refresh that is none, and an index that faiss refuses
+            or that trains on more vectors than there are samples.
     """
 
     def __init__(
@@ -58,6 +61,12 @@ class HardNegatives(Memory):
             raise ValueError(
                 f"neighbours must be from 1 to {bank.samples - 1}, fewer than the bank's {bank.samples} samples; "
                 f"got {neighbours}."
+            )
+        self._least = least_vectors(index, bank.width.dim * (bank.width.heads or 1))
+        if self._least > bank.samples:
+            raise ValueError(
+                f"the index {index!r} trains on {self._least:,} vectors or more, and the bank has {bank.samples:,} "
+                "samples; take fewer lists or codes, or 'auto'."
             )
         self.bank = bank
         self.neighbours = neighbours
@@ -114,7 +123,8 @@ class HardNegatives(Memory):
         """Search the neighbours of every sample that has an embedding; all processes call it together."""
         start = time.perf_counter()
         world, rank = distributed.world_size(), distributed.rank()
-        shelf = self.bank.shelf(self.index, seed=self.seed)
+        share = len(self.bank.known) // (world if self.bank.sharded else 1)
+        shelf = self.bank.shelf(self.index if share >= self._least else "exact", seed=self.seed)
         stored = shelf.stored
         mine = stored if world == 1 else stored[stored.sample % world == rank]
         counts = torch.bincount(self.bank.known % world, minlength=world).tolist()

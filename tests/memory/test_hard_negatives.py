@@ -177,3 +177,22 @@ def test_it_is_built_from_a_config():
         {"name": "hard_negatives", "neighbours": 2, "bank": {"name": "bank"}}, samples=SAMPLES, dim=DIM, heads=None
     )
     assert isinstance(hard.bank, Bank) and hard.stores() == [hard.bank]
+
+
+def test_an_index_is_refused_before_anything_is_trained():
+    bank = Bank(600, dim=8)
+    with pytest.raises(ValueError, match="faiss does not take 'Flatt'"):
+        HardNegatives(bank, 4, index="Flatt")
+    with pytest.raises(ValueError, match="trains on 1,024 vectors or more, and the bank has 600 samples"):
+        HardNegatives(bank, 4, index="IVF1024,Flat")
+
+
+def test_the_search_is_exact_while_fewer_are_known_than_an_index_trains_on(monkeypatch):
+    bank, asked = Bank(600, dim=8), []
+    hard = HardNegatives(bank, 4, index="IVF64,Flat")
+    shelf = bank.shelf
+    monkeypatch.setattr(bank, "shelf", lambda index, **more: asked.append(index) or shelf(index, **more))
+    for first, last in ((0, 63), (63, 64)):
+        bank.update(torch.randn(last - first, 8), sample=torch.arange(first, last))
+        hard.find()
+    assert asked == ["exact", "IVF64,Flat"]
