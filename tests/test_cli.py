@@ -220,6 +220,62 @@ def test_two_processes_train_as_one(more_words, tmp_path):
     assert json.loads((tmp_path / "two/results.json").read_text())["run"]["processes"] == 2
 
 
+def test_a_run_with_bad_pairs_shows_whom_it_held_to_be_noisy_and_faulty(tmp_path, contrast_says):
+    series(tmp_path / "waves.csv")
+    loss = "loss={name: bad_pairs, loss: info_nce, warmup_epochs: 2, noisy_width: 0.5, faulty_width: 0.5}"
+    words = ["waves.csv", loss, "budget=12 steps", *QUICK_SERIES, "evaluate.protocols=[]"]
+    assert contrast_says("pretrain", *words, "--out", "run")[0] == 0
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    epochs = [line for line in lines if "noisy_samples" in line]
+    assert [line["epoch"] for line in epochs] == [1, 2, 3, 4]
+    assert [line["bad_pairs_count"] for line in epochs] == [0, 1, 1, 1]
+    state = weights(tmp_path / "run")
+    share = (state["loss.kind"] == 1).sum() / (state["loss.counts"] > 0).sum()
+    assert epochs[-1]["noisy_samples"] == pytest.approx(float(share))
+    assert 0 < share < 1
+    page = (tmp_path / "run/report.html").read_text()
+    assert "What was held to be a bad pair" in page
+    assert "weighed from here" in page
+    assert page.count(", held to be noisy") == min(6, int((state["loss.kind"] == 1).sum()))
+    assert (
+        contrast_says("pretrain", "waves.csv", "budget=3 steps", *QUICK_SERIES, "evaluate.protocols=[]", "--out", "b")[
+            0
+        ]
+        == 0
+    )
+    assert "held to be" not in (tmp_path / "b/report.html").read_text()
+
+
+def test_a_run_counts_false_negatives_by_labels_it_never_uses(tmp_path, contrast_says):
+    images(tmp_path / "bars.npz")
+    loss = "loss={name: false_negatives, top: 1, loss: info_nce}"
+    words = ["bars.npz", "budget=6 steps", *QUICK, "evaluate.protocols=[]"]
+    assert contrast_says("pretrain", *words, loss, "--out", "run")[0] == 0
+    line = json.loads((tmp_path / "run/metrics.jsonl").read_text().splitlines()[0])
+    assert 0.1 < line["false_negatives"] < 0.6, "of three classes"
+    assert 0 <= line["false_negatives_removed"] <= 1
+    with np.load(tmp_path / "bars.npz") as arrays:
+        np.savez(tmp_path / "unnamed.npz", x=arrays["x"])
+    assert contrast_says("pretrain", "unnamed.npz", *words[1:], loss, "--out", "blind")[0] == 0
+    assert "false_negatives" not in (tmp_path / "blind/metrics.jsonl").read_text()
+
+
+def test_a_frozen_network_weighs_the_pairs(tmp_path, contrast_says):
+    images(tmp_path / "bars.npz")
+    words = ["bars.npz", *QUICK, "evaluate.protocols=[]", "budget=4 steps"]
+    assert contrast_says("pretrain", *words, "--out", "first")[0] == 0
+    queue = "memory={name: queue, size: 32}"
+    for out, more in (("with", ["encoder.reference=first"]), ("without", [])):
+        assert contrast_says("pretrain", *words, "loss=cwcl", *more, queue if more else "seed=0", "--out", out)[0] == 0
+    assert str(tmp_path / "first") in (tmp_path / "with/config.yaml").read_text(), "so that it goes on from any folder"
+    assert not any("reference" in key and "memory" not in key for key in weights(tmp_path / "with"))
+    guided = "loss={name: false_negatives, guide: true, loss: info_nce}"
+    assert contrast_says("pretrain", *words, guided, "encoder.reference=first", "--out", "guided")[0] == 0
+    status, _, err = contrast_says("pretrain", *words, guided)
+    assert status == 2
+    assert "loss: guide compares what a frozen network sees in every view" in err
+
+
 def test_resume_goes_beyond_a_finished_budget_and_changes_nothing_else(tmp_path, contrast_says):
     images(tmp_path / "bars.npz")
     assert contrast_says("pretrain", "bars.npz", "budget=3 steps", *QUICK, "--out", "run")[0] == 0

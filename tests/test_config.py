@@ -76,10 +76,8 @@ def test_what_is_written_out_is_read_back_the_same(tmp_path):
 def test_a_memory_may_stand_alone_or_in_a_list():
     queue = {"name": "queue", "size": 64}
     assert configuration.load(None, ["memory={name: queue, size: 64}"]).config.memory == (queue,)
-    assert configuration.load(None, ["memory=[{name: queue, size: 64}, bank]"]).config.memory == [
-        queue,
-        {"name": "bank"},
-    ]
+    two = configuration.load(None, ["memory=[{name: queue, size: 64}, bank]"]).config
+    assert two.memory == (queue, {"name": "bank"})
     assert configuration.load("moco_v2", ["memory=[]"]).config.memory == ()
 
 
