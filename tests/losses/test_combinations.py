@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from contrast.embeddings import REMEMBERED, Embeddings, normalise
-from contrast.losses import LOSSES, BadPairs, PairLoss
+from contrast.losses import LOSSES, BadPairs, FalseNegatives, PairLoss
+from contrast.memory import Bank, HardNegatives, Memory, Queue
 from tests.losses.cases import DIMS, Case
 
 PAGE = Path(__file__).parents[2] / "docs" / "combinations.md"
@@ -32,7 +32,7 @@ NEEDS = {
     "amcl_cosine": {"dim": DIMS},
     "amcl_barlow": {"dim": DIMS},
     "bad_pairs": {"loss": {"name": "info_nce"}, "samples": 64},
-    "false_negatives": {"loss": {"name": "info_nce"}, "relative_margin": 0.3},
+    "false_negatives": {"loss": {"name": "info_nce"}, "above": 0.5},
 }
 """Arguments without which a loss cannot be made."""
 TARGETS = {"cacr_queue", "cacr_multi_crop", "amcl_cosine", "negative_cosine"}
@@ -104,11 +104,24 @@ def random(*shape, seed):
 
 
 def queue(seed, *, labels=False, reference=None):
-    """Give what a queue holds of nine samples, two of which are in the batch."""
+    """Give a queue that holds nine samples, two of which are in the batch."""
     sample = torch.tensor([0, 3, *range(40, 47)])
+    filled = Queue(9, DIMS, reference_dim=None if reference is None else reference.shape[1])
     group = torch.arange(9) % 3 if labels else sample
-    z = normalise(random(9, DIMS, seed=seed))
-    return Embeddings(z, sample, group, torch.full_like(sample, REMEMBERED), reference)
+    filled.update(random(9, DIMS, seed=seed), sample=sample, group=group, reference=reference)
+    return filled
+
+
+def hard_negatives(seed, *, labels=False, reference=None):
+    """Give the two nearest strangers of each sample of the batch, in a bank of nine that has the batch."""
+    sample = torch.arange(9)
+    bank = Bank(9, DIMS, reference_dim=None if reference is None else reference.shape[1])
+    bank.update(
+        random(9, DIMS, seed=seed), sample=sample, group=LABELS.repeat(2)[:9] if labels else sample, reference=reference
+    )
+    found = HardNegatives(bank, neighbours=2)
+    found.find()
+    return found
 
 
 def two_views(case: Case) -> Outcome:
@@ -121,20 +134,28 @@ def two_views(case: Case) -> Outcome:
 
 
 def with_a_queue(case: Case) -> Outcome:
+    return with_a_memory(case, queue)
+
+
+def with_hard_negatives(case: Case) -> Outcome:
+    return with_a_memory(case, hard_negatives)
+
+
+def with_a_memory(case: Case, made: Callable[..., Memory]) -> Outcome:
+    """Give what comes of candidates of a memory, where it needs them with labels or references."""
     views, given = case.inputs(SAMPLES)
     given["sample"] = torch.arange(SAMPLES)
 
     def call(extra, **more):
         return value_of(case.make(), views, {**given, **more, "extra": [extra]})
 
-    found = outcome(call, queue(5), queue(6))
+    found = outcome(call, made(5), made(6))
     if isinstance(found, Nothing):
-        queues = (queue(seed, labels=True) for seed in (5, 6))
-        again = outcome(lambda extra: call(extra, group=LABELS), *queues)
+        again = outcome(lambda extra: call(extra, group=LABELS), *(made(seed, labels=True) for seed in (5, 6)))
         return Works("with labels", NO_NEGATIVES) if isinstance(again, Works) else found
     if isinstance(found, Refused) and "reference" in found.sentence:
-        queues = (queue(seed, reference=normalise(random(9, 3, seed=8))) for seed in (5, 6))
-        again = outcome(lambda extra: call(extra, reference=random(SAMPLES, 3, seed=9)), *queues)
+        memories = (made(seed, reference=random(9, 3, seed=8)) for seed in (5, 6))
+        again = outcome(lambda extra: call(extra, reference=random(SAMPLES, 3, seed=9)), *memories)
         return Works("with `reference=`", found.sentence) if isinstance(again, Works) else found
     return found
 
@@ -206,18 +227,26 @@ def with_ignoring(case: Case) -> Outcome:
     if isinstance(found, Nothing) and with_a_queue(case) == Works("with labels", NO_NEGATIVES):
         return Refused(NO_NEGATIVES)
     if isinstance(found, Works):
-        assert call(2.0) == value_of(case.make(), views, given)
+        assert call(2.0) == pytest.approx(value_of(case.make(), views, given), rel=1e-12)
         call(-2.0)  # nobody is left to repel
     return found
+
+
+def inside_false_negatives(case: Case) -> Outcome:
+    views, given = case.inputs(SAMPLES)
+    found = outcome(lambda bound: value_of(FalseNegatives(case.make(), above=bound), views, given), 2.0, 0.2)
+    return with_ignoring(case) if isinstance(found, Nothing) else found
 
 
 COLUMNS: dict[str, Callable[[Case], Outcome]] = {
     "`loss(z_a, z_b)`": two_views,
     "queue": with_a_queue,
+    "hard negatives": with_hard_negatives,
     "labels": with_labels,
     "three views": of_three_views,
     "heads": of_heads,
     "bad pairs": inside_bad_pairs,
+    "false negatives": inside_false_negatives,
     "ignoring": with_ignoring,
 }
 
@@ -232,11 +261,13 @@ for the first column.
 | column | the call |
 |---|---|
 | `loss(z_a, z_b)` | two views and nothing else |
-| queue | `extra=[queue]`, remembered samples, two of them in the batch |
+| queue | `extra=[Queue(...)]`, remembered samples, two of them in the batch |
+| hard negatives | `extra=[HardNegatives(bank)]`, the nearest strangers of the batch's samples |
 | labels | `group=labels` |
 | three views | `loss(z_a, z_b, z_c)` |
 | heads | views (H, N, D) |
 | bad pairs | `BadPairs(loss, samples=...)` around it, after an epoch |
+| false negatives | `FalseNegatives(loss, above=...)` around it |
 | ignoring | its pairs with a rule that leaves near negatives out, [as in your own loss](your_own_loss.md) |
 """
 

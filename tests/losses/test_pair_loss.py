@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from contrast.embeddings import PADDING, REMEMBERED, Embeddings, concatenate, normalise, unknown_samples
@@ -64,7 +65,8 @@ def test_permuted_anchors_have_permuted_rows(case, heads):
     loss = case.make()
     for pairs in prepared(case, loss, views=3, heads=heads):
         order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(1))
-        permuted = loss.rows(replace(pairs, anchor=pairs.anchor[order]))
+        rules = tuple((rule, tuple(values[order] for values in rows)) for rule, rows in pairs.rules)
+        permuted = loss.rows(replace(pairs, anchor=pairs.anchor[order], rules=rules))
         torch.testing.assert_close(permuted, loss.rows(pairs)[order], rtol=1e-12, atol=1e-12)
 
 
@@ -131,7 +133,10 @@ class Padded(PairLoss):
     def pairs(self, *views, **given):
         return [
             replace(
-                pairs, anchor=self.padded(pairs.anchor), candidates=[self.padded(part) for part in pairs.candidates]
+                pairs,
+                anchor=self.padded(pairs.anchor),
+                candidates=[self.padded(part) for part in pairs.candidates],
+                rules=tuple((rule, tuple(F.pad(values, (0, 2)) for values in rows)) for rule, rows in pairs.rules),
             )
             for pairs in self.inner.pairs(*views, **given)
         ]
@@ -362,7 +367,8 @@ def test_a_remembered_sample_of_ones_own_is_ignored(case):
     z = torch.randn(7, DIMS, dtype=torch.float64)
     sample = torch.tensor([0, 1, 2, 3, 4, 11, 12])
     queue = Embeddings(normalise(z), sample, sample, torch.full_like(sample, REMEMBERED))
-    for pairs in loss.pairs(*views, **given, extra=[queue]):
+    for ruled in loss.pairs(*views, **given, extra=[queue]):
+        pairs = replace(ruled, rules=())
         own = pairs.anchor.sample[:, None] == sample
         assert not (pairs.relation("all")[:, -7:] & own).any()
         assert torch.equal(pairs.relation("remembered")[:, -7:], ~own)
@@ -545,7 +551,11 @@ Z = torch.ones(4, 3)
         ((Z, Z), {"group": torch.ones(4)}, r"group must be a tensor of \(4,\) whole numbers.*torch.float32"),
         ((Z, Z), {"group": [1, 2, 3, 4]}, r"group must be a tensor of \(4,\) whole numbers.*got list"),
         ((Z, Z), {"sample": torch.arange(8)}, r"sample must be a tensor of \(4,\) whole numbers.*\(8,\)"),
-        ((Z, Z), {"reference": Z[:2]}, r"reference must be \(4, R\); got the shape \(2, 3\)"),
+        (
+            (Z, Z),
+            {"reference": Z[:2]},
+            r"reference is \(4, R\), or one \(4, R\) for each of the 2 views; got .*\(2, 3\)",
+        ),
         ((Z, Z), {"extra": torch.ones(5, 2)}, r"as many dimensions as the views, 3; got 2"),
         ((Z, Z), {"extra": [torch.ones(3)]}, r"a plain extra is a floating \(K, D\) tensor.*\(3,\)"),
         ((Z, Z), {"extra": ["queue"]}, r"extra takes \(K, D\) tensors, Embeddings and memories.*got str"),
