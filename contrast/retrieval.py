@@ -58,7 +58,8 @@ def nearest(
     Raises:
         InputError: for shapes, devices or a k that do not fit, and for vectors that are not finite.
     """
-    queries, stored = _checked(queries, stored, k, strangers)
+    vectors = _Stored.of(stored)
+    queries = _fitting(queries, vectors, k, strangers)
     if queries.device.type == "mps":  # It has no float64.
         pairs = [(of_query.cpu(), of_stored.cpu()) for of_query, of_stored in strangers]
         found = nearest(queries.cpu(), stored.cpu(), k, strangers=pairs, search_dtype=search_dtype)
@@ -66,7 +67,7 @@ def nearest(
     if not k or not len(queries):
         return _nothing(queries, k)
     with torch.autocast(queries.device.type, enabled=False):
-        search = _Products(stored, search_dtype)
+        search = _Products(vectors, search_dtype)
         most = _most_left_out(strangers)
         masked: Strangers = strangers if most > FEW else ()
         count = min(search.more_than(k) + (0 if masked else most), len(stored))
@@ -74,10 +75,10 @@ def nearest(
         for rows in _slices(len(queries), search.rows):
             few, own = queries[rows], _of(strangers, rows)
             product, position = search.largest(few, count, _of(masked, rows))
-            part = _ranked(few, stored, position, k, own)
+            part = _ranked(few, vectors, position, k, own)
             parts.append(part)
             certain.append(_certain(part, product, search.error(few), count >= len(stored)))
-        return _completed(_joined(parts), torch.cat(certain), queries, stored, k, strangers)
+        return _completed(_joined(parts), torch.cat(certain), queries, vectors, k, strangers)
 
 
 def merge(parts: Sequence[Found], k: int) -> Found:
@@ -102,11 +103,11 @@ class Index(ABC):
     """Stored vectors, ready to be searched. They must not change as long as the index is used.
 
     Args:
-        stored: (M, D) float32.
+        stored: (M, D).
     """
 
     def __init__(self, stored: Tensor) -> None:
-        self.stored = stored
+        self._stored = _Stored.of(stored)
 
     @abstractmethod
     def search(self, queries: Tensor, k: int, *, strangers: Strangers = ()) -> Found:
@@ -138,7 +139,6 @@ def build_index(stored: Tensor, index: str = "auto", *, probes: int | None = Non
     Raises:
         InputError: where faiss is missing or refuses the string, or where there are too few vectors to train it.
     """
-    stored, _ = _checked(stored, stored, 0, ())
     if index == "auto":
         index = auto_index(len(stored), stored.device.type)
     if index == "exact" or (index == "Flat" and not has_faiss()):
@@ -186,10 +186,10 @@ def has_faiss() -> bool:
 
 class _Exact(Index):
     def search(self, queries: Tensor, k: int, *, strangers: Strangers = ()) -> Found:
-        return nearest(queries, self.stored, k, strangers=strangers)
+        return nearest(queries, self._stored.x, k, strangers=strangers)
 
     def refill(self, stored: Tensor) -> None:
-        self.stored, _ = _checked(stored, self.stored, 0, ())
+        self._stored = _Stored.of(stored)
 
 
 class _Faiss(Index):
@@ -202,8 +202,8 @@ class _Faiss(Index):
         self._prepare(probes, seed)
         self._to_device()
         try:
-            self._index.train(self._own(stored))
-            self._index.add(self._own(stored))
+            self._index.train(self._own(self._stored.x))
+            self._index.add(self._own(self._stored.x))
         except RuntimeError as error:
             raise InputError(
                 f"faiss cannot make the index '{name}' of {len(stored)} vectors: {_reason(error)}. Take fewer lists or "
@@ -226,9 +226,10 @@ class _Faiss(Index):
     def _to_device(self) -> None:
         """Move the index to the GPU of the vectors where faiss has it there; else vectors travel to the host."""
         self._on_gpu, faiss = False, _faiss()
-        if self.stored.device.type != "cuda" or not getattr(faiss, "get_num_gpus", int)():
+        device = self._stored.x.device
+        if device.type != "cuda" or not getattr(faiss, "get_num_gpus", int)():
             return
-        number = self.stored.device.index or 0
+        number = device.index or 0
         try:
             moved = faiss.index_cpu_to_gpu(_gpu_resources(number), number, self._index)
         except RuntimeError:  # HNSW and others are made for the CPU alone.
@@ -240,53 +241,54 @@ class _Faiss(Index):
         return x if self._on_gpu else x.cpu()
 
     def refill(self, stored: Tensor) -> None:
-        self.stored, _ = _checked(stored, self.stored, 0, ())
+        self._stored = _Stored.of(stored)
         self._index.reset()
-        self._index.add(self._own(self.stored))
+        self._index.add(self._own(self._stored.x))
 
     @torch.no_grad()
     def search(self, queries: Tensor, k: int, *, strangers: Strangers = ()) -> Found:
-        queries, _ = _checked(queries, self.stored, k, strangers)
+        queries = _fitting(queries, self._stored, k, strangers)
         if not k or not len(queries):
             return _nothing(queries, k)
-        exact = self.name == "Flat"
-        whole = exact or re.search(r"(^|,)(Flat|HNSW\d+)$", self.name) is not None
         most = _most_left_out(strangers)
-        # Vectors that were stored coarsely are found coarsely: more of them are looked at as they are.
-        count = (2 * k + 32 if self._on_gpu else k + max(4, k // 8)) if whole else 4 * k + 16
-        count = min(count + min(most, FEW), len(self.stored), self._limit())
-        open_rows = torch.arange(len(queries), device=queries.device)
-        found = _nothing(queries, k)
-        while len(open_rows):
-            few, own = queries[open_rows], _of(strangers, open_rows)
-            product, position = self._fetch(few, count)
-            part = _ranked(few, self.stored, position, k, own)
-            found.similarity[open_rows], found.position[open_rows] = part
-            if exact:
-                done = _certain(part, product, self._error(few), count >= len(self.stored))
-            else:
-                # Less than asked for came from the lists that were looked into: they have no more.
-                done = (part.position[:, k - 1] >= 0) if k else torch.ones(len(few), dtype=torch.bool)
-            open_rows = open_rows[~done]
-            if count >= min(MOST_FETCHED, len(self.stored), self._limit()) or most <= FEW:
-                break
-            count = min(4 * count, len(self.stored), self._limit())
-        certain = torch.ones(len(queries), dtype=torch.bool, device=queries.device)
-        certain[open_rows] = False
-        return _completed(found, certain, queries, self.stored, k, strangers)
+        parts, done = [], []
+        for rows in _slices(len(queries), AT_ONCE):
+            part, found = self._search_some(queries[rows], k, _of(strangers, rows), most)
+            parts.append(part)
+            done.append(found)
+        return _completed(_joined(parts), torch.cat(done), queries, self._stored, k, strangers)
 
-    def _limit(self) -> int:
-        return 2048 if self._on_gpu else len(self.stored)
+    def _search_some(self, queries: Tensor, k: int, strangers: Strangers, most: int) -> tuple[Found, Tensor]:
+        """Give what the index finds, and which rows are complete, (n,) bool: the others must be searched exactly.
+
+        Where many vectors are no strangers, the rows that lack some are searched again for more.
+        """
+        everything = min(len(self._stored.x), 2048) if self._on_gpu else len(self._stored.x)
+        # Vectors that were stored coarsely are found coarsely: more of them are looked at as they are.
+        whole = re.search(r"(^|,)(Flat|HNSW\d+)$", self.name) is not None
+        count = (2 * k + 32 if self._on_gpu else k + max(4, k // 8)) if whole else 4 * k + 16
+        count = min(count + min(most, FEW), everything)
+        found, done = _nothing(queries, k), torch.zeros(len(queries), dtype=torch.bool, device=queries.device)
+        while True:
+            rows = (~done).nonzero().squeeze(1)
+            few = queries[rows]
+            product, position = self._fetch(few, count)
+            part = _ranked(few, self._stored, position, k, _of(strangers, rows))
+            found.similarity[rows], found.position[rows] = part
+            if self.name == "Flat":
+                error = _error(few, self._stored, operands=2.0**-10 if self._on_gpu else 0.0)
+                done[rows] = _certain(part, product, error, count >= len(self._stored.x))
+            else:
+                done[rows] = part.position[:, -1] >= 0
+            if done.all() or most <= FEW or count >= min(MOST_FETCHED, everything):
+                return found, done
+            count = min(4 * count, everything)
 
     def _fetch(self, queries: Tensor, count: int) -> tuple[Tensor, Tensor]:
         if self._graph is not None:
             self._graph.efSearch = max(64, 2 * count)
         product, position = self._index.search(self._own(queries.contiguous()), count)
         return product.to(queries.device), position.to(queries.device)
-
-    def _error(self, queries: Tensor) -> Tensor:
-        # What a GPU's library rounds operands to is not ours to choose: tf32 at worst.
-        return _error(queries, self.stored, operands=2.0**-10 if self._on_gpu else 0.0)
 
 
 def _factory(name: str, dim: int) -> Any:
@@ -345,6 +347,8 @@ def _gpu_resources(number: int) -> Any:
 
 FEW = 64
 """Up to so many vectors that are no strangers are fetched and dropped; of more, the products are masked."""
+AT_ONCE = 2**15
+"""Queries that are handed to an index at a time."""
 MOST_FETCHED = 1024
 """An index is asked for no more than so many; queries that still lack strangers are searched exactly."""
 COLUMNS = {"cpu": 8192, "cuda": 65_536}
@@ -356,19 +360,34 @@ PIECE = 2**19
 """Numbers worked on at a time where similarities are computed again: they stay in the cache."""
 
 
+class _Stored(NamedTuple):
+    """Vectors (M, D) float32, and the length of the longest, () float64, by which rounding errors are bounded."""
+
+    x: Tensor
+    longest: Tensor
+
+    @classmethod
+    def of(cls, x: Tensor) -> _Stored:
+        """Take vectors in any floating type, or say in a sentence what is wrong with them."""
+        if x.ndim != 2:
+            raise InputError(f"stored vectors are (M, D); got the shape {tuple(x.shape)}.")
+        made = x.detach().to(torch.float32).contiguous()
+        return cls(made, _longest(made, "stored vectors"))
+
+
 class _Products:
     """The largest inner products with the stored vectors, found a tile at a time."""
 
-    def __init__(self, stored: Tensor, dtype: torch.dtype | None) -> None:
+    def __init__(self, stored: _Stored, dtype: torch.dtype | None) -> None:
         self.stored, self.dtype = stored, dtype or torch.float32
-        kind = "cuda" if stored.device.type == "cuda" else "cpu"
-        self.columns = max(1, min(len(stored), COLUMNS[kind]))
+        kind = "cuda" if stored.x.device.type == "cuda" else "cpu"
+        self.columns = max(1, min(len(stored.x), COLUMNS[kind]))
         self.rows = max(1, TILE[kind] // self.columns)
         self._coarse = self.dtype != torch.float32
         # PyTorch rounds the operands of float32 products, too, where it was told to.
         told = {"highest": 0.0, "high": 2.0**-10, "medium": 2.0**-7}[torch.get_float32_matmul_precision()]
         self._operands = torch.finfo(self.dtype).eps if self._coarse else told
-        self._buffer = stored.new_empty(0)
+        self._buffer = stored.x.new_empty(0)
 
     def more_than(self, k: int) -> int:
         """Say how many to fetch so that k are nearly always certain."""
@@ -383,14 +402,14 @@ class _Products:
         best = queries.new_full((len(queries), count), -math.inf)
         where = torch.full_like(best, -1, dtype=torch.int64)
         own = queries.to(self.dtype)
-        for columns in _slices(len(self.stored), self.columns):
-            tile = self._tile(own, self.stored[columns])
+        for columns in _slices(len(self.stored.x), self.columns):
+            tile = self._tile(own, self.stored.x[columns])
             for of_query, of_stored in masked:
                 tile.masked_fill_(of_query[:, None] == of_stored[columns], -math.inf)
-            product, index = self._promising(tile, best)
+            product, column = self._promising(tile, best)
             if product.shape[1]:
                 best, order = torch.cat([best, product], dim=1).topk(count, dim=1, sorted=False)
-                where = torch.cat([where, index + columns.start], dim=1).gather(1, order)
+                where = torch.cat([where, column + columns.start], dim=1).gather(1, order)
         return best, where
 
     def _tile(self, queries: Tensor, stored: Tensor) -> Tensor:
@@ -404,28 +423,34 @@ class _Products:
         return torch.mm(queries, stored.to(self.dtype).T).float()
 
     def _promising(self, tile: Tensor, best: Tensor) -> tuple[Tensor, Tensor]:
-        """Give the products of a tile that may be among the best, some others too, and their columns.
+        """Give the products of a tile that may come among the best, -inf beside them, and their columns.
 
-        The largest are among the groups of the largest maxima, and in nothing but the first tiles do many groups have a
-        maximum above the least of the best.
+        After the first tiles few do: the maxima of groups tell where they are, a fraction of what topk costs a CPU.
         """
-        count, groups = best.shape[1], tile.shape[1] // GROUP
-        if tile.shape[1] % GROUP or 2 * GROUP * min(count, 8) > tile.shape[1]:
-            return tile.topk(min(count, tile.shape[1]), dim=1, sorted=False)
-        # A group is every groups-th column, so that maxima are taken of whole vectors.
-        maxima = tile.view(len(tile), GROUP, groups).amax(1)
-        wanted = min(count, groups)
-        if tile.device.type == "cpu":
-            wanted = min(wanted, int((maxima > best.amin(1, keepdim=True)).sum(1).max()))
-        if 2 * GROUP * wanted > tile.shape[1]:
-            return tile.topk(min(count, tile.shape[1]), dim=1, sorted=False)
-        group = maxima.topk(wanted, dim=1, sorted=False).indices
-        column = group[:, :, None] + groups * torch.arange(GROUP, device=tile.device)
-        column = column.view(len(tile), -1)
-        return tile.gather(1, column), column
+        groups = tile.shape[1] // GROUP
+        if tile.device.type == "cpu" and tile.shape[1] % GROUP == 0:
+            least = best.amin(1)
+            # A group is every groups-th column, so that maxima are taken of whole vectors.
+            grouped = tile.view(len(tile), GROUP, groups)
+            row, group = (grouped.amax(1) > least[:, None]).nonzero(as_tuple=True)
+            if 8 * len(row) <= len(tile) * groups:
+                product = grouped[row, :, group]
+                pair, member = (product > least[row, None]).nonzero(as_tuple=True)
+                return _side_by_side(row[pair], product[pair, member], member * groups + group[pair], len(tile))
+        return tile.topk(min(best.shape[1], tile.shape[1]), dim=1, sorted=False)
 
 
-def _error(queries: Tensor, stored: Tensor, *, operands: float) -> Tensor:
+def _side_by_side(row: Tensor, value: Tensor, column: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+    """Put a list of values and columns into (rows, w), those of a row beside one another; -inf fills up."""
+    count = torch.bincount(row, minlength=rows)
+    place = torch.arange(len(row), device=row.device) - (count.cumsum(0) - count)[row]
+    values = value.new_full((rows, int(count.max())), -math.inf)
+    columns = torch.zeros_like(values, dtype=torch.int64)
+    values[row, place], columns[row, place] = value, column
+    return values, columns
+
+
+def _error(queries: Tensor, stored: _Stored, *, operands: float) -> Tensor:
     """Bound how far float32 products (D terms in any order) are from the similarity, (n,) float64.
 
     Args:
@@ -433,9 +458,9 @@ def _error(queries: Tensor, stored: Tensor, *, operands: float) -> Tensor:
         stored: (M, D).
         operands: by what share of itself a number may be rounded before it is multiplied, and a sum after.
     """
-    unit, terms = torch.finfo(torch.float32).eps / 2, stored.shape[1]
+    unit, terms = torch.finfo(torch.float32).eps / 2, stored.x.shape[1]
     share = (terms + 4) * unit / (1 - (terms + 4) * unit) + operands * (3 + 3 * operands)
-    bound: Tensor = _lengths(queries) * _lengths(stored).amax() * share + terms * torch.finfo(torch.float32).tiny
+    bound: Tensor = _lengths(queries) * stored.longest * share + terms * torch.finfo(torch.float32).tiny
     return bound
 
 
@@ -452,10 +477,10 @@ def _certain(part: Found, product: Tensor, error: Tensor, everything: bool) -> T
     return (part.similarity[:, -1].double() > least + error) | (least == -math.inf)
 
 
-def _completed(found: Found, certain: Tensor, queries: Tensor, stored: Tensor, k: int, strangers: Strangers) -> Found:
+def _completed(found: Found, certain: Tensor, queries: Tensor, stored: _Stored, k: int, strangers: Strangers) -> Found:
     """Search the rows that are not certain with care."""
     torn = (~certain).nonzero().squeeze(1)
-    for few in torch.split(torn, max(1, TILE["cpu"] // 2 // min(len(stored), CAREFUL))):
+    for few in torch.split(torn, max(1, TILE["cpu"] // 2 // min(len(stored.x), CAREFUL))):
         if len(few):
             part = _careful(queries[few], stored, k, _of(strangers, few))
             found.similarity[few], found.position[few] = part
@@ -466,29 +491,22 @@ CAREFUL = 4096
 """Stored vectors in a tile of the careful search."""
 
 
-def _careful(queries: Tensor, stored: Tensor, k: int, strangers: Strangers) -> Found:
+def _careful(queries: Tensor, stored: _Stored, k: int, strangers: Strangers) -> Found:
     """Search by the similarities themselves, for rows of many nearly equal ones: in float64, a tile at a time.
 
-    A product in float64 is rounded to the similarity wherever its error cannot change the rounding; the few others are
-    computed again.
+    Every product of a query is rounded to the similarity, so that no certificate is needed.
     """
     own = queries.double()
-    error = 4 * stored.shape[1] * torch.finfo(torch.float64).eps * _lengths(queries)[:, None]
     best = queries.new_empty(len(queries), 0)
     where = torch.empty(len(queries), 0, dtype=torch.int64, device=queries.device)
-    for columns in _slices(len(stored), CAREFUL):
-        tile = stored[columns]
-        product, bound = own @ tile.double().T, error * _lengths(tile)
-        low, high = (product - bound).float(), (product + bound).float()
-        unsure = low != high
-        if best.shape[1] == k:
-            # What comes later must be larger to come in.
-            unsure &= high > best[:, -1:]
-        row, column = unsure.nonzero(as_tuple=True)
-        high[row, column] = _similarity(queries, tile, row, column)
+    place = torch.arange(len(stored.x), device=queries.device)
+    for columns in _slices(len(stored.x), CAREFUL):
+        # What comes later must be larger to come in.
+        above = best[:, -1:] if best.shape[1] == k else None
+        similarity = _rounded(own @ stored.x[columns].double().T, queries, stored, place[columns], above)
         for of_query, of_stored in strangers:
-            high.masked_fill_(of_query[:, None] == of_stored[columns], -math.inf)
-        value, index = _largest_in_order(high, min(k, high.shape[1]))
+            similarity.masked_fill_(of_query[:, None] == of_stored[columns], -math.inf)
+        value, index = _largest_in_order(similarity, min(k, similarity.shape[1]))
         # The earlier tiles stand first, and the sort is stable: equal similarities stay in order.
         best, order = torch.cat([best, value], dim=1).sort(dim=1, descending=True, stable=True)
         where = torch.cat([where, index + columns.start], dim=1).gather(1, order)[:, :k]
@@ -507,16 +525,13 @@ def _largest_in_order(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return _ordered(values, index, k)
 
 
-def _ranked(queries: Tensor, stored: Tensor, position: Tensor, k: int, strangers: Strangers) -> Found:
+def _ranked(queries: Tensor, stored: _Stored, position: Tensor, k: int, strangers: Strangers) -> Found:
     """Give the k strangers at (n, count) positions with the largest similarities, in order."""
-    n, count = position.shape
     missing, place = position < 0, position.clamp(min=0)
     for of_query, of_stored in strangers:
         missing |= of_query[:, None] == of_stored[place]
-    row = torch.arange(n, device=position.device)[:, None].expand(n, count)
-    value = _similarity(queries, stored, row.reshape(-1), place.reshape(-1)).view(n, count)
-    found = _ordered(value.masked_fill_(missing, -math.inf), position.masked_fill(missing, -1), k)
-    return found if count >= k else merge([found], k)
+    value = _similarity(queries, stored, place).masked_fill_(missing, -math.inf)
+    return merge([Found(value, position.masked_fill(missing, -1))], k)
 
 
 def _ordered(similarity: Tensor, position: Tensor, k: int) -> Found:
@@ -526,8 +541,33 @@ def _ordered(similarity: Tensor, position: Tensor, k: int) -> Found:
     return Found(similarity[:, :k].contiguous(), position.gather(1, by_value)[:, :k].contiguous())
 
 
-def _similarity(queries: Tensor, stored: Tensor, row: Tensor, position: Tensor) -> Tensor:
-    """Give the inner products of the pairs (row, position), (P,) float32: the same bits on every road and device.
+def _similarity(queries: Tensor, stored: _Stored, position: Tensor) -> Tensor:
+    """Give the inner products of queries (n, D) and the stored vectors at (n, count) positions, (n, count) float32.
+
+    They are `_defined`; a sum in float64 in any order tells them wherever its error cannot change the rounding.
+    """
+    found = queries.new_empty(position.shape)
+    for rows in _slices(len(queries), max(1, PIECE // max(1, position.shape[1] * queries.shape[1]))):
+        product = stored.x[position[rows]].double().mul_(queries[rows].double()[:, None]).sum(2)
+        found[rows] = _rounded(product, queries[rows], stored, position[rows])
+    return found
+
+
+def _rounded(
+    product: Tensor, queries: Tensor, stored: _Stored, position: Tensor, above: Tensor | None = None
+) -> Tensor:
+    """Round products in float64 (n, m) to similarities; those at most `above`, (n, 1), need not be right."""
+    error = _lengths(queries)[:, None] * (stored.longest * stored.x.shape[1] * 4 * torch.finfo(torch.float64).eps)
+    low, high = (product - error).float(), (product + error).float()
+    unsure = low != high if above is None else (low != high) & (high > above)
+    row, column = unsure.nonzero(as_tuple=True)
+    if len(row):
+        high[row, column] = _defined(queries, stored.x, row, position.expand_as(high)[row, column])
+    return high
+
+
+def _defined(queries: Tensor, stored: Tensor, row: Tensor, position: Tensor) -> Tensor:
+    """Give the inner products of the pairs (row, position), (P,) float32: what a similarity is, on every device.
 
     Products of float32 numbers are exact in float64; halves of the terms are added, then halves of the sums, which is
     the same order everywhere. At last the sum is rounded to float32.
@@ -546,30 +586,39 @@ def _similarity(queries: Tensor, stored: Tensor, row: Tensor, position: Tensor) 
 # --------------------------------------------------------------------------------------------------------- small parts
 
 
-def _checked(queries: Tensor, stored: Tensor, k: int, strangers: Strangers) -> tuple[Tensor, Tensor]:
-    """Give both as float32, or say in a sentence what does not fit."""
-    if queries.ndim != 2 or stored.ndim != 2 or queries.shape[1] != stored.shape[1]:
+def _fitting(queries: Tensor, stored: _Stored, k: int, strangers: Strangers) -> Tensor:
+    """Give queries as float32, or say in a sentence what does not fit."""
+    shape = stored.x.shape
+    if queries.ndim != 2 or queries.shape[1] != shape[1]:
         raise InputError(
             "queries and stored vectors are (Q, D) and (M, D) with the same D; "
-            f"got the shapes {tuple(queries.shape)} and {tuple(stored.shape)}."
+            f"got the shapes {tuple(queries.shape)} and {tuple(shape)}."
         )
-    if queries.device != stored.device:
-        raise InputError(f"queries and stored vectors must be on one device; got {queries.device} and {stored.device}.")
-    if not 0 <= k <= len(stored):
+    if queries.device != stored.x.device:
         raise InputError(
-            f"k = {k} neighbours are asked for, and {len(stored)} vectors are stored; ask for at most these."
+            f"queries and stored vectors must be on one device; got {queries.device} and {stored.x.device}."
+        )
+    if not 0 <= k <= shape[0]:
+        raise InputError(
+            f"{k} neighbours of each query are asked for, and {shape[0]} vectors are stored; ask for 0 to {shape[0]}."
         )
     for of_query, of_stored in strangers:
-        if of_query.shape != (len(queries),) or of_stored.shape != (len(stored),):
+        if of_query.shape != (len(queries),) or of_stored.shape != (shape[0],):
             raise InputError(
-                f"strangers are pairs of numbers, ({len(queries)},) of the queries and ({len(stored)},) of the stored "
+                f"strangers are pairs of numbers, ({len(queries)},) of the queries and ({shape[0]},) of the stored "
                 f"vectors; got the shapes {tuple(of_query.shape)} and {tuple(of_stored.shape)}."
             )
-    made = [x.detach().to(torch.float32).contiguous() for x in (queries, stored)]
-    for name, x in zip(("queries", "stored vectors"), made, strict=True):
-        if not torch.isfinite(torch.linalg.vector_norm(x, dim=1)).all():
-            raise InputError(f"some {name} are NaN, infinite or too long to be squared; look where they come from.")
-    return made[0], made[1]
+    queries = queries.detach().to(torch.float32).contiguous()
+    _longest(queries, "queries")
+    return queries
+
+
+def _longest(x: Tensor, name: str) -> Tensor:
+    """Give the length of the longest vector; NaN and what cannot be squared raises an InputError."""
+    longest = _lengths(x).amax() if len(x) else x.new_zeros((), dtype=torch.float64)
+    if not torch.isfinite(longest):
+        raise InputError(f"some {name} are NaN, infinite or too long to be squared; look where they come from.")
+    return longest
 
 
 def _nothing(queries: Tensor, k: int) -> Found:
@@ -633,7 +682,7 @@ def kmeans(x: Tensor, clusters: int, *, spherical: bool = False, iterations: int
 
     Source: Lloyd 1982; Arthur and Vassilvitskii 2007, k-means++; Dhillon and Modha 2001 for the spherical form.
     """
-    x, _ = _checked(x, x, 0, ())
+    x = _Stored.of(x).x
     if not 1 <= clusters <= len(x):
         raise InputError(f"{clusters} clusters are asked for, of {len(x)} vectors; ask for 1 to {len(x)}.")
     x = F.normalize(x) if spherical else x
