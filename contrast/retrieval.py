@@ -167,7 +167,12 @@ def auto_index(count: int, device: str = "cpu") -> str:
     """Name the index that "auto" is for so many vectors: "exact", or inverted lists where they are quicker."""
     if count <= AUTO.get(device, AUTO["cpu"]) or not has_faiss():
         return "exact"
-    return f"IVF{2 ** round(math.log2(4 * math.sqrt(count)))},Flat"
+    return f"IVF{default_lists(count)},Flat"
+
+
+def default_lists(count: int) -> int:
+    """Give the number of lists of "auto" for so many vectors: the power of two nearest to 4 sqrt(count)."""
+    return 1 << round(math.log2(4 * math.sqrt(max(1, count))))
 
 
 def default_probes(lists: int) -> int:
@@ -193,13 +198,21 @@ class _Exact(Index):
 
 
 class _Faiss(Index):
-    """An index of FAISS's factory, by inner product; what it finds is ranked as `nearest` does."""
+    """An index of FAISS's factory, by inner product; what it finds is ranked as `nearest` does.
+
+    Args:
+        stored: (M, D).
+        name: the factory string.
+        probes: how many lists a query looks into, where there are lists; an attribute that may be set.
+        seed: of the training.
+    """
 
     def __init__(self, stored: Tensor, name: str, probes: int | None, seed: int) -> None:
         super().__init__(stored)
         self.name = name
         self._index = _factory(name, stored.shape[1])
-        self._prepare(probes, seed)
+        self._prepare(seed)
+        self.probes = probes or default_probes(getattr(self._lists, "nlist", 1))
         self._to_device()
         try:
             self._index.train(self._own(self._stored.x))
@@ -210,18 +223,18 @@ class _Faiss(Index):
                 "codes, or 'exact', which needs no training."
             ) from None
 
-    def _prepare(self, probes: int | None, seed: int) -> None:
-        """Seed what is trained and choose how many lists are looked into."""
+    def _prepare(self, seed: int) -> None:
+        """Find what has lists or a graph, and seed what is trained."""
         inner = _innermost(self._index)
         self._graph = getattr(inner, "hnsw", None)
-        lists = getattr(inner, "nlist", None)
-        if lists is not None:
-            inner.nprobe = min(probes or default_probes(lists), lists)
+        self._lists = inner if hasattr(inner, "nprobe") else None
         for trained in (inner, getattr(inner, "pq", None)):
             if (settings := getattr(trained, "cp", None)) is not None:
                 settings.seed = seed % 2**31
                 # Few vectors a list are the caller's choice; faiss would print a warning a training.
                 settings.min_points_per_centroid = 1
+        if self._lists is not None:
+            inner.cp.max_points_per_centroid = TRAINED
 
     def _to_device(self) -> None:
         """Move the index to the GPU of the vectors where faiss has it there; else vectors travel to the host."""
@@ -236,6 +249,7 @@ class _Faiss(Index):
             return
         if hasattr(moved, "getDevice"):
             self._index, self._on_gpu = moved, True
+            self._lists = moved if self._lists is not None else None
 
     def _own(self, x: Tensor) -> Tensor:
         return x if self._on_gpu else x.cpu()
@@ -287,6 +301,8 @@ class _Faiss(Index):
     def _fetch(self, queries: Tensor, count: int) -> tuple[Tensor, Tensor]:
         if self._graph is not None:
             self._graph.efSearch = max(64, 2 * count)
+        if self._lists is not None:
+            self._lists.nprobe = min(self.probes, self._lists.nlist)
         product, position = self._index.search(self._own(queries.contiguous()), count)
         return product.to(queries.device), position.to(queries.device)
 
@@ -347,6 +363,8 @@ def _gpu_resources(number: int) -> Any:
 
 FEW = 64
 """Up to so many vectors that are no strangers are fetched and dropped; of more, the products are masked."""
+TRAINED = 64
+"""Vectors a list that lists are trained on; faiss takes 256, four times as long."""
 AT_ONCE = 2**15
 """Queries that are handed to an index at a time."""
 MOST_FETCHED = 1024
