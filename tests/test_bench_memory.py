@@ -1,9 +1,11 @@
 """The page says what the cells say, gaps too, and the best source is chosen by validation accuracy alone."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 from contrast import config as configuration
 from contrast.train.run_folder import RunFolder
@@ -108,11 +110,12 @@ def test_differences_are_paired_and_findings_follow_from_them():
 
 def test_rates_and_the_share_of_searching_are_shown_where_there_are_any():
     rates = {"false_negatives": 0.25, "false_negatives_removed": 0.5}
-    found = whole(mining_seconds=3.0, rates=rates)
+    found = whole(mining_seconds=3.0, rates=rates, nearest_false=0.75)
     text = page(found, [SET])
     assert row_of(text, "info_nce", "hard", "0.250 ± 0.000") == [
         "0.500 ± 0.000",
         "-",
+        "0.750 ± 0.000",
         "30.0 ± 0.0",
         "0.100 ± 0.000",
         "50.0 ± 0.0",
@@ -200,6 +203,7 @@ def test_a_cell_is_made_from_real_files(method, tmp_path, monkeypatch):
         assert "validation" not in made
         return
     assert 0 <= made["validation"] <= 1
+    assert 0.3 < made["nearest_false"] <= 1
     assert 0 <= made["rates"]["false_negatives"] <= 1
     assert (made["mining_seconds"] > 0) == (cell.source == "hard_margin")
     assert (made["rates"]["false_negatives_removed"] > 0) == (cell.source == "hard_margin")
@@ -210,3 +214,18 @@ def test_every_loss_and_source_is_explained_on_the_page():
     text = page({}, [SET])
     for name, part in {**SOURCES, **LOSSES}.items():
         assert f"| `{name}` | {part.about} |" in text
+
+
+def test_the_nearest_strangers_are_counted_without_the_item_itself():
+    # Two pairs of equal vectors: each item's nearest stranger is its twin; the first pair's labels differ.
+    x = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0], [0.0, 1.0]])
+    target = torch.tensor([0, 1, 2, 2])
+
+    class Train:
+        def __len__(self):
+            return 4
+
+        def __getitems__(self, rows):
+            return SimpleNamespace(x=x[rows], target=target[rows])
+
+    assert cells.nearest_false(lambda raw: raw, SimpleNamespace(train=Train()), neighbours=1) == 0.5

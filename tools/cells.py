@@ -16,12 +16,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 
 from contrast.data import Data
 from contrast.evaluation.compare import Difference
-from contrast.evaluation.features import Encode
+from contrast.evaluation.features import Encode, extract
 from contrast.evaluation.protocols import evaluate
 from contrast.registry import InputError
+from contrast.retrieval import nearest
 from contrast.train.run_folder import environment
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -120,6 +123,14 @@ def probe(encode: Encode, data: Data, seed: int) -> dict[str, Any]:
         "labels_per_class": few["labels_per_class"],
         "warnings": found.warnings,
     }
+
+
+def nearest_false(encode: Encode, data: Data, neighbours: int = 8) -> float:
+    """Give the share of the training items' nearest strangers, by cosine of their features, that have their label."""
+    features, target = extract(encode, data.train)
+    unit, item = F.normalize(features), torch.arange(len(features))
+    found = nearest(unit, unit, neighbours, strangers=[(item, item)])
+    return float((target[found.position] == target[:, None]).double().mean())
 
 
 # ------------------------------------------------------------------------------------------------- cells, one file each
