@@ -120,7 +120,7 @@ class Index(ABC):
         """Put other vectors in the place of the stored ones; what was trained on the first ones is kept."""
 
 
-AUTO = {"cpu": 50_000, "cuda": 2_000_000}
+AUTO = {"cpu": 20_000, "cuda": 2_000_000}
 """Up to so many stored vectors, on such a device, "auto" searches exactly."""
 
 
@@ -369,7 +369,7 @@ AT_ONCE = 2**15
 """Queries that are handed to an index at a time."""
 MOST_FETCHED = 1024
 """An index is asked for no more than so many; queries that still lack strangers are searched exactly."""
-COLUMNS = {"cpu": 8192, "cuda": 65_536}
+COLUMNS = {"cpu": 16_384, "cuda": 65_536}
 TILE = {"cpu": 2**23, "cuda": 2**27}
 """How many products are held at a time, and of how many stored vectors."""
 GROUP = 32
