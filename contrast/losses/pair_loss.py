@@ -107,6 +107,7 @@ class PairLoss(nn.Module):
 
         Raises:
             ValueError: where shapes or lengths do not fit, or (on the CPU) an embedding is not finite.
+            RuntimeError: by the backward pass, where a memory in `extra` was updated since.
         """
         if reduction not in ("mean", "none"):
             raise ValueError(f"reduction is 'mean' or 'none'; got {reduction!r}.")
@@ -126,10 +127,10 @@ class PairLoss(nn.Module):
             self._last = [_detached(pairs) for pairs in prepared]
             row = _joined(rows)
             if all(self._all_valid(pairs) for pairs in prepared):
-                return row.mean() if reduction == "mean" else row
+                return _watched(row.mean() if reduction == "mean" else row, extras)
             valid = _joined([self._valid(pairs) for pairs in prepared])
             row = torch.where(valid, row, 0)
-            return global_mean(row, valid) if reduction == "mean" else row
+            return _watched(global_mean(row, valid) if reduction == "mean" else row, extras)
 
     def pairs(
         self,
@@ -380,6 +381,24 @@ def global_mean(rows: Tensor, valid: Tensor) -> Tensor:
     count = sums[1].clamp(min=1)
     share = own * (world / count).to(own.dtype)
     return (sums[0] / count).to(own.dtype) + (share - share.detach())
+
+
+def _watched(value: Tensor, extras: Sequence[Extra]) -> Tensor:
+    """Let the backward pass refuse memories that were updated since the loss was computed."""
+    counts = [(source, source.updates) for source in extras if hasattr(source, "updates")]
+    if not counts or not value.requires_grad or torch.compiler.is_compiling():
+        return value
+
+    def look(gradient: Tensor) -> None:  # noqa: ARG001
+        if any(source.updates != count for source, count in counts):
+            raise RuntimeError(
+                "a memory was updated between the loss and its backward pass: call a memory's update(...) after "
+                "loss.backward()."
+            )
+
+    if not torch._C._are_functorch_transforms_active():
+        value.register_hook(look)  # type: ignore[no-untyped-call]
+    return value
 
 
 def _labelled(labels: Tensor, *, same: bool) -> Rule:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -40,7 +41,7 @@ class Bank(Memory):
     Raises:
         ValueError: for sizes below 1; where it does not fit into the free memory; for a repeated sample in one update
             of all processes together, or one outside [0, samples) (on CUDA, where looking would wait for the device,
-            the next update but few says so).
+            a later update says so).
 
     Source: Wu et al. 2018 (instance discrimination), arXiv:1805.01978.
     """
@@ -67,6 +68,8 @@ class Bank(Memory):
         self.unit = True
         self.pushed = 0
         self._complete = False
+        self._wrong: Tensor | None = None
+        self._seen: Tensor | None = None
 
     @property
     def sharded(self) -> bool:
@@ -116,7 +119,10 @@ class Bank(Memory):
         self.follow(own.z.device)
         self._settle()
         everyone = own.gathered()
-        self._check(everyone.sample)
+        if own.z.device.type == "cpu":
+            self._check(everyone.sample)
+        else:
+            everyone = self._checked_later(everyone)
         self.unit &= own.unit
         self.updates += 1
         self.pushed += len(everyone)
@@ -231,7 +237,7 @@ class Bank(Memory):
 
     def _check(self, sample: Tensor) -> None:
         """Refuse samples that the data set does not have, and the same one twice."""
-        if sample.device.type != "cpu" or not len(sample):
+        if not len(sample):
             return
         if sample.max() >= self.samples:
             raise ValueError(
@@ -244,6 +250,24 @@ class Bank(Memory):
                 f"a bank keeps one embedding a sample, and sample {int(again[0])} stands twice in this update of all "
                 "processes: update it with one view at a time, and with a sampler that does not repeat."
             )
+
+    def _checked_later(self, everyone: Embeddings) -> Embeddings:
+        """Look for wrong samples without waiting for the device: an update reads what those before it found."""
+        if self._seen is not None and self._seen.any():
+            raise ValueError(
+                f"an earlier update of this bank had a sample twice, or one outside [0, {self.samples}): update it "
+                "with one view at a time, and with a sampler that does not repeat."
+            )
+        if not len(everyone):
+            return everyone
+        sample = everyone.sample
+        ordered = sample.sort().values
+        wrong = (ordered[1:] == ordered[:-1]).any() | (ordered[0] < 0) | (ordered[-1] >= self.samples)
+        self._wrong = wrong if self._wrong is None else self._wrong.to(wrong.device) | wrong
+        if self._seen is None:
+            self._seen = torch.zeros((), dtype=torch.bool, pin_memory=sample.is_cuda)
+        self._seen.copy_(self._wrong, non_blocking=True)
+        return replace(everyone, sample=sample.clamp(0, self.samples - 1))
 
     def _rows(self, rows: Tensor) -> tuple[Tensor, Tensor | None]:
         """Give vectors and references at these rows of what this process holds."""

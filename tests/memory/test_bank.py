@@ -63,9 +63,11 @@ def test_the_own_sample_in_the_bank_is_neither_negative_nor_positive():
     assert criterion.metrics["positives"] == 1
 
 
-def test_an_update_before_the_backward_pass_is_named_where_it_would_do_harm():
-    bank, index = full(), torch.arange(4)
-    loss = InfoNCE(0.2)(*torch.randn(2, 4, DIM).requires_grad_(), sample=index, extra=[bank])
+@pytest.mark.parametrize("bank", [full(), Bank(SAMPLES, DIM)], ids=["full", "empty"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_an_update_before_the_backward_pass_is_named(bank, dtype):
+    index = torch.arange(4)
+    loss = InfoNCE(0.2)(*torch.randn(2, 4, DIM, dtype=dtype).requires_grad_(), sample=index, extra=[bank])
     bank.update(torch.randn(4, DIM), sample=index)
     with pytest.raises(RuntimeError, match=r"call a memory's update\(...\) after loss.backward\(\)"):
         loss.backward()
@@ -104,6 +106,19 @@ def test_wrong_calls_are_answered_in_a_sentence(call, words):
         call(bank)
     assert "\n" not in str(caught.value)
     assert torch.equal(bank.held["z"], before)
+
+
+@pytest.mark.parametrize("sample", [[3, 1, 3], [12, 1], [-1, 2]])
+def test_where_looking_would_wait_a_later_update_names_what_was_wrong(sample):
+    bank = Bank(SAMPLES, DIM)
+    for right in ([0, 1], [], [2]):
+        bank._checked_later(push(right, 0))
+    found = bank._checked_later(push(sample, 0)).sample
+    assert found.min() >= 0 and found.max() < SAMPLES
+    with pytest.raises(
+        ValueError, match=r"an earlier update of this bank had a sample twice, or one outside \[0, 12\)"
+    ):
+        bank._checked_later(push([4], 0))
 
 
 def test_a_bank_that_does_not_fit_says_so_with_figures(monkeypatch):

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import contrast
 from contrast.losses import InfoNCE
 from contrast.memory import MEMORIES, Bank, HardNegatives
 from tests.memory.model import DIM, anchor, push
@@ -27,7 +28,7 @@ def nearest_strangers(bank, sample, k):
     pushes=st.lists(st.lists(st.integers(0, SAMPLES - 1), max_size=SAMPLES, unique=True), max_size=4),
     labels=st.sampled_from([1, 2, 3, SAMPLES]),
     k=st.integers(1, SAMPLES - 1),
-    index=st.sampled_from(["exact", "auto"]),
+    index=st.sampled_from(["exact", "auto", "Flat"]),
 )
 def test_the_table_is_what_sorting_finds(pushes, labels, k, index):
     bank = Bank(SAMPLES, DIM)
@@ -113,6 +114,13 @@ def test_it_searches_every_so_many_steps():
     assert hard.found_at == 3
     assert hard.metrics["mined"] == 3
     assert hard.seconds > 0
+
+
+def test_a_call_inside_local_does_not_search():
+    hard = full("1 steps")
+    with contrast.local():
+        assert not len(hard.candidates(anchor([1])))
+    assert len(hard.candidates(anchor([1]))) == 3
 
 
 def test_a_step_is_given_the_newest_embeddings():

@@ -79,16 +79,28 @@ def test_the_own_sample_in_the_queue_is_neither_negative_nor_positive():
     assert criterion.metrics["positives"] == 1
 
 
-def a_step(queue):
-    z = torch.randn(2, 4, DIM).requires_grad_()
+def a_step(queue, dtype=torch.float32):
+    z = torch.randn(2, 4, DIM, dtype=dtype).requires_grad_()
     index = torch.arange(4)
     queue.update(torch.randn(4, DIM), sample=index + 10)
     return InfoNCE(0.2)(*z, sample=index, extra=[queue]), index
 
 
-def test_an_update_before_the_backward_pass_is_named():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("wrap", [lambda loss: loss, lambda loss: 2 * loss + 1])
+def test_an_update_before_the_backward_pass_is_named(dtype, wrap):
     queue = Queue(6, DIM)
-    loss, index = a_step(queue)
+    loss, index = a_step(queue, dtype)
+    queue.update(torch.randn(4, DIM), sample=index)
+    with pytest.raises(RuntimeError, match=r"call a memory's update\(...\) after loss.backward\(\)"):
+        wrap(loss).backward()
+
+
+def test_also_where_the_embeddings_were_handed_over():
+    queue, index = Queue(6, DIM), torch.arange(4)
+    queue.update(torch.randn(4, DIM), sample=index + 10)
+    z = torch.randn(2, 4, DIM).requires_grad_()
+    loss = InfoNCE(0.2)(*z, sample=index, extra=[queue.candidates(anchor([0]))])
     queue.update(torch.randn(4, DIM), sample=index)
     with pytest.raises(RuntimeError, match=r"call a memory's update\(...\) after loss.backward\(\)"):
         loss.backward()
