@@ -11,7 +11,8 @@ import torch
 
 import contrast
 from contrast import losses
-from contrast.losses import CACR, LOSSES, BadPairs, HardNegative, InfoNCE, PairLoss
+from contrast.losses import CACR, LOSSES, BadPairs, FalseNegatives, HardNegative, InfoNCE, PairLoss
+from contrast.memory import MEMORIES, Bank, HardNegatives, NearestPositives, Queue, nearest_views
 from contrast.registry import InputError, schema
 
 ROOT = Path(__file__).parents[1]
@@ -76,6 +77,8 @@ def test_the_everyday_lines_work():
         InfoNCE(candidates="memory")(q_a, targets=(None, k_b), sample=index, extra=[queue]),
         HardNegative()(z_a, z_b),
         BadPairs(InfoNCE(), samples=6)(z_a, z_b, sample=index),
+        FalseNegatives(InfoNCE(), relative_margin=0.05)(z_a, z_b, sample=index),
+        FalseNegatives(InfoNCE(), guide=True)(z_a, z_b, reference=(k_a, k_b)),
     ]
     with contrast.local():
         values.append(criterion(z_a, z_b, sample=index))
@@ -145,6 +148,17 @@ def test_a_name_that_is_not_there_is_an_attribute_error():
                 "weight": "density",
             },
         ),
+        (
+            "false_negatives",
+            {
+                "loss": inspect.Parameter.empty,
+                "above": None,
+                "margin": None,
+                "relative_margin": None,
+                "top": None,
+                "guide": False,
+            },
+        ),
     ],
 )
 def test_losses_keep_their_arguments_and_defaults(name, arguments):
@@ -163,6 +177,7 @@ CLASSES = {
     "cacr_rbf": "CACRRBF",
     "cwcl": "CWCL",
     "decoupled": "DecoupledInfoNCE",
+    "false_negatives": "FalseNegatives",
     "hard_contrastive": "HardContrastive",
     "hard_negative": "HardNegative",
     "info_nce": "InfoNCE",
@@ -175,6 +190,45 @@ def test_losses_keep_their_names_and_classes():
     assert {name: loss.__name__ for name, loss in LOSSES.items()} == CLASSES
     assert all(getattr(losses, name) in LOSSES.values() for name in CLASSES.values())
     assert set(losses.__all__) == {*CLASSES.values(), "LOSSES", "PairLoss", "Source"}
+
+
+def test_the_lines_with_memories_work():
+    index = torch.arange(6)
+    queue, bank = Queue(8, dim=4), Bank(samples=6, dim=4)
+    hard, nearest = HardNegatives(bank, neighbours=2, refresh="1 steps"), NearestPositives(Queue(8, dim=4))
+    criterion = InfoNCE()
+    for _ in range(2):
+        z_a, z_b = views()
+        criterion(z_a, z_b, sample=index, extra=[queue, bank, hard]).backward()
+        near = nearest_views(nearest, (z_a, z_b), sample=index)
+        criterion(*(near or (z_a, z_b)), targets=(z_a, z_b), sample=index).backward()
+        for memory in (queue, hard, nearest):
+            memory.update(z_b, sample=index)
+            memory.end_epoch()
+            memory.load_state_dict(memory.state_dict())
+    assert queue.filled == 8
+    assert (bank.age == 0).all()
+    assert (hard.table >= 0).all()
+    assert {"false_negatives", "false_negatives_removed", "true_negatives_removed"} == set(
+        criterion.false_negative_rates(index % 2)
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "made", "arguments"),
+    [
+        ("queue", "Queue", {"heads": None, "reference_dim": None}),
+        ("bank", "Bank", {"heads": None, "bytes_per_process": 2**30, "reference_dim": None}),
+        ("hard_negatives", "HardNegatives", {"neighbours": 16, "refresh": "1 epochs", "index": "auto", "seed": 0}),
+        ("nearest_positives", "NearestPositives", {"mutual": 0}),
+    ],
+)
+def test_memories_keep_their_names_arguments_and_defaults(name, made, arguments):
+    memory = MEMORIES[name]
+    assert memory.__name__ == made
+    known = {key: default for key, (_, default) in schema(memory).items()}
+    assert arguments.items() <= known.items()
+    assert all(f"{argument}: " in memory.__doc__ for argument in known)
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -211,6 +265,8 @@ def test_temperature_divides_and_scale_multiplies(name):
         ("SigLIP", "siglip"),
         ("AMCL", "amcl"),
         ("CACR-Queue", "cacr_queue"),
+        ("GISTEmbed", "false_negatives"),
+        ("FalseNegatives", "false_negatives"),
     ],
 )
 def test_an_alias_is_answered_with_the_right_name_and_never_accepted(alias, name):

@@ -19,14 +19,17 @@ from contrast.pairs import Pairs
 class FalseNegatives(PairLoss):
     r"""Any loss over pairs, without the negatives that one of these rules takes for false ones.
 
-    =================== ============================================ ================================================
-    `above`             s_ij > above                                 more alike than this
-    `margin`            s_ij > s_i - margin                          within this of the positive
-    `relative_margin`   s_ij > s_i (1 - relative_margin)             within this share of it: 0.05 is the 95 % rule
-    `top`               s_ij among the `top` largest                 the most similar ones
-    `guide`             <u_i, u_j> > g_i                             a frozen network finds them closer than the
-                                                                     positive
-    =================== ============================================ ================================================
+    .. math:: N'(i) = \{ j \in N(i) : s_{ij} \leq b_i, \; \langle u_i, u_j \rangle \leq g_i \}
+
+    with b_i the least of the bounds of these rules:
+
+    =================== ================================= =============================================================
+    `above`             above                             what is more alike than this goes
+    `margin`            s_i - margin                      ... within this of the positive
+    `relative_margin`   s_i (1 - relative_margin)         ... within this share of it: 0.05 is the 95 % rule
+    `top`               below the `top` largest s_ij      ... the most similar ones
+    `guide`             g_i                               ... what a frozen network finds closer than the positive
+    =================== ================================= =============================================================
 
     s_i is the mean similarity of anchor i's positives, g_i their mean similarity to the frozen network, whose vectors u
     of every view are the call's `reference` (one (N, R) a view: of one vector a sample nobody is closer than oneself).
