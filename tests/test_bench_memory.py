@@ -118,7 +118,7 @@ def test_rates_and_the_share_of_searching_are_shown_where_there_are_any():
         "0.750 ± 0.000",
         "30.0 ± 0.0",
         "0.100 ± 0.000",
-        "50.0 ± 0.0",
+        "80.0 ± 0.0",
     ]
     assert "Searching took 10.0 to 10.0 % of training" in text
     assert "Searching took" not in page(whole(), [SET])

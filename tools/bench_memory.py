@@ -343,7 +343,7 @@ RATE_WORDS = """\
 share of those, and of the others (*true*), that a rule took out. *8 nearest false*: after training, the share of each
 training item's 8 nearest strangers by frozen features that have its label: what retrieval meets. Labels are used for
 nothing else. *Searching*: the share of training seconds spent finding neighbours. *Cell*: training, saving and probes,
-beside other work."""
+seconds of all cores together; those of training are seconds on the clock, beside other work."""
 
 
 def page(found: Cells, names: Sequence[str]) -> str:
