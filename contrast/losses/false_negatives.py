@@ -56,7 +56,7 @@ class FalseNegatives(PairLoss):
         ValueError: for a loss without pairs, no rule, impossible numbers, and a guide without vectors of every view and
             every extra candidate.
 
-    Source: Solatorio 2024 (GISTEmbed), arXiv:2402.16829, for `guide`; the margins as Sentence Transformers has them.
+    Source: Solatorio 2024 (GISTEmbed), arXiv:2402.16829, for `guide`.
     """
 
     def __init__(
