@@ -115,6 +115,8 @@ def test_where_looking_would_wait_a_later_update_names_what_was_wrong(sample):
         bank._checked_later(push(right, 0))
     found = bank._checked_later(push(sample, 0)).sample
     assert found.min() >= 0 and found.max() < SAMPLES
+    bank._seen.zero_()  # as where the device has not come so far
+    bank._checked_later(push([5], 0))
     with pytest.raises(
         ValueError, match=r"an earlier update of this bank had a sample twice, or one outside \[0, 12\)"
     ):
