@@ -13,10 +13,9 @@ from contrast.embeddings import REMEMBERED, Embeddings
 from contrast.memory.memory import MEMORIES, Memory, Width, refuse_other, refuse_unknown
 from contrast.memory.room import check_room
 from contrast.memory.search import Shelf, vectors
-from contrast.retrieval import Found, build_index, merge
-
-BLOCK = 65536
-"""Rows that a sharded bank brings together at a time."""
+from contrast.memory.shards import from_owners, merged, whole_on_first
+from contrast.memory.wrong_samples import Watch, refuse_wrong
+from contrast.retrieval import Found, build_index
 
 
 @MEMORIES.register("bank", aliases=("memory_bank", "instance_discrimination"))
@@ -68,8 +67,7 @@ class Bank(Memory):
         self.unit = True
         self.pushed = 0
         self._complete = False
-        self._wrong: Tensor | None = None
-        self._seen: Tensor | None = None
+        self._watch = Watch(samples)
 
     @property
     def sharded(self) -> bool:
@@ -120,9 +118,9 @@ class Bank(Memory):
         self._settle()
         everyone = own.gathered()
         if own.z.device.type == "cpu":
-            self._check(everyone.sample)
+            refuse_wrong(everyone.sample, self.samples)
         else:
-            everyone = self._checked_later(everyone)
+            everyone = replace(everyone, sample=self._watch.look(everyone.sample))
         self.unit &= own.unit
         self.updates += 1
         self.pushed += len(everyone)
@@ -171,12 +169,7 @@ class Bank(Memory):
             )
         if not self.sharded:
             return found
-        rank, world = self.shard
-        counts = [count for (count,) in distributed.exchange_sizes([len(anchor)], anchor.z.device)]
-        parts = [distributed.gather(x, [len(everyone)] * world).chunk(world) for x in found]
-        merged = merge([Found(*part) for part in zip(*parts, strict=True)], k) if len(everyone) else found
-        own = slice(sum(counts[:rank]), sum(counts[: rank + 1]))
-        return Found(merged.similarity[own], merged.position[own])
+        return merged(found, len(anchor), k)
 
     @torch.no_grad()
     def at(self, sample: Tensor) -> Embeddings:
@@ -185,16 +178,11 @@ class Bank(Memory):
         rank, world = self.shard
         if not self.sharded:
             return self._embeddings(sample, *self._rows(sample))
-        asked = distributed.gather(sample, [n for (n,) in distributed.exchange_sizes([len(sample)], sample.device)])
-        asked = torch.unique(asked)
-        asked = asked[torch.argsort(asked % world, stable=True)]  # owner after owner
-        sizes = torch.bincount(asked % world, minlength=world).tolist()
-        z, reference = self._rows(asked[asked % world == rank] // world)
-        z = distributed.gather(z.movedim(-2, 0), sizes).movedim(0, -2)
-        reference = None if reference is None else distributed.gather(reference, sizes)
-        ordered, order = asked.sort()
-        which = order[torch.searchsorted(ordered, sample)]
-        return self._embeddings(sample, z[..., which, :], None if reference is None else reference[which])
+        asked = from_owners(sample, world)
+        z, reference = self._rows(asked.mine(rank) // world)
+        z = asked.gathered(z.movedim(-2, 0)).movedim(0, -2)
+        reference = None if reference is None else asked.gathered(reference)
+        return self._embeddings(sample, z, reference)
 
     def sample_at(self, position: Tensor) -> Tensor:
         """Give whose embeddings these are: positions in a bank are samples."""
@@ -214,7 +202,7 @@ class Bank(Memory):
         }
         vectors: dict[str, Any] = {name: x for name, x in self.held.items() if name in ("z", "reference")}
         if self.sharded:
-            vectors = {name: self._whole(x) for name, x in vectors.items()}
+            vectors = {name: whole_on_first(x, self.samples, *self.shard) for name, x in vectors.items()}
         return {**made, **vectors}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
@@ -234,40 +222,6 @@ class Bank(Memory):
             if self.sharded and name in ("z", "reference"):
                 given = given.movedim(-2, 0)[rank::world].movedim(0, -2)
             self.held[name] = given.detach().to(device, copy=True)
-
-    def _check(self, sample: Tensor) -> None:
-        """Refuse samples that the data set does not have, and the same one twice."""
-        if not len(sample):
-            return
-        if sample.max() >= self.samples:
-            raise ValueError(
-                f"sample indices must lie in [0, {self.samples}), as samples={self.samples} says; "
-                f"got {int(sample.max())}."
-            )
-        ordered = sample.sort().values
-        if (again := ordered[1:][ordered[1:] == ordered[:-1]]).numel():
-            raise ValueError(
-                f"a bank keeps one embedding a sample, and sample {int(again[0])} stands twice in this update of all "
-                "processes: update it with one view at a time, and with a sampler that does not repeat."
-            )
-
-    def _checked_later(self, everyone: Embeddings) -> Embeddings:
-        """Look for wrong samples without waiting for the device: an update reads what those before it found."""
-        if self._seen is not None and self._seen.any():
-            raise ValueError(
-                f"an earlier update of this bank had a sample twice, or one outside [0, {self.samples}): update it "
-                "with one view at a time, and with a sampler that does not repeat."
-            )
-        if not len(everyone):
-            return everyone
-        sample = everyone.sample
-        ordered = sample.sort().values
-        wrong = (ordered[1:] == ordered[:-1]).any() | (ordered[0] < 0) | (ordered[-1] >= self.samples)
-        self._wrong = wrong if self._wrong is None else self._wrong.to(wrong.device) | wrong
-        if self._seen is None:
-            self._seen = torch.zeros((), dtype=torch.bool, pin_memory=sample.is_cuda)
-        self._seen.copy_(self._wrong, non_blocking=True)
-        return replace(everyone, sample=sample.clamp(0, self.samples - 1))
 
     def _rows(self, rows: Tensor) -> tuple[Tensor, Tensor | None]:
         """Give vectors and references at these rows of what this process holds."""
@@ -294,18 +248,3 @@ class Bank(Memory):
             if name in self.held:
                 rows = self.held[name].movedim(-2, 0)[self.shard[0] :: world]
                 self.held[name] = rows.movedim(0, -2).clone(memory_format=torch.contiguous_format)
-
-    def _whole(self, share: Tensor) -> Tensor:
-        """Bring all shares together on process 0, some rows at a time; the others give their own."""
-        rank, world = self.shard
-        share = share.movedim(-2, 0)
-        sizes = [len(range(other, self.samples, world)) for other in range(world)]
-        whole = torch.empty(self.samples, *share.shape[1:]) if rank == 0 else None
-        for start in range(0, max(sizes), BLOCK):
-            counts = [min(max(size - start, 0), BLOCK) for size in sizes]
-            everyone = distributed.gather(share[start : start + BLOCK], counts)
-            if whole is not None:
-                for other, rows in enumerate(torch.split(everyone, counts)):
-                    first = start * world + other
-                    whole[first : first + world * len(rows) : world] = rows.cpu()
-        return (share if whole is None else whole).movedim(0, -2)
