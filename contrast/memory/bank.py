@@ -10,7 +10,8 @@ from torch import Tensor
 
 from contrast import distributed
 from contrast.embeddings import REMEMBERED, Embeddings
-from contrast.memory.memory import MEMORIES, Memory, Width, refuse_other, refuse_unknown
+from contrast.memory.door import Width, refuse_other, refuse_unknown
+from contrast.memory.memory import MEMORIES, Memory
 from contrast.memory.room import check_room
 from contrast.memory.search import Shelf, vectors
 from contrast.memory.shards import from_owners, merged, whole_on_first

@@ -13,7 +13,8 @@ from torch import Tensor
 from contrast import distributed
 from contrast.embeddings import PADDING, Embeddings
 from contrast.memory.bank import Bank
-from contrast.memory.memory import MEMORIES, Memory, refuse_other, refuse_unknown
+from contrast.memory.door import refuse_other, refuse_unknown
+from contrast.memory.memory import MEMORIES, Memory
 from contrast.retrieval import least_vectors
 
 QUERIES = 65536

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from contrast.embeddings import Embeddings, normalise, of_view
 from contrast.memory.bank import Bank
-from contrast.memory.memory import MEMORIES, Memory, refuse_unknown
+from contrast.memory.door import refuse_unknown
+from contrast.memory.memory import MEMORIES, Memory
 from contrast.memory.queue import Queue
 
 

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from contrast.embeddings import REMEMBERED, Embeddings
-from contrast.memory.memory import MEMORIES, Memory, Width, refuse_other, refuse_unknown
+from contrast.memory.door import Width, refuse_other, refuse_unknown
+from contrast.memory.memory import MEMORIES, Memory
 from contrast.memory.search import Shelf
 from contrast.retrieval import Found
 
