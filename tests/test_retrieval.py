@@ -162,7 +162,7 @@ def test_the_certificate_spares_nearly_every_row_the_careful_search(fixed, monke
     [
         ("IVF64,Flat", 0.99),
         ("HNSW32", 0.97),
-        ("IVF32,PQ16x6", 0.9),
+        ("IVF32,PQ8x4", 0.85),
         ("PCA24,IVF32,SQ8", 0.8),
         ("SQ8", 0.99),
         ("HNSW16,Flat", 0.95),
