@@ -41,8 +41,9 @@ class Recorder(lightning.Callback):
         self._shown: dict[str, str] = {}
 
     def on_train_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
-        """Open the bar."""
+        """Open the bar, and have measured what is written."""
         assert isinstance(module, Pretraining)
+        module.measure_every = self.every
         if trainer.is_global_zero and not self.quiet:
             steps = module.budget.steps
             self._bar = tqdm(
@@ -82,7 +83,7 @@ class Recorder(lightning.Callback):
             "lr": trainer.optimizers[0].param_groups[0]["lr"],
             "seconds": round(module.elapsed, 2),
         }
-        row |= {name: float(value) for name, value in module.measured().items()}
+        row |= module.measured
         self.add(trainer, row)
         if time.time() - self._beat > 5 and trainer.is_global_zero:
             self._beat = time.time()

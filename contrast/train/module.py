@@ -42,6 +42,10 @@ class Pretraining(lightning.LightningModule):
         reference: raw batch -> (N, R), a frozen network's features.
         labels: (samples,) int64 by sample index, -1 for none; false negatives are counted by them, nothing else.
         seed: decides every view and every dropout.
+
+    Attributes:
+        measure_every: steps between two measurements.
+        measured: what the last one gave.
     """
 
     def __init__(
@@ -75,6 +79,8 @@ class Pretraining(lightning.LightningModule):
         kept = ("loss.", "memory.", "watching.")
         self._ddp_params_and_buffers_to_ignore = [name for name, _ in self.named_buffers() if name.startswith(kept)]
         self._keys: list[Embeddings] = []
+        self.measure_every = 1
+        self.measured: dict[str, float] = {}
         self.seconds = 0.0
         self._since = time.monotonic()
 
@@ -131,6 +137,9 @@ class Pretraining(lightning.LightningModule):
         self.encoder.update_twin(self.budget.progress(step, self.elapsed))
         if hasattr(self.loss, "update"):
             self.loss.update()  # type: ignore[operator]
+        if step % self.measure_every == 0 or step == self.budget.steps:
+            # What a queue gave this step is what it holds now; after the next line other entries stand in their place.
+            self.measured = {name: float(value) for name, value in self.measure().items()}
         keys, self._keys = self._keys, []
         self.step.remember(keys)
         if step % self.steps_per_epoch == 0:
@@ -138,7 +147,7 @@ class Pretraining(lightning.LightningModule):
             for memory in (*self.step.memory, *self.step.watching):
                 memory.end_epoch()
 
-    def measured(self) -> dict[str, Tensor | float]:
+    def measure(self) -> dict[str, Tensor | float]:
         """Give what is worth logging of the last step: by the loss, the memories, and the labels where there are any.
 
         Labels count the false negatives among the candidates and are used for nothing else.
