@@ -160,11 +160,10 @@ def test_the_page_counts_what_was_flagged_and_compares_probes_by_seed():
     assert row_of(text, "none", "on", "any") == ["", "0.040 ± 0.000", "", "", ""]
     probe = row_of(text, "views", "on", "0.710 ± 0.110")
     assert probe[0] == "**+0.110 ± 0.006**"
-    assert (
-        "`noise_view`: hardly any held to be noisy (0.0 %; of the clean 2.0 %), most held to be faulty (83.3 %" in text
-    )
-    assert "injected: views, 1 % of the labels: better (**+0.110 ± 0.006**)" in text
-    assert "injected: none, 1 % of the labels: not clear (+0.000 ± 0.000)" in text
+    assert "`noise_view`, at the published widths: hardly any is held to be noisy, 0.0 % (of the clean 2.0 %" in text
+    assert "most are held to be faulty, 83.3 % (of the clean 2.0 %; average precision 0.900, by chance 0.050)" in text
+    assert "views injected, 1 % of the labels: mining better (**+0.110 ± 0.006**), the corruption itself not" in text
+    assert "- probe, clean, 1 %: mining not clear (+0.000 ± 0.000)." in text
     assert "commit: `abcdef`" in text
 
 
@@ -174,7 +173,8 @@ def test_missing_cells_are_shown_as_missing():
     assert "**16 cells are missing.**" in text
     assert row_of(text, "views", "on", "faulty")[2] == "0.800 ± 0.000 (2 of 3)"
     assert row_of(text, "items", "on", "faulty")[0] == "missing"
-    assert "1 % of the labels: missing (missing)" in text
+    assert "items injected, 1 % of the labels: mining missing, the corruption itself missing." in text
+    assert "`noise_item`, at the published widths: as noisy: missing; as faulty: missing." in text
     assert "no cell has been made" in page({}, ["bonn_eeg"])
 
 

@@ -339,29 +339,41 @@ def probe_rows(found: Cells, name: str) -> Iterator[list[str]]:
 
 
 def findings(found: Cells, name: str) -> Iterator[str]:
-    """Say for each kind which flag finds it, and what mining does for the probe; all from the figures."""
+    """Say for each kind which flag finds it, and what corruption and mining do to the probe; all from the figures."""
     for cell in injected_cells(name):
         if cell.mining == "off":
             continue
         for kind in CORRUPTIONS[cell.corruption]:
-            judged = []
-            for flag in FLAGS:
-                of_kind, of_clean = (value_of(found, cell, share_of(one, flag)) for one in (kind, "clean"))
-                beyond = cells.difference(of_kind, of_clean)
-                if beyond is None:
-                    judged.append(f"whether as {flag} is missing")
-                    continue
-                share, clean = (statistics.fmean(one.values()) for one in (of_kind, of_clean))
-                clear = cells.verdict(beyond) == "better"
-                word = "most" if clear and share >= 0.5 else "some" if clear and share >= 0.1 else "hardly any"
-                judged.append(f"{word} held to be {flag} ({100 * share:.1f} %; of the clean {100 * clean:.1f} %)")
-            yield f"- `{kind}`: {', '.join(judged)}."
+            judged = [found_as(found, cell, kind, flag) for flag in FLAGS]
+            yield f"- `{kind}`, at the published widths: {'; '.join(judged)}."
     for corruption, labels in itertools.product(CORRUPTIONS, cells.LABELS):
-        on, off = (Cell(name, corruption, mining, 0) for mining in ("on", "off"))
-        one = against(found, on, off, labels)
-        words = f"mining, injected: {corruption}, {labels} of the labels"
-        yield f"- {words}: {cells.verdict(one)} ({cells.in_figures(one)})."
+        on, off, clean = Cell(name, corruption, "on", 0), Cell(name, corruption, "off", 0), Cell(name, "none", "off", 0)
+        what = f"{corruption} injected, {labels} of the labels" if CORRUPTIONS[corruption] else f"clean, {labels}"
+        pairs = {"mining": (on, off)} | ({"the corruption itself": (off, clean)} if CORRUPTIONS[corruption] else {})
+        judged = []
+        for words, (ours, theirs) in pairs.items():
+            one = against(found, ours, theirs, labels)
+            judged.append(f"{words} {cells.verdict(one)}" + (f" ({cells.in_figures(one)})" if one else ""))
+        yield f"- probe, {what}: {', '.join(judged)}."
     yield ""
+
+
+def found_as(found: Cells, cell: Cell, kind: str, flag: str) -> str:
+    """Say how many of a kind are held to be so, beside the clean, and how well its history ranks it."""
+    of_kind, of_clean = (value_of(found, cell, share_of(one, flag)) for one in (kind, "clean"))
+    beyond = cells.difference(of_kind, of_clean)
+    if beyond is None:
+        return f"as {flag}: missing"
+    share, clean = (statistics.fmean(one.values()) for one in (of_kind, of_clean))
+    clear = cells.verdict(beyond) == "better"
+    word = "most are" if clear and share >= 0.5 else "some are" if clear and share >= 0.1 else "hardly any is"
+    ranks = value_of(found, cell, lambda kept: kept["ranking"][kind][f"as_{flag}"])
+    chance = value_of(found, cell, lambda kept: kept["ranking"][kind]["by_chance"])
+    average, luck = (statistics.fmean(one.values()) for one in (ranks, chance))
+    return (
+        f"{word} held to be {flag}, {100 * share:.1f} % (of the clean {100 * clean:.1f} %; average precision "
+        f"{average:.3f}, by chance {luck:.3f})"
+    )
 
 
 HEAD = """\

@@ -233,7 +233,7 @@ def made_on(cells: Iterable[Mapping[str, Any]]) -> Iterator[str]:
     for one in kept:
         versions = ", ".join(f"{name} {version}" for name, version in sorted(one["versions"].items()))
         machines.append(
-            f"{one['processor']}, {one['cores']} cores, {one['threads']} threads, {one['system']}, "
+            f"{one['processor']}, {one['cores']} cores, threads: {one['threads']}, {one['system']}, "
             f"Python {one['python']}, {versions}"
         )
         changed = " with changes not committed" if one["dirty"] else ""

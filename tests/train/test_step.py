@@ -178,5 +178,3 @@ def test_a_raw_loss_remembers_raw_embeddings():
     taken = take(step)
     step.remember([taken.keys])
     torch.testing.assert_close(queue.candidates(taken.keys).z, step.encoder(taken.views).z[-1].detach())
-
-
