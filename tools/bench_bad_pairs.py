@@ -387,8 +387,8 @@ by the seed, corruption is injected:
 
 {kinds}
 
-*views* has {view:g} % of the training items of each of the first two kinds, *items* {item:g} % of the last. The issue
-asked for the first two; the last is what the paper calls a noisy pair, two views that share their noise. Mining *on*
+*views* has {view:g} % of the training items of each of the first two kinds, *items* {item:g} % of the last,
+which is what the paper calls a noisy pair: two views that share their noise. Mining *on*
 weighs them down after the warm-up, by a weight of at most 1 (`peak_one`, as in the config `bonn_eeg_bad_pairs`); *off*
 is a warm-up that never ends: the loss is that of InfoNCE alone, and the history is kept all the same. Training items
 include the validation items; the test items are clean. {epochs} epochs, of which {warmup} are warm-up; every run of a
