@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -12,6 +14,8 @@ from contrast.reductions.grid import blocks, low_tiles
 from contrast.reductions.identity import by_tile
 from contrast.reductions.work import Gradients, Work
 
+SHARED = 2**17
+"""From so many numbers on, processors share the selecting."""
 PLACES = 16
 """Rows that ask for more different places than this are sorted."""
 
@@ -88,8 +92,16 @@ def kth_largest(s: Tensor, k: Tensor) -> Tensor:
     # numpy selects several times faster than torch; one call serves rows that ask for different places.
     place = s.shape[-1] - k.expand(s.shape[:-1])
     flat, places = s.view(-1, s.shape[-1]).numpy(), torch.unique(place).numpy()
-    if len(places) <= PLACES:
-        flat.partition(places, axis=-1)
-    else:
-        flat.sort(axis=-1)
+    _rows_at_once(lambda rows: rows.partition(places, axis=-1) if len(places) <= PLACES else rows.sort(axis=-1), flat)
     return s.gather(-1, place.unsqueeze(-1)).squeeze(-1)
+
+
+def _rows_at_once(work: Callable[[Any], None], flat: Any) -> None:
+    """Do this to all rows of an array, some on each processor where they are many; numpy lets go of Python's lock."""
+    threads = torch.get_num_threads() if flat.size >= SHARED else 1
+    if threads == 1:
+        work(flat)
+        return
+    step = -(-len(flat) // threads)
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(work, [flat[start : start + step] for start in range(0, len(flat), step)]))
