@@ -20,17 +20,19 @@ PADDING = -2
 
 
 class Known(NamedTuple):
-    """All of one view, every sample once, each its own group.
+    """All of one view, every sample once; a sample's group is the same in every view.
 
     Args:
         sample: the very tensor of the samples.
         view: the view.
         fresh: whether no other embeddings can have these samples, but for those that share the tensor.
+        grouped: whether a group may hold several samples; else each is its own.
     """
 
     sample: Tensor
     view: int
     fresh: bool
+    grouped: bool
 
 
 @dataclass(frozen=True, eq=False)
@@ -175,7 +177,7 @@ def _unit(z: Tensor) -> tuple[Tensor, Tensor]:
             else z.square().sum(dim=-1, keepdim=True)
         )
         least, most = squared.aminmax()
-        if least > _SAFE[0] and most < _SAFE[1]:
+        if float(least) > _SAFE[0] and float(most) < _SAFE[1]:
             inverse = squared.sqrt_().reciprocal_()
             return z * inverse, inverse
     # The largest coordinate becomes 1, so that squares stay in range; a row that is not 0 is then 1 or longer.
@@ -211,11 +213,11 @@ def of_view(
         view: the view of all.
         reference: (N, R), or None.
         fresh: True where no other embeddings but those that share the tensor `sample` can have these samples, False
-            where others may; None where samples may repeat or have groups.
+            where others may; None where samples may repeat.
         unit: whether the vectors are of unit length, or 0.
     """
     made = Embeddings(z, sample, group, torch.full_like(sample, view), reference)
-    known = None if fresh is None else Known(sample, view, fresh)
+    known = None if fresh is None else Known(sample, view, fresh, grouped=group is not sample)
     made.__dict__.update(known=known, unit=unit)
     return made
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -22,9 +23,9 @@ from contrast.reductions import (
     Relation,
     SoftMean,
     SoftplusSum,
-    operator,
     sweep,
 )
+from contrast.reductions import operator as one_operator
 from contrast.reductions.identity import Identity, identify
 from contrast.reductions.work import saved
 
@@ -76,6 +77,13 @@ class Pairs:
     def identity(self) -> Identity:
         """What the identities say of all pairs, for the reductions."""
         return identify(self.anchor, self.candidates, self.across)
+
+    @cached_property
+    def mirrored(self) -> int:
+        """How many of the first parts are, one after the other, the anchors themselves; 0 where they are not."""
+        parts = self.anchor.parts
+        same = len(parts) <= len(self.candidates) and all(map(operator.is_, parts, self.candidates))
+        return len(parts) if same else 0
 
     def logsumexp(
         self,
@@ -226,22 +234,18 @@ def _similarity(anchor: Embeddings, candidate: Embeddings) -> Tensor:
 
 def product(a: Tensor, b: Tensor) -> Tensor:
     """Give a b^T, (..., n, m), in full precision also where `backward()` is called inside an autocast block."""
-    result: Tensor = _Product.apply(a, b)
+    function = _ProductOfTransforms if torch._C._are_functorch_transforms_active() else _Product
+    result: Tensor = function.apply(a, b)
     return result
 
 
 class _Product(torch.autograd.Function):
     """a b^T, in full precision also where `backward()` is called inside an autocast block."""
 
-    generate_vmap_rule = True
-
     @staticmethod
-    def forward(a: Tensor, b: Tensor) -> Tensor:
+    def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
+        ctx.save_for_backward(a, b)
         return a @ b.transpose(-2, -1)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:  # noqa: ARG004
-        ctx.save_for_backward(*inputs)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None]:
@@ -250,6 +254,20 @@ class _Product(torch.autograd.Function):
             to_a = (gradient @ b).sum_to_size(a.shape) if ctx.needs_input_grad[0] else None
             to_b = (gradient.transpose(-2, -1) @ a).sum_to_size(b.shape) if ctx.needs_input_grad[1] else None
         return to_a, to_b
+
+
+class _ProductOfTransforms(_Product):
+    """The same inside torch.func, which wants the context apart."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(a: Tensor, b: Tensor) -> Tensor:  # type: ignore[override]
+        return a @ b.transpose(-2, -1)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:  # noqa: ARG004
+        ctx.save_for_backward(*inputs)
 
 
 def all_pairs(*views: Embeddings, extra: Sequence[Embeddings] = ()) -> Pairs:
@@ -267,4 +285,4 @@ def two_sided(a: Embeddings, b: Embeddings, extra: Sequence[Embeddings] = ()) ->
     return Pairs(concatenate([a, b]), (*gather_all([a, b]), *extra), across=True, views=2)
 
 
-operator.register(sweep.prepared, Pairs)
+one_operator.register(sweep.prepared, Pairs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
@@ -178,7 +179,7 @@ class PairLoss(nn.Module):
         def seen(view: int) -> Tensor | None:
             return reference if reference is None or reference.ndim == 2 else reference[view]
 
-        known = group is sample and (fresh or _distinct(sample))
+        distinct = fresh or _distinct(sample)
 
         def made(what: str, views: Mapping[int, Tensor]) -> list[Embeddings]:
             whole = torch.cat(list(views.values()), dim=-2) if len(views) > 1 else next(iter(views.values()))
@@ -186,7 +187,7 @@ class PairLoss(nn.Module):
             if whole.device.type == "cpu" and not _finite(whole):
                 self._name_not_finite(what, views)
             return [
-                of_view(z, sample, group, view, seen(view), fresh=fresh if known else None, unit=self.normalise)
+                of_view(z, sample, group, view, seen(view), fresh=fresh if distinct else None, unit=self.normalise)
                 for view, z in zip(views, _slices(whole, len(views)), strict=True)
             ]
 
@@ -431,7 +432,7 @@ def _finite(z: Tensor) -> bool:
     if torch.compiler.is_compiling():
         return True
     # A sum may leave the range although no number does; only then a mask is made.
-    return bool(torch.isfinite(z.detach().sum())) or bool(torch.isfinite(z).all())
+    return math.isfinite(float(z.detach().sum())) or bool(torch.isfinite(z).all())
 
 
 def _distinct(sample: Tensor) -> bool:

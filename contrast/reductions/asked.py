@@ -83,6 +83,16 @@ class Count:
 Reduction = LogSumExp | Mean | SoftMean | SoftplusSum | Kth | Count
 
 
+_LEARNABLE: dict[type, tuple[str, ...]] = {
+    LogSumExp: ("scale", "log_weight"),
+    Mean: ("weight",),
+    SoftMean: ("scale",),
+    SoftplusSum: ("scale", "bias"),
+    Kth: (),
+    Count: (),
+}
+
+
 def arguments(asked: Reduction) -> dict[str, Any]:
     """Give the arguments of a reduction that may be learned, by name."""
-    return {name: getattr(asked, name) for name in ("scale", "log_weight", "weight", "bias") if hasattr(asked, name)}
+    return {name: getattr(asked, name) for name in _LEARNABLE[type(asked)]}

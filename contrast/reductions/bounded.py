@@ -18,10 +18,8 @@ from torch import Tensor
 from contrast.reductions.asked import LogSumExp, SoftMean, SoftplusSum
 from contrast.reductions.grid import low_tiles
 from contrast.reductions.identity import Matches, Run, by_tile, cut
-from contrast.reductions.work import Gradients, Work, nothing
+from contrast.reductions.work import WIDEST, Gradients, Work, nothing
 
-WIDEST = {torch.float32: 75.0, torch.float64: 650.0}
-"""exp(x), and sums of a hundred thousand of them, are normal numbers for |x| up to this."""
 KEPT = 2**21
 """Exponentials that the forward pass leaves to the backward pass, which saves it a product where they are few."""
 FAINT = -60.0

@@ -150,20 +150,13 @@ def check(asked: Reduction, pairs: Pairs) -> None:
     """Refuse a relation that is none, references that are missing, an argument that spans both N and M."""
     if asked.over not in ("positive", "negative", "remembered", "all"):
         raise ValueError(f"over is 'positive', 'negative', 'remembered' or 'all'; got {asked.over!r}.")
-    if getattr(asked, "weight", None) == "reference" and any(
-        part.reference is None for part in (pairs.anchor, *pairs.candidates)
-    ):
-        raise ValueError("weight 'reference' needs the vectors of a frozen tower: give the loss reference=(N, R).")
     for name, value in arguments(asked).items():
-        if (
-            name != "bias"
-            and isinstance(value, Tensor)
-            and value.ndim >= 2
-            and value.shape[-2] > 1
-            and value.shape[-1] > 1
-        ):
-            raise ValueError(
-                f"a scale, weight or log_weight spans at most one of N and M: (N, 1), (1, M) or (H, 1, 1); got the "
-                f"shape {tuple(value.shape)}. For a value of each pair give a PairFunction, a module "
-                "(anchor, candidate) -> tile."
-            )
+        if isinstance(value, Tensor):
+            if name != "bias" and value.ndim >= 2 and value.shape[-2] > 1 and value.shape[-1] > 1:
+                raise ValueError(
+                    "a scale, weight or log_weight spans at most one of N and M: (N, 1), (1, M) or (H, 1, 1); got the "
+                    f"shape {tuple(value.shape)}. For a value of each pair give a PairFunction, a module "
+                    "(anchor, candidate) -> tile."
+                )
+        elif value == "reference" and any(part.reference is None for part in (pairs.anchor, *pairs.candidates)):
+            raise ValueError("weight 'reference' needs the vectors of a frozen tower: give the loss reference=(N, R).")

@@ -94,7 +94,7 @@ class Matches:
 
 
 def identify(anchor: Embeddings, candidates: Sequence[Embeddings], across: bool) -> Identity:
-    """Give what the identities say; where it is known without looking, it is kept from call to call."""
+    """Give what the identities say; what is known of it without looking is kept from call to call."""
     own = anchor.parts or (anchor,)
     known = [part.known for part in (*own, *candidates)]
     first = known[0]
@@ -107,7 +107,8 @@ def identify(anchor: Embeddings, candidates: Sequence[Embeddings], across: bool)
         layout.append((len(part), what.view, what.sample is first.sample))
     if any(view < 0 or not same for _, view, same in layout[: len(own)]):
         return Identity(anchor, candidates, across)
-    return _known(tuple(layout), len(own), across)
+    base = _known(tuple(layout), len(own), across)
+    return Identity(anchor, candidates, across, base) if any(what.grouped for what in known if what) else base
 
 
 @lru_cache(maxsize=16)
@@ -132,10 +133,13 @@ class Identity:
         anchor: N embeddings.
         candidates: the parts, M embeddings together.
         across: whether candidates of the anchor's own view do not count.
+        base: what is known of the same samples and views, each sample being its own group.
     """
 
-    def __init__(self, anchor: Embeddings, candidates: Sequence[Embeddings], across: bool) -> None:
-        self.across = across
+    def __init__(
+        self, anchor: Embeddings, candidates: Sequence[Embeddings], across: bool, base: Identity | None = None
+    ) -> None:
+        self.across, self.base = across, base
         self.rows, self.columns = len(anchor), sum(len(part) for part in candidates)
         self.anchor_sample, self.anchor_group, self.anchor_view = anchor.sample, anchor.group, anchor.view
         self.sample = _joined([part.sample for part in candidates], anchor.sample)
@@ -148,11 +152,13 @@ class Identity:
     @cached_property
     def anchor_runs(self) -> list[Run]:
         """The anchors' runs of one view, in order."""
-        return _runs(self.anchor_view, 0, 0)
+        return self.base.anchor_runs if self.base else _runs(self.anchor_view, 0, 0)
 
     @cached_property
     def candidate_runs(self) -> list[Run]:
         """The candidates' runs of one view, none beyond its part, counted over all parts."""
+        if self.base:
+            return self.base.candidate_runs
         runs, start = [], 0
         for part, size in enumerate(self.sizes):
             runs += _runs(self.view[start : start + size], start, part)
@@ -171,6 +177,8 @@ class Identity:
 
     @cached_property
     def _same_sample(self) -> Matches | None:
+        if self.base:
+            return self.base._same_sample
         if torch.equal(self.anchor_sample, self.anchor_group) and torch.equal(self.sample, self.group):
             return self._same_group
         return _matches(self.anchor_sample, self.sample)
@@ -186,6 +194,8 @@ class Identity:
     @cached_property
     def excluded(self) -> Matches | None:
         """Pairs that are neither positive nor negative because they are one sample; None where they are too many."""
+        if self.base:
+            return self.base.excluded
         return None if self._same_sample is None else self._same_sample[self._itself(self._same_sample)]
 
     @cached_property
@@ -237,6 +247,9 @@ class Identity:
 
         It is said only where it is known from call to call; elsewhere looking would cost more than it saves.
         """
+        if self.base:
+            # A group holds its sample's other views, and "all" does not ask for groups.
+            return set(relations) <= {"positive", "all"} and self.base.nobody_lacks(*relations)
         if not self.canonical:
             return False
         if relations not in self.kept:

@@ -19,7 +19,7 @@ from contrast.reductions.listed import Listed, Places
 from contrast.reductions.thresholds import Thresholds
 from contrast.reductions.tiles import Tiles
 from contrast.reductions.whole import Whole
-from contrast.reductions.work import Gradients, Work, learned, mirrored, saved, shared
+from contrast.reductions.work import Gradients, Work, learned, saved, shared
 
 if TYPE_CHECKING:
     from contrast.pairs import Pairs
@@ -64,12 +64,14 @@ def _uncompiled() -> Callable[..., tuple[Tensor, ...]]:
 
 
 def _reduce(pairs: Pairs, asked: Sequence[Reduction], size: int, small: int, kernels: bool) -> tuple[Tensor, ...]:
-    if all(isinstance(one, Count) for one in asked) and pairs.anchor.z.device.type == "cpu" and pairs.identity.plain:
-        counts: list[Any] = [one for one in asked if _by_identity(one, pairs)]
-        if len(counts) == len(asked):
-            return tuple(pairs.identity.count(one.over, one.among, one.rows) for one in counts)
+    identity, without = pairs.identity, all(isinstance(one, Count | Kth) for one in asked)
+    if without and pairs.anchor.z.device.type == "cpu" and all(_by_identity(one, pairs) for one in asked):
+        lists = identity.canonical or identity.rows * identity.columns > LOOKED_UP * small
+        if lists and identity.plain:
+            counts: list[Any] = list(asked)
+            return tuple(identity.count(one.over, one.among, one.rows) for one in counts)
     call = prepared(pairs, asked, size, small, kernels)
-    if not any(call.wants):
+    if not any(call.wants) or (without and not torch._C._are_functorch_transforms_active()):
         return tuple(call.forward(call.inputs)[0])
     return _apply(call)[: len(asked)]
 
@@ -104,7 +106,7 @@ class _Call:
         self.pairs, self.make_ways = pairs, ways
         self.slots: list[tuple[int, str]] = []
         self.learned: list[Tensor] = []
-        self.mirrored = mirrored(pairs)
+        self.mirrored = pairs.mirrored
         # Candidates that are the anchors themselves have their gradient there.
         parts = [part.z.detach() if k < self.mirrored else part.z for k, part in enumerate(pairs.candidates)]
         self.inputs: list[Tensor] = [pairs.anchor.z, *parts]
@@ -117,7 +119,7 @@ class _Call:
                     self.slots.append((number, name))
                     self.inputs.append(value)
                     given[name] = value.detach()
-                elif isinstance(value, nn.Module):
+                elif value is not None and isinstance(value, nn.Module):
                     known = {id(tensor) for tensor in self.learned}
                     self.learned += [tensor for tensor in learned(value) if id(tensor) not in known]
             self.asked.append(replace(reduction, **given) if given else reduction)  # type: ignore[arg-type]
@@ -256,7 +258,7 @@ class _FunctionOfTransforms(torch.autograd.Function):
     def forward(call: _Call, *inputs: Tensor) -> tuple[Tensor, ...]:
         outputs, kept = call.forward(inputs)
         call.outputs = len(outputs)
-        return (*outputs, *kept)
+        return (*outputs, *(tensor.clone() for tensor in kept))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-import operator
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -19,6 +18,10 @@ from contrast.reductions.asked import Reduction
 
 if TYPE_CHECKING:
     from contrast.pairs import Pairs
+
+
+WIDEST = {torch.float32: 75.0, torch.float64: 650.0}
+"""exp(x), and sums of a hundred thousand of them, are normal numbers for |x| up to this."""
 
 
 class Work:
@@ -46,10 +49,15 @@ class Work:
         self.x, self.parts = x, parts
         self.across, self.rules, self.identity = pairs.across, pairs.rules, pairs.identity
         self.heads = tuple(x.shape[:-2])
-        self.mirrored = mirrored(pairs)
+        self.mirrored = pairs.mirrored
         self.wants_anchor, self.wants_part, self.wants_argument = wants[0], list(wants[1:]), wants_argument
         self.wants_part[: self.mirrored] = [self.wants_anchor] * self.mirrored
         self.starts = list(itertools.accumulate((part.shape[-2] for part in parts), initial=0))
+
+    @property
+    def unit(self) -> bool:
+        """Whether no vector is known to be longer than 1, so that no similarity is beyond 1, but for rounding."""
+        return self.pairs.anchor.unit and all(part.unit for part in self.pairs.candidates)
 
     @cached_property
     def anchor(self) -> Embeddings:
@@ -64,13 +72,6 @@ class Work:
     def new_rows(self, *more: int) -> Tensor:
         """Give zeros, (*more, N) or (*more, H, N)."""
         return self.x.new_zeros(*more, *self.x.shape[:-1])
-
-
-def mirrored(pairs: Pairs) -> int:
-    """Count the first parts which, one after the other, are the anchors themselves; 0 where they are not."""
-    parts = pairs.anchor.parts
-    same = len(parts) <= len(pairs.candidates) and all(map(operator.is_, parts, pairs.candidates))
-    return len(parts) if same else 0
 
 
 class Gradients:
