@@ -137,11 +137,41 @@ class PairTemperature(nn.Module):
             return self._bounded((a * b).sum(dim=-1) / math.sqrt(a.shape[-1]))
         return self._bounded(((a + self.hidden_bias + b).relu() * self.out_weight).sum(dim=-1))
 
-    def _bounded(self, f: Tensor) -> Tensor:
+    def anchor_side(self, z: Tensor) -> Tensor:
+        """Give what f needs of anchors, (..., N, hidden): A z + b, or A z / sqrt(hidden)."""
+        a = product(z, self.anchor_weight)
+        return a + self.hidden_bias if self.network == "mlp" else a / math.sqrt(a.shape[-1])
+
+    def candidate_side(self, z: Tensor) -> Tensor:
+        """Give what f needs of candidates, (..., M, hidden): B z."""
+        return product(z, self.candidate_weight)
+
+    def tile(self, a: Tensor, b: Tensor, out: Tensor) -> Tensor:
+        """Write a tile of temperatures, (H, n, m), into `out`, without history."""
+        if self.network == "mlp":
+            _perceptron(a, b, self.out_weight, out)
+        else:
+            torch.bmm(a, b.mT, out=out)
+        margin = self._margin(out)
         width = self.highest - self.lowest
-        # A sigmoid rounds to 0 and 1; a few digits off, no temperature rounds to a bound.
-        margin = min(4 * torch.finfo(f.dtype).eps * self.highest / width, 0.25)
+        return out.add_(self.bias).sigmoid_().clamp_(margin, 1 - margin).mul_(width).add_(self.lowest)
+
+    def tile_gradients(self, to_f: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, list[tuple[Tensor, Tensor]]]:
+        """Give the gradients of a tile's sides and of the parameters beyond them, from dL/df."""
+        parameters: list[tuple[Tensor, Tensor]] = [(self.bias, to_f.sum())]
+        if self.network == "mlp":
+            to_a, to_b, to_w = _perceptron_gradients(to_f, a, b, self.out_weight)
+            return to_a, to_b, [*parameters, (self.out_weight, to_w)]
+        return to_f @ b, to_f.mT @ a, parameters
+
+    def _bounded(self, f: Tensor) -> Tensor:
+        width, margin = self.highest - self.lowest, self._margin(f)
         return self.lowest + width * torch.sigmoid(f + self.bias).clamp(margin, 1 - margin)
+
+    def _margin(self, f: Tensor) -> float:
+        """Give how far off 0 and 1 a sigmoid is kept."""
+        # A sigmoid rounds to 0 and 1; a few digits off, no temperature rounds to a bound.
+        return min(4 * torch.finfo(f.dtype).eps * self.highest / (self.highest - self.lowest), 0.25)
 
 
 class Of(nn.Module):
@@ -162,9 +192,14 @@ class Of(nn.Module):
         tile: Tensor = self.function(self.temperature(anchor, candidate))
         return tile
 
+    def row_by_row(self, anchor: Embeddings, candidate: Embeddings) -> Tensor:
+        """Give the value of each anchor and the candidate in the same row, (n,) or (H, n)."""
+        values: Tensor = self.function(self.temperature.aligned(anchor.z, candidate.z))
+        return values
+
 
 class Score(nn.Module):
-    """s / tau - beta Omega(tau) of each pair, from one evaluation of the network: a PairFunction.
+    """s / tau - beta Omega(tau) of each pair, from one evaluation of the network: a PairFunction that is `Closed`.
 
     Args:
         temperature: of each pair.
@@ -175,12 +210,54 @@ class Score(nn.Module):
         super().__init__()
         self.temperature = temperature
         self.weight = weight
+        self.slope = weight * (temperature.dim or 0) / 2
 
     def forward(self, anchor: Embeddings, candidate: Embeddings) -> Tensor:
         """Give a tile."""
         tau = self.temperature(anchor, candidate)
         score: Tensor = product(anchor.z, candidate.z) / tau
         return score - self.weight * omega(tau, anchor.z.shape[-1]) if self.weight else score
+
+    def row_by_row(self, anchor: Embeddings, candidate: Embeddings) -> Tensor:
+        """Give the score of each anchor and the candidate in the same row, (n,) or (H, n)."""
+        tau = self.temperature.aligned(anchor.z, candidate.z)
+        score = (anchor.z * candidate.z).sum(dim=-1) / tau
+        return score - self.weight * omega(tau, anchor.z.shape[-1]) if self.weight else score
+
+    def reach(self) -> float:
+        """Give a bound of the absolute score for unit vectors."""
+        if self.temperature.network == "constant":
+            return math.inf
+        lowest, highest = self.temperature.lowest, self.temperature.highest
+        logarithm = max(abs(math.log(lowest)), abs(math.log(highest)))
+        return (1.001 + self.weight) / lowest + self.slope * logarithm
+
+    def anchor_side(self, z: Tensor) -> Tensor:
+        """Give what the network needs of anchors."""
+        return self.temperature.anchor_side(z)
+
+    def candidate_side(self, z: Tensor) -> Tensor:
+        """Give what the network needs of candidates."""
+        return self.temperature.candidate_side(z)
+
+    def tile(self, s: Tensor, a: Tensor, b: Tensor, room: list[Tensor]) -> Tensor:
+        """Give a tile: (s - beta) / tau - beta D / 2 log tau; tau and 1 / tau stay in the room."""
+        score, tau, inverse, logarithm = room
+        torch.reciprocal(self.temperature.tile(a, b, tau), out=inverse)
+        torch.sub(s, self.weight, out=score).mul_(inverse)
+        return score.sub_(torch.log(tau, out=logarithm), alpha=self.slope) if self.weight else score
+
+    def gradients(
+        self, given: Tensor, s: Tensor, a: Tensor, b: Tensor, room: list[Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor, list[tuple[Tensor, Tensor]]]:
+        """Give the gradients of s, of the sides and of parameters, from that of the score."""
+        _, tau, inverse, to_f = room
+        lowest, highest = self.temperature.lowest, self.temperature.highest
+        to_s = given.mul_(inverse)
+        # d score / d tau = -((s - beta) / tau + beta D / 2) / tau, d tau / d f = (tau - lo) (hi - tau) / (hi - lo)
+        torch.sub(s, self.weight, out=to_f).mul_(inverse).add_(self.slope).mul_(to_s)
+        to_f.mul_(torch.sub(tau, lowest, out=inverse)).mul_(tau.sub_(highest)).mul_(1 / (highest - lowest))
+        return to_s, *self.temperature.tile_gradients(to_f, a, b)
 
 
 def omega(tau: Tensor, dim: int) -> Tensor:
@@ -191,13 +268,17 @@ def omega(tau: Tensor, dim: int) -> Tensor:
 def attracted(pairs: Pairs, temperature: PairTemperature, weight: float) -> Tensor:
     """Give the mean over the positives p of s_ip / tau_ip - beta Omega(tau_ip), (N,) or (H, N); 0 without positives."""
     lowest = temperature.lowest
+    count = pairs.count("positive")
+    looked = count.device.type == "cpu" and not torch.compiler.is_compiling()
+    if looked and bool((count == 1).all()):
+        # The mean over one, and the log-sum-exp over one, is that one.
+        return pairs.logsumexp(0.0, "positive", log_weight=Score(temperature, weight))
     asked: list[Reduction] = [
         Mean("positive", weight=Of(temperature, torch.reciprocal)),
         LogSumExp(0.0, "positive", log_weight=Of(temperature, lambda tau: -tau.log())),
     ]
     if weight:
         asked.append(LogSumExp(0.0, "positive", log_weight=Of(temperature, lambda tau: (tau / lowest).log().log())))
-    count = pairs.count("positive")
     similarity, *sums = pairs.reduce(*asked)
     # A log-sum-exp with scale 0 is the logarithm of a sum of weights. log tau may be negative, log(tau / lowest) not.
     inverse, *logarithm = (_mean_weight(of, count) for of in sums)
@@ -236,15 +317,7 @@ class _Perceptron(torch.autograd.Function):
     @staticmethod
     def forward(a: Tensor, b: Tensor, w: Tensor) -> Tensor:
         heads = (a[..., :1, :1] + b[..., :1, :1]).shape[:-2]
-        f = a.new_zeros((*heads, a.shape[-2], b.shape[-2]))
-        of_a, of_b = _units(a), _units(b)
-        for rows in _pieces(f):
-            total = f[..., rows, :]
-            one = torch.empty_like(total)
-            for x, y, weight in zip(of_a, of_b, w.unbind(), strict=True):
-                torch.add(x[..., rows, None], y[..., None, :], out=one)
-                total.addcmul_(one.relu_(), weight)
-        return f
+        return _perceptron(a, b, w, a.new_empty((*heads, a.shape[-2], b.shape[-2])))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:  # noqa: ARG004
@@ -253,21 +326,58 @@ class _Perceptron(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        gradient, (a, b, w) = gradients[0], ctx.saved_tensors
-        of_a, of_b = _units(a), _units(b)
-        by_row = gradient.new_zeros((len(w), *gradient.shape[:-1]))
-        by_column = gradient.new_zeros((len(w), *gradient.shape[:-2], gradient.shape[-1]))
-        for rows in _pieces(gradient):
-            given = gradient[..., rows, :]
-            for k, (x, y) in enumerate(zip(of_a, of_b, strict=True)):
-                passed = torch.where(x[..., rows, None] > -y[..., None, :], given, 0)
-                by_row[k, ..., rows] = passed.sum(dim=-1)
-                by_column[k] += passed.sum(dim=-2)
-        to_a = by_row.movedim(0, -1).sum_to_size(a.shape)
-        to_b = by_column.movedim(0, -1).sum_to_size(b.shape)
-        # A relu that passes is a + b, so its sum against the gradient needs no tile of its own.
-        to_w = (a * to_a).flatten(0, -2).sum(dim=0) + (b * to_b).flatten(0, -2).sum(dim=0)
-        return w * to_a, w * to_b, to_w
+        a, b, w = ctx.saved_tensors
+        return _perceptron_gradients(gradients[0], a, b, w)
+
+
+def _perceptron(a: Tensor, b: Tensor, w: Tensor, out: Tensor) -> Tensor:
+    """Write sum_k w_k relu(a_ik + b_jk) into `out`."""
+    # relu(a + b) = max(a, -b) + b, of which the last needs no tile.
+    out.copy_((b @ w).unsqueeze(-2))
+    of_a, of_b, weights = _units(a), _units(-b), w.tolist() if w.device.type == "cpu" else w.unbind()
+    for rows in _pieces(out):
+        total = out[..., rows, :]
+        one = torch.empty_like(total)
+        for x, y, weight in zip(of_a, of_b, weights, strict=True):
+            torch.maximum(x[..., rows, None], y[..., None, :], out=one)
+            total.add_(one, alpha=weight) if isinstance(weight, float) else total.addcmul_(one, weight)
+    return out
+
+
+def _perceptron_gradients(gradient: Tensor, a: Tensor, b: Tensor, w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Give those of a, b and w: each needs the sums of the gradient over the pairs whose unit k passes."""
+    sums = _sums_by_signs if gradient.device.type == "cpu" else _sums_by_unit
+    by_row, by_column = sums(gradient, a, b)
+    to_a, to_b = by_row.sum_to_size(a.shape), by_column.sum_to_size(b.shape)
+    # A relu that passes is a + b, so its sum against the gradient needs no tile of its own.
+    to_w = (a * to_a).flatten(0, -2).sum(dim=0) + (b * to_b).flatten(0, -2).sum(dim=0)
+    return w * to_a, w * to_b, to_w
+
+
+def _sums_by_signs(gradient: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Give the sums as halves of sums of g (1 + sign(a + b)): the derivative of a distance by absolute values."""
+    heads = gradient.shape[:-2]
+    a, b = a.expand(*heads, *a.shape[-2:]).contiguous(), -b.expand(*heads, *b.shape[-2:]).contiguous()
+    turned = gradient.mT.contiguous()
+    gradient = gradient.contiguous()
+    by_row = torch.ops.aten._cdist_backward(gradient, a, b, 1.0, gradient)
+    by_column = torch.ops.aten._cdist_backward(turned, b, a, 1.0, turned)
+    rows, columns = gradient.sum(dim=-1).unsqueeze(-1), gradient.sum(dim=-2).unsqueeze(-1)
+    return (by_row + rows) / 2, (columns - by_column) / 2
+
+
+def _sums_by_unit(gradient: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Give the sums, one hidden unit at a time."""
+    of_a, of_b = _units(a), _units(b)
+    by_row = gradient.new_zeros((a.shape[-1], *gradient.shape[:-1]))
+    by_column = gradient.new_zeros((a.shape[-1], *gradient.shape[:-2], gradient.shape[-1]))
+    for rows in _pieces(gradient):
+        given = gradient[..., rows, :]
+        for k, (x, y) in enumerate(zip(of_a, of_b, strict=True)):
+            passed = torch.where(x[..., rows, None] > -y[..., None, :], given, 0)
+            by_row[k, ..., rows] = passed.sum(dim=-1)
+            by_column[k] += passed.sum(dim=-2)
+    return by_row.movedim(0, -1), by_column.movedim(0, -1)
 
 
 def _units(x: Tensor) -> tuple[Tensor, ...]:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import replace
+from typing import Any, Protocol, runtime_checkable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from contrast.embeddings import Embeddings
 from contrast.reductions.asked import Count, Kth, LogSumExp, Mean, Reduction, SoftMean, SoftplusSum, arguments
 from contrast.reductions.identity import Matches
 from contrast.reductions.shares import Arguments, logits, shares, softplus
-from contrast.reductions.work import Gradients, Work, nothing
+from contrast.reductions.work import Gradients, Work, learned, nothing
 
 
 def dots(work: Work, pairs: Matches) -> Tensor:
@@ -41,6 +43,14 @@ def _add(into: Tensor, places: Any, share: Tensor) -> None:
 
 
 _TRUE = torch.ones((), dtype=torch.bool)
+
+
+@runtime_checkable
+class RowByRow(Protocol):
+    """A PairFunction that can be had of listed pairs."""
+
+    def row_by_row(self, anchor: Embeddings, candidate: Embeddings) -> Tensor:
+        """Give the value of each anchor and the candidate in the same row, (n,) or (H, n)."""
 
 
 class Listed:
@@ -106,6 +116,8 @@ class Listed:
 
     def _at(self, value: Any) -> Any:
         """Give an argument at the listed pairs."""
+        if isinstance(value, nn.Module):
+            return self._evaluate(value)
         if not isinstance(value, Tensor) or value.numel() == 1:
             return value if not isinstance(value, Tensor) else value.reshape(())
         if not len(self.pairs):
@@ -115,6 +127,35 @@ class Listed:
         if value.shape[-1] > 1:
             return value[..., 0, :][..., self.pairs.columns]
         return value[..., 0][..., self.pairs.rows] if value.shape[-2] > 1 else value[..., 0]
+
+    def _evaluate(self, function: Any) -> Tensor:
+        """Give a PairFunction at the listed pairs, (P,) or (H, P), without history."""
+        work = self.work
+        made = work.x.new_empty(*work.heads, len(self.pairs))
+        for where, rows, part, columns in self.pairs.pieces(work.starts):
+            made[..., where] = function.row_by_row(work.anchor[rows], work.candidates[part][columns])
+        return made
+
+    def _into_function(self, function: Any, share: Tensor, into: Gradients) -> None:
+        """Send the gradient at the listed pairs back through a PairFunction: to the vectors and the parameters."""
+        work, parameters = self.work, learned(function)
+        for where, rows, part, columns in self.pairs.pieces(work.starts):
+            anchor, candidate = work.anchor[rows], work.candidates[part][columns]
+            with torch.enable_grad():
+                x, y = anchor.z.detach().requires_grad_(), candidate.z.detach().requires_grad_()
+                values = function.row_by_row(replace(anchor, z=x), replace(candidate, z=y))
+            if not values.requires_grad:
+                continue
+            to_x, to_y, *found = torch.autograd.grad(
+                values, [x, y, *parameters], share[..., where], allow_unused=True, materialize_grads=True
+            )
+            if into.anchor is not None:
+                _add(into.anchor, rows, to_x)
+            to_part = into.parts[part]
+            if to_part is not None:
+                _add(to_part, columns, to_y)
+            for parameter, gradient in zip(parameters, found, strict=True):
+                into.add_parameter(parameter, gradient)
 
     def _spread(self, of_rows: Tensor) -> Tensor:
         return of_rows if self.single else of_rows[..., self.pairs.rows]
@@ -189,7 +230,10 @@ class Listed:
             )
             gradient += to_s
             for name, share in to_arguments.items():
-                if (number, name) in into.arguments:
+                function = getattr(asked, name)
+                if isinstance(function, nn.Module):
+                    self._into_function(function, share.expand(s.shape), into)
+                elif (number, name) in into.arguments:
                     self._add_argument(into.arguments[number, name], share.expand(s.shape), name == "bias")
         add_dots(self.work, self.pairs, gradient, into)
 

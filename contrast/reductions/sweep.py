@@ -14,8 +14,9 @@ from contrast.embeddings import full_precision
 from contrast.reductions import dense, operator
 from contrast.reductions.asked import Count, Kth, Reduction, Relation, arguments
 from contrast.reductions.bounded import Bounded, NotBoundedError
+from contrast.reductions.closed import Functions
 from contrast.reductions.linear import Linear
-from contrast.reductions.listed import Listed, Places
+from contrast.reductions.listed import Listed, Places, RowByRow
 from contrast.reductions.thresholds import Thresholds
 from contrast.reductions.tiles import Tiles
 from contrast.reductions.whole import Whole
@@ -183,15 +184,17 @@ def _ways(work: Work, size: int, small: int, kernels: bool) -> list[Way]:
     counted, listed, tiled = [], [], []
     plain = work.x.device.type == "cpu" and not kernels and work.identity.plain
     for number, asked in enumerate(work.asked):
-        modules = any(isinstance(value, nn.Module | str) for value in arguments(asked).values())
+        functions = any(_must_meet_tiles(value) for value in arguments(asked).values())
         if not plain:
             tiled.append(number)
         elif _by_identity(asked, work.pairs):
             counted.append(number)
-        elif asked.over == "positive" and work.identity.positive is not None and not modules:
+        elif asked.over == "positive" and work.identity.positive is not None and not functions:
             listed.append(number)
         elif Linear.accepts(work, number):
             ways.append(Linear(work, number))
+        elif Functions.accepts(work, number):
+            ways.append(Functions(work, [number], size))
         elif Thresholds.accepts(work, number):
             ways.append(Thresholds(work, [number], size))
         else:
@@ -212,6 +215,11 @@ def _ways(work: Work, size: int, small: int, kernels: bool) -> list[Way]:
         bounded = plain and all(Bounded.accepts(work, number) for number in tiled)
         ways.append(Bounded(work, tiled, size) if bounded else Tiles(work, tiled, size))
     return ways
+
+
+def _must_meet_tiles(value: object) -> bool:
+    """Say whether an argument has no values row by row."""
+    return isinstance(value, str) or (isinstance(value, nn.Module) and not isinstance(value, RowByRow))
 
 
 def _by_identity(asked: Reduction, pairs: Pairs) -> bool:
