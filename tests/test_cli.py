@@ -665,7 +665,7 @@ WRONG = [
     ),
     lambda _: (
         ["pretrain", "digits", "memory={name: hard_negatives, index: 'IVF4096,Flat'}", *QUICK],
-        ["memory[0] 'hard_negatives'", "4,096", "1,797"],
+        ["memory[0] 'hard_negatives'", "4,096", "1,796"],
     ),
     lambda _: (
         ["pretrain", "digits", "memory={name: bank, samples: 100000000000}", *QUICK],

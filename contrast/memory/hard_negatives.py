@@ -15,6 +15,7 @@ from contrast.embeddings import PADDING, Embeddings
 from contrast.memory.bank import Bank
 from contrast.memory.door import refuse_other, refuse_unknown
 from contrast.memory.memory import MEMORIES, Memory
+from contrast.registry import InputError
 from contrast.retrieval import least_vectors
 
 QUERIES = 65536
@@ -63,7 +64,10 @@ class HardNegatives(Memory):
                 f"neighbours must be from 1 to {bank.samples - 1}, fewer than the bank's {bank.samples} samples; "
                 f"got {neighbours}."
             )
-        self._least = least_vectors(index, bank.width.dim * (bank.width.heads or 1))
+        try:
+            self._least = least_vectors(index, bank.width.dim * (bank.width.heads or 1))
+        except InputError as error:
+            raise ValueError(str(error)) from None  # so that a config's key comes before it
         if self._least > bank.samples:
             raise ValueError(
                 f"the index {index!r} trains on {self._least:,} vectors or more, and the bank has {bank.samples:,} "
