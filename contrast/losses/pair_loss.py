@@ -267,20 +267,23 @@ class PairLoss(nn.Module):
 
         "false_negatives" is the share of the negatives, before any rule, that have the anchor's label;
         "false_negatives_removed" the share of these that a rule left out; "true_negatives_removed" the share of the
-        others. Negatives without a label count nowhere; of nothing the share is 0. {} before the first call.
+        others, both the mean over heads. Negatives without a label count nowhere; of nothing the share is 0. {} before
+        the first call.
 
         Args:
             labels: (samples,) int64 by sample index, -1 for none.
         """
-        met = torch.zeros(2, 2, dtype=torch.int64, device=labels.device)
+        met = torch.zeros(2, 2, dtype=torch.float64, device=labels.device)
         for pairs in self._last:
             for row, rules in enumerate(((), pairs.rules)):
                 for column, other in enumerate((True, False)):
                     kept = replace(pairs, rules=rules).ignoring(_labelled(labels, same=not other))
-                    met[row, column] += kept.count("negative").sum().to(met.device)
+                    # (N,), or (H, N) where a rule reads the heads' similarities.
+                    count = torch.atleast_2d(kept.count("negative")).double()  # type: ignore[no-untyped-call]
+                    met[row, column] += count.mean(dim=0).sum().to(met.device)
         if not self._last:
             return {}
-        (false, true), (false_kept, true_kept) = met.double()
+        (false, true), (false_kept, true_kept) = met
         return {
             "false_negatives": false / (false + true).clamp(min=1),
             "false_negatives_removed": (false - false_kept) / false.clamp(min=1),

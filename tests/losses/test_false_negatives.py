@@ -300,6 +300,20 @@ def test_the_rates_of_false_negatives_equal_plain_loops(seed, labels, extra, gro
     assert [float(inside.false_negative_rates(torch.tensor(labels))[n]) for n in names] == [*expected[:1], 0, 0]
 
 
+def test_the_rates_of_heads_are_the_mean_of_each_alone():
+    views, labels = random(2, 3, 8, DIMS), torch.arange(8) % 3
+    criterion = FalseNegatives(InfoNCE(0.3), relative_margin=0.4)
+    criterion(*views, sample=torch.arange(8))
+    found = criterion.false_negative_rates(labels)
+    alone = []
+    for head in range(3):
+        criterion(*views[:, head], sample=torch.arange(8))
+        alone.append(criterion.false_negative_rates(labels))
+    assert len({float(one["true_negatives_removed"]) for one in alone}) > 1
+    for name, value in found.items():
+        assert float(value) == pytest.approx(sum(float(one[name]) for one in alone) / 3)
+
+
 def test_samples_without_an_index_count_nowhere():
     criterion = InfoNCE()
     criterion(*random(2, 6, DIMS))
