@@ -116,11 +116,11 @@ def test_shards_merged_are_the_whole(search, shards):
     assert_same(merge(parts, k), sorted_by_hand(queries, stored, k, strangers))
 
 
-def clustered(count=8000, clusters=100, dims=32, seed=0):
+def clustered(count=8000, clusters=100, dims=32, seed=0, noise=0.7):
     generator = torch.Generator().manual_seed(seed)
     centre = torch.randn(clusters, dims, generator=generator)
     own = torch.randint(0, clusters, (count,), generator=generator)
-    return F.normalize(centre[own] + 0.7 * torch.randn(count, dims, generator=generator)), own
+    return F.normalize(centre[own] + noise * torch.randn(count, dims, generator=generator)), own
 
 
 @pytest.fixture(scope="module")
@@ -153,8 +153,28 @@ def test_the_certificate_spares_nearly_every_row_the_careful_search(fixed, monke
     )
     nearest(stored[:200], stored, 10, strangers=strangers)
     assert sum(rows) <= 4
+    # Also where most vectors are no strangers.
+    group = (torch.arange(len(stored)) % 10 > 0).long()
+    nearest(stored[:200], stored, 10, strangers=[*strangers, (group[:200], group)])
+    assert sum(rows) <= 8
     nearest(stored[:5], stored[:1].expand(1000, -1), 10)
     assert rows[-1] == 5
+
+
+@pytest.mark.parametrize("road", ROADS)
+def test_nearly_equal_vectors_are_told_apart_in_whatever_tile_they_lie(road, monkeypatch):
+    tiles(monkeypatch, columns=64, tile=200, careful=7, piece=40)
+    generator = torch.Generator().manual_seed(0)
+    stored, queries = (1 + 1e-7 * torch.randn(count, 5, generator=generator) for count in (150, 4))
+    strangers = [(torch.arange(4) % 3, torch.arange(150) % 3)]
+    assert_same(ROADS[road](queries, stored, 9, strangers), sorted_by_hand(queries, stored, 9, strangers))
+
+
+def test_merging_fills_up_what_is_lacking():
+    found = merge(
+        [Found(torch.tensor([[-0.5]]), torch.tensor([[7]])), Found(torch.zeros(1, 0), torch.zeros(1, 0).long())], 3
+    )
+    assert found.similarity.tolist() == [[-0.5, -math.inf, -math.inf]] and found.position.tolist() == [[7, -1, -1]]
 
 
 @pytest.mark.parametrize(
@@ -237,16 +257,29 @@ def test_other_types_are_used_as_float32(dtype, name):
 
 
 def test_coarse_products_of_the_users_choice_change_nothing():
-    x = torch.randn(300, 9, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(2000, 64, generator=torch.Generator().manual_seed(0))
+    right = nearest(x[:200], x, 7, search_dtype=torch.float16)
     before = torch.get_float32_matmul_precision()
     try:
         for precision in ("highest", "high", "medium"):
             torch.set_float32_matmul_precision(precision)
-            assert_same(nearest(x[:20], x, 7), sorted_by_hand(x[:20], x, 7))
+            assert_same(nearest(x[:200], x, 7), right)
             with torch.autocast("cpu", dtype=torch.bfloat16):
-                assert_same(nearest(x[:20], x, 7), sorted_by_hand(x[:20], x, 7))
+                assert_same(nearest(x[:200], x, 7), right)
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+def test_products_that_are_as_coarse_as_was_allowed_change_nothing(monkeypatch):
+    """A device that rounds the operands to bfloat16 where "medium" lets it, as not every CPU does."""
+    x = 1 + 0.01 * torch.randn(2000, 64, generator=torch.Generator().manual_seed(0))
+    right = nearest(x[:50], x, 7)
+    exactly = retrieval._Products._tile
+    monkeypatch.setattr(
+        retrieval._Products, "_tile", lambda self, *both: exactly(self, *(z.bfloat16().float() for z in both))
+    )
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "medium")
+    assert_same(nearest(x[:50], x, 7), right)
 
 
 def test_a_search_takes_no_part_in_autograd():
@@ -323,11 +356,12 @@ def test_auto_is_exact_for_few_vectors_and_lists_for_many(monkeypatch):
 def test_k_means_is_as_good_as_scikit_learns(count, clusters, spherical):
     from sklearn.cluster import KMeans
 
-    x = clustered(count, 40)[0] * (1 if spherical else 3)
+    # The clusters lie apart: a start that misses some costs much.
+    x = clustered(count, 40, noise=0.3)[0]
     theirs = [KMeans(clusters, n_init=1, random_state=seed).fit(x.numpy()).inertia_ for seed in range(3)]
     ours = [kmeans(x, clusters, spherical=spherical, seed=seed).inertia for seed in range(3)]
     # Spherical centroids lie on the sphere, which costs a little where the clusters are wide.
-    assert min(ours) <= (1.25 if spherical else 1.03) * min(theirs)
+    assert sum(ours) <= (1.05 if spherical else 1.03) * sum(theirs)
 
 
 @given(
@@ -367,6 +401,12 @@ def test_k_means_is_the_same_for_the_same_seed_and_in_any_tiles(monkeypatch):
     small = kmeans(x, 30, seed=3)
     assert torch.equal(first.assignment, small.assignment)
     torch.testing.assert_close(first.centroids, small.centroids)
+
+
+def test_a_cluster_without_vectors_starts_anew_from_the_farthest():
+    x = torch.tensor([[0.0], [1.0], [5.0], [9.0]])
+    assignment, distance = torch.tensor([0, 0, 2, 2]), torch.tensor([0.25, 0.25, 3.0, 4.0])
+    assert retrieval._means(x, assignment, distance, 4).tolist() == [[0.5], [9.0], [7.0], [5.0]]
 
 
 def test_k_means_of_equal_vectors_and_of_zeros_ends():
