@@ -108,7 +108,7 @@ def test_shards_merged_are_the_whole(search, shards):
     queries, stored, k, strangers = search
     parts = []
     for first in range(shards):
-        own = torch.arange(first, len(stored), shards)
+        own = torch.arange(len(stored))[first::shards]
         some = [(of_query, of_stored[own]) for of_query, of_stored in strangers]
         part = nearest(queries, stored[own], min(k, len(own)), strangers=some)
         position = own[part.position.clamp(min=0)] if len(own) else part.position
