@@ -22,6 +22,8 @@ from contrast.reductions.work import WIDEST, Gradients, Work, nothing
 
 KEPT = 2**21
 """Exponentials that the forward pass leaves to the backward pass, which saves it a product where they are few."""
+MASK = -1
+"""The buffer of what counts."""
 FAINT = -60.0
 """A shifted sum below exp of this may have lost terms."""
 
@@ -231,7 +233,7 @@ class Bounded:
     def _forward(self, head: int, sums: Tensor, moments: Tensor | None, weighted: Tensor | None) -> None:
         terms, x, parts = self._terms(head), _head(self.work.x, head), self._parts(head)
         fold = _common_scale(terms)
-        buffers = _Buffers(x, 2)
+        buffers = _Buffers(x, 3)
         scaled, block = x, -1
         for spot in self.tiles:
             i, j = spot.i, spot.j
@@ -246,7 +248,7 @@ class Bounded:
                 # The tile itself may be overwritten where nobody reads it again.
                 keep = place + 1 < len(terms) or isinstance(term.asked, SoftMean) or fold is None
                 e = buffers.tile(1, rows, columns) if keep else tile
-                self._exponential(term, tile, e, fold, i, j)
+                self._exponential(term, tile, e, fold, i, j, buffers)
                 if isinstance(term.asked, SoftplusSum):
                     self._add_softplus(sums[place], e, i, j, row, column)
                     continue
@@ -271,7 +273,15 @@ class Bounded:
         return self.kept[-1]
 
     def _exponential(
-        self, term: _Term, tile: Tensor, out: Tensor, fold: float | None, i: int, j: int, share: bool = False
+        self,
+        term: _Term,
+        tile: Tensor,
+        out: Tensor,
+        fold: float | None,
+        i: int,
+        j: int,
+        buffers: _Buffers,
+        share: bool = False,
     ) -> None:
         """Write exp(scale * s + bias - shift), 0 where a pair does not count; with `share` softplus's."""
         logits = tile if fold is not None else torch.mul(tile, term.scale, out=out)
@@ -285,7 +295,9 @@ class Bounded:
             torch.exp(logits, out=out)
         above = getattr(term.asked, "above", None)
         if above is not None:
-            out.masked_fill_(tile < above[self.rows[i].start : self.rows[i].stop].unsqueeze(1), 0)
+            # 1 and 0 as numbers: filling by a mask of bool takes several times longer.
+            kept = buffers.tile(MASK, self.rows[i], self.columns[j])
+            out.mul_(torch.ge(tile, above[self.rows[i].start : self.rows[i].stop].unsqueeze(1), out=kept))
         self._blank(term, out, i, j)
 
     def _blank(self, term: _Term, e: Tensor, i: int, j: int) -> None:
@@ -368,7 +380,7 @@ class Bounded:
         learned = not by_anchor and any(
             (term.number, name) in into.arguments for term in terms for name in ("scale", "bias")
         )
-        buffers = _Buffers(x, 3)
+        buffers = _Buffers(x, 4)
         scaled, block = x, -1
         for spot in self.tiles:
             i, j = spot.i, spot.j
@@ -394,7 +406,7 @@ class Bounded:
                     continue
                 spare = place + 1 == len(terms) and factors[place][1] is None and not learned and fold is not None
                 e = tile if spare else buffers.tile(1 if total is None else 2, rows, columns)
-                self._exponential(term, tile, e, fold, i, j, share=True)
+                self._exponential(term, tile, e, fold, i, j, buffers, share=True)
                 self._times(e, tile, factors[place], fold, i, j, row, column or diagonal)
                 if learned:
                     self._learn(term, e, tile, fold, i, 0.5 if diagonal else 1.0, head, into)
