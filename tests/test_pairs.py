@@ -460,6 +460,23 @@ def test_a_broadcast_part_gets_the_sum_of_its_heads_gradients():
     torch.testing.assert_close(function(b), function(b.expand(2, 3, DIMS)), rtol=1e-14, atol=0)
 
 
+@pytest.mark.parametrize("anchor_learns", [True, False])
+def test_parts_with_and_without_a_gradient_may_stand_side_by_side(anchor_learns):
+    a = torch.nn.functional.normalize(torch.randn(4, 8, generator=torch.Generator().manual_seed(0)), dim=-1)
+    parts = torch.nn.functional.normalize(torch.randn(3, 5, 8, generator=torch.Generator().manual_seed(1)), dim=-1)
+    index = torch.arange(5)
+    a.requires_grad_(anchor_learns)
+    leaves = [part.clone().requires_grad_(k != 1) for k, part in enumerate(parts)]
+    candidates = [Embeddings(z, index, index, index * 0 + 1 + k) for k, z in enumerate(leaves)]
+    pairs = Pairs(Embeddings(a, index[:4], index[:4], index[:4] * 0), candidates)
+    wanted = [tensor for tensor in (a, *leaves) if tensor.requires_grad]
+    for asked in ([LogSumExp(5.0, "negative")], [SoftMean(5.0, "negative"), LogSumExp(2.0, "negative")]):
+        gradients = torch.autograd.grad(sum(one.sum() for one in pairs.reduce(*asked)), wanted)
+        with reductions.road("dense"):
+            expected = sum(one.sum() for one in pairs.reduce(*asked))
+        torch.testing.assert_close(gradients, torch.autograd.grad(expected, wanted))
+
+
 def test_backward_inside_autocast_keeps_full_precision():
     index = torch.arange(4)
     z = torch.randn(2, 4, 8, requires_grad=True, generator=torch.Generator().manual_seed(0))

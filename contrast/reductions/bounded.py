@@ -103,11 +103,10 @@ class Bounded:
         wanted = work.wants_anchor or (numbers[0], "scale") in work.wants_argument
         # The sum of dL/ds * s over all pairs is that of the anchors against their gradient, once or, mirrored, twice.
         one_kind = self.mirrored in (0, len(work.parts)) and work.wants_anchor and all(work.wants_part)
-        self.by_anchor = alone and one_kind and (numbers[0], "scale") in work.wants_argument
-        learns = any(number == numbers[0] for number, _ in work.wants_argument) and not self.by_anchor
-        self.keeps = (
-            alone and not learns and self.asked[0].above is None and (work.wants_anchor or any(work.wants_part))
-        )
+        self.by_anchor = alone and not above and one_kind and (numbers[0], "scale") in work.wants_argument
+        self.learns = any(number in numbers for number, _ in work.wants_argument) and not self.by_anchor
+        # What the forward pass leaves to the backward pass: exponentials where they are all it takes, or similarities.
+        self.keeps_exponentials = alone and not self.learns and not above
         self.at_once = [
             alone and wanted and not wants and part >= self.mirrored for part, wants in enumerate(work.wants_part)
         ]
@@ -241,12 +240,13 @@ class Bounded:
             if i != block:
                 scaled, block = x[rows.start : rows.stop] * (fold or 1.0), i
             others = self._others(x, parts, spot)
-            tile = torch.mm(scaled, others.T, out=self._place(buffers, rows, columns))
+            tile = torch.mm(scaled, others.T, out=self._place(buffers, spot))
             for place, (term, (row, column)) in enumerate(zip(terms, spot.serves, strict=True)):
                 if not (row or column):
                     continue
                 # The tile itself may be overwritten where nobody reads it again.
                 keep = place + 1 < len(terms) or isinstance(term.asked, SoftMean) or fold is None
+                keep = keep or not self.keeps_exponentials
                 e = buffers.tile(1, rows, columns) if keep else tile
                 self._exponential(term, tile, e, fold, i, j, buffers)
                 if isinstance(term.asked, SoftplusSum):
@@ -261,16 +261,22 @@ class Bounded:
                         e.div_(fold)
                     self._add(moments[place], e, i, j, row, column)
 
-    def _place(self, buffers: _Buffers, rows: Run, columns: Run) -> Tensor:
+    def _place(self, buffers: _Buffers, spot: _Tile) -> Tensor:
         """Give room for a tile: of its own while there is room to keep it, else the one that all share."""
+        rows, columns = self.rows[spot.i], self.columns[spot.j]
         height, width = rows.stop - rows.start, columns.stop - columns.start
-        if not self.keeps or self.at_once[columns.part]:
+        if not self._returns(spot):
             return buffers.tile(0, rows, columns)
         self.room -= height * width
         if self.room < 0:
             return buffers.tile(0, rows, columns)
         self.kept.append(self.work.x.new_empty(height, width))
         return self.kept[-1]
+
+    def _returns(self, spot: _Tile) -> bool:
+        """Say whether the backward pass visits a tile."""
+        part = self.columns[spot.j].part
+        return not self.at_once[part] and (self.learns or self.work.wants_anchor or self.work.wants_part[part])
 
     def _exponential(
         self,
@@ -375,40 +381,41 @@ class Bounded:
         to_x = None if into.anchor is None else _head(into.anchor, head)
         to_parts = [None if gradient is None else _head(gradient, head) for gradient in into.parts]
         fold = _common_scale(terms)
-        by_anchor = self.by_anchor and fold is not None and to_x is not None
-        before = _dot(x, to_x) if by_anchor else None
-        learned = not by_anchor and any(
-            (term.number, name) in into.arguments for term in terms for name in ("scale", "bias")
-        )
+        before = _dot(x, to_x) if self.by_anchor else None
         buffers = _Buffers(x, 4)
         scaled, block = x, -1
         for spot in self.tiles:
             i, j = spot.i, spot.j
             rows, columns = self.rows[i], self.columns[j]
             to_y = to_x if spot.mirror else to_parts[columns.part]
-            if self.at_once[columns.part] or (to_x is None and to_y is None and not learned):
+            if not self._returns(spot):
                 continue
             anchors, others = x[rows.start : rows.stop], self._others(x, parts, spot)
             self.room -= (rows.stop - rows.start) * (columns.stop - columns.start)
-            if self.keeps and self.room >= 0:
+            here = self.room >= 0
+            if here and self.keeps_exponentials:
                 diagonal, (row, column) = spot.mirror and i == j, spot.serves[0]
                 factor = self._factor(factors[0][0], i, j, row, column or diagonal)
                 gradient = torch.mul(next(kept), factor, out=buffers.tile(0, rows, columns))
                 self._send(spot, gradient, anchors, others, to_x, to_y)
                 continue
-            if i != block:
-                scaled, block = anchors * (fold or 1.0), i
-            tile = torch.mm(scaled, others.T, out=buffers.tile(0, rows, columns))
+            if here:
+                tile = next(kept)
+            else:
+                if i != block:
+                    scaled, block = anchors * (fold or 1.0), i
+                tile = torch.mm(scaled, others.T, out=buffers.tile(0, rows, columns))
             total: Tensor | None = None
             diagonal = spot.mirror and i == j
             for place, (term, (row, column)) in enumerate(zip(terms, spot.serves, strict=True)):
                 if not (row or column):
                     continue
-                spare = place + 1 == len(terms) and factors[place][1] is None and not learned and fold is not None
+                spare = place + 1 == len(terms) and factors[place][1] is None and not self.learns and fold is not None
+                spare = spare and not here
                 e = tile if spare else buffers.tile(1 if total is None else 2, rows, columns)
                 self._exponential(term, tile, e, fold, i, j, buffers, share=True)
                 self._times(e, tile, factors[place], fold, i, j, row, column or diagonal)
-                if learned:
+                if self.learns:
                     self._learn(term, e, tile, fold, i, 0.5 if diagonal else 1.0, head, into)
                 total = e if total is None else total.add_(e)
             assert total is not None

@@ -29,8 +29,11 @@ TILE = 512
 """Rows and columns of a tile: with its few copies it stays in the processor's cache."""
 
 
+ONE_TRIANGLE = 4
+"""So many times more similarities may stand in one tile where every view meets every view: few are for nothing."""
 LOOKED_UP = 16
-"""So many times more similarities may stand in one tile where nothing is known of the identities."""
+"""So many times more where nothing is known of the identities, as masks are had sooner than lists, or where a row is
+ordered, so that its similarities would be needed a third time."""
 
 
 class Way(Protocol):
@@ -176,8 +179,7 @@ class _Call:
 def _ways(work: Work, size: int, small: int, kernels: bool) -> list[Way]:
     """Send each reduction its way."""
     kernels = kernels or work.x.device.type == "cuda"
-    # Where identities must be looked up, masks of a small size are had sooner than lists.
-    room = small if work.identity.canonical else LOOKED_UP * small
+    room = small * _patience(work)
     if not kernels and work.x.shape[-2] * work.starts[-1] <= room and Whole.accepts(work):
         return [Whole(work, list(range(len(work.asked))))]
     ways: list[Way] = []
@@ -215,6 +217,14 @@ def _ways(work: Work, size: int, small: int, kernels: bool) -> list[Way]:
         bounded = plain and all(Bounded.accepts(work, number) for number in tiled)
         ways.append(Bounded(work, tiled, size) if bounded else Tiles(work, tiled, size))
     return ways
+
+
+def _patience(work: Work) -> int:
+    """Say how many times `small` similarities may stand in one tile."""
+    thresholds = any(isinstance(asked, Kth) or getattr(asked, "above", None) is not None for asked in work.asked)
+    if thresholds or not work.identity.canonical:
+        return LOOKED_UP
+    return 1 if work.across else ONE_TRIANGLE
 
 
 def _must_meet_tiles(value: object) -> bool:
