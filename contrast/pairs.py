@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -77,6 +77,17 @@ class Pairs:
     def identity(self) -> Identity:
         """What the identities say of all pairs, for the reductions."""
         return identify(self.anchor, self.candidates, self.across)
+
+    def once(self, key: Hashable, make: Callable[[], Tensor]) -> Tensor:
+        """Give a tensor that the identities alone decide; what is known of them without looking makes it only once.
+
+        Args:
+            key: names it, among all that is made of identities.
+            make: makes it; never written to afterwards.
+        """
+        if self.rules or torch.compiler.is_compiling():
+            return make()
+        return self.identity.once(key, make)
 
     @cached_property
     def mirrored(self) -> int:

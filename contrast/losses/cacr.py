@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterator, Sequence
+from functools import partial
 from typing import Literal
 
 import torch
@@ -88,28 +89,37 @@ class CACR(PairLoss):
     def per_anchor(self, pairs: Pairs) -> Tensor:
         """Give alpha * attraction - beta * repulsion."""
         # softmax(t d) = softmax(-2 t s) and mean of d = 2 - 2 mean of s, since d = 2 - 2 s.
-        near = pairs.soft_mean(-2 * self.attraction_scale, over="positive", detach=self.detach_weights)
-        attraction = 2 - 2 * near
-        return self.attraction_weight * attraction - self.repulsion_weight * self._repelled(pairs)
-
-    def _repelled(self, pairs: Pairs) -> Tensor:
-        """Give the mean over the anchor's view pairs of the squared distance to its near negatives."""
         met = [(None, None)] if self.repulsion == "all" else list(meetings(pairs))
         scale, detach = 2 * self.repulsion_scale, self.detach_weights
-        asked = [SoftMean(scale, "negative", among, detach, rows=rows) for among, rows in met]
-        repulsion, partners = pairs.anchor.z.new_zeros(len(pairs)), pairs.anchor.z.new_zeros(len(pairs))
-        for (among, rows), near in zip(met, pairs.reduce(*asked), strict=True):
+        far_positives = SoftMean(-2 * self.attraction_scale, "positive", detach=detach)
+        near_negatives = [SoftMean(scale, "negative", among, detach, rows=rows) for among, rows in met]
+        near, *nears = pairs.reduce(far_positives, *near_negatives)
+        attraction = 2 - 2 * near
+        return self.attraction_weight * attraction - self.repulsion_weight * self._repelled(pairs, met, nears)
+
+    def _repelled(
+        self, pairs: Pairs, met: Sequence[tuple[Tensor | None, Tensor | None]], nears: Sequence[Tensor]
+    ) -> Tensor:
+        """Give the mean over the anchor's view pairs of the squared distance to its near negatives."""
+        repulsion = pairs.anchor.z.new_zeros(())
+        for number, ((among, rows), near) in enumerate(zip(met, nears, strict=True)):
             far = 2 - 2 * near
             if self.positive_prior:
                 positive = 2 - 2 * pairs.mean("positive", among=among, rows=rows)
                 far = (far - self.positive_prior * positive) / (1 - self.positive_prior)
-            there = pairs.count("negative", among=among, rows=rows) > 0
-            repulsion = repulsion + torch.where(there, far, 0)
-            partners = partners + (1 if rows is None else rows)
+            share = pairs.once(("share", self.repulsion, number, near.dtype), partial(self._share, pairs, met, number))
+            repulsion = repulsion + far * share
+        return repulsion
+
+    def _share(self, pairs: Pairs, met: Sequence[tuple[Tensor | None, Tensor | None]], number: int) -> Tensor:
+        """Give what each anchor has of a view pair in the mean, (N,) or (H, N); 0 without negatives there."""
+        among, rows = met[number]
+        there = (pairs.count("negative", among=among, rows=rows) > 0).to(pairs.anchor.z.dtype)
         if self.repulsion == "all" or pairs.across:
-            return repulsion / partners.clamp(min=1)
+            partners = sum(torch.ones_like(there) if rows is None else rows for _, rows in met)
+            return there / torch.as_tensor(partners).clamp(min=1)
         # The mean over all V n anchors becomes the mean over the V (V - 1) / 2 view pairs and their n anchors.
-        return repulsion * (2 / max(views_of(pairs) - 1, 1))
+        return there * (2 / max(views_of(pairs) - 1, 1))
 
 
 def refuse_negative(**numbers: float) -> None:
@@ -138,6 +148,12 @@ def meetings(pairs: Pairs) -> Iterator[tuple[Tensor, Tensor]]:
     for number, part in enumerate(pairs.candidates[:views]):
         earlier_exist = number > 0 or pairs.across
         if len(part) and earlier_exist:
-            view = part.view[:1]
-            rows = pairs.anchor.view != view if pairs.across else pairs.anchor.view < view
-            yield among_parts(pairs, {number, *range(views, len(pairs.candidates))}), rows
+            numbers = (number, *range(views, len(pairs.candidates)))
+            among = pairs.once(("among", numbers), partial(among_parts, pairs, numbers))
+            yield among, pairs.once(("meeting", number), partial(_meeting, pairs, number))
+
+
+def _meeting(pairs: Pairs, number: int) -> Tensor:
+    """Give (N,) bool: the anchors that meet this part."""
+    view = pairs.candidates[number].view[:1]
+    return pairs.anchor.view != view if pairs.across else pairs.anchor.view < view

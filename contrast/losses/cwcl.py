@@ -63,8 +63,8 @@ class CWCL(InfoNCE):
         if len(views) != 2:
             raise ValueError(f"CWCL takes two views, the frozen tower's first: loss(p, q); got {len(views)}.")
         if reference is None:
-            frozen = normalise(views[0])
-            reference = frozen if frozen.ndim == 2 else frozen.movedim(0, -2).flatten(start_dim=1)
+            frozen = views[0]
+            reference = frozen if frozen.ndim == 2 else normalise(frozen).movedim(0, -2).flatten(start_dim=1)
         own, twins = self.embed(views, targets, sample, group, reference)
         extras = self.extras(extra, own)
         for part in extras:
@@ -80,11 +80,13 @@ class CWCL(InfoNCE):
 
     def per_anchor(self, pairs: Pairs) -> Tensor:
         """Give twice log of the denominator minus the (weighted) mean logit: twice, since a sum is two means."""
-        scale, frozen = self.scale(), pairs.anchor.view == 0
+        scale = self.scale()
+        frozen = pairs.once("frozen", lambda: pairs.anchor.view == 0)
+        trained = pairs.once("trained", lambda: pairs.anchor.view != 0)
         denominator, weighted, plain = pairs.reduce(
             LogSumExp(scale, "all"),
             Mean("all", weight="reference", rows=frozen),
-            Mean("positive", rows=~frozen),
+            Mean("positive", rows=trained),
         )
         return 2 * (denominator - scale * (weighted + plain))
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from contrast.losses.pair_loss import LOSSES, PairLoss
 from contrast.pairs import Pairs
-from contrast.reductions import LogSumExp
+from contrast.reductions import LogSumExp, Relation
 
 
 @LOSSES.register("hard_negative", aliases=("hcl", "debiased", "robinson", "hard_negatives"))
@@ -66,15 +67,18 @@ class HardNegative(PairLoss):
     def _log_negatives(self, pairs: Pairs) -> Tensor:
         """Give log G: in the logarithm, since at a temperature of 0.01 its terms differ by e^200."""
         scale, beta, dtype = 1 / self.temperature, self.hardness, pairs.anchor.z.dtype
-        log_count = pairs.count("negative").clamp(min=1).to(dtype).log()
-        if beta == 0:
-            log_r = pairs.logsumexp(scale, over="negative")
-        else:
-            hard, weights = pairs.reduce(LogSumExp((1 + beta) * scale, "negative"), LogSumExp(beta * scale, "negative"))
-            log_r = log_count + hard - weights
+        log_count = pairs.once(("log count", "negative", dtype), partial(_log_count, pairs, "negative"))
+        asked = [LogSumExp((1 + beta) * scale, "negative")]
+        if beta:
+            asked.append(LogSumExp(beta * scale, "negative"))
+        if self.positive_prior:
+            asked.append(LogSumExp(scale, "positive"))
+        log_r, *more = pairs.reduce(*asked)
+        if beta:
+            log_r = log_count + log_r - more[0]
         if self.positive_prior == 0:
             return log_r  # R is never below |N| e^{-1/tau}
-        log_positive = pairs.logsumexp(scale, over="positive") - pairs.count("positive").clamp(min=1).to(dtype).log()
+        log_positive = more[-1] - pairs.once(("log count", "positive", dtype), partial(_log_count, pairs, "positive"))
         hidden = math.log(self.positive_prior) + log_count + log_positive - log_r
         floor = log_count - scale
         # log(R - hidden R) needs hidden < 1; what rounding leaves between is nothing beside the positives.
@@ -82,3 +86,7 @@ class HardNegative(PairLoss):
         left = torch.log(-torch.expm1(torch.where(some_left, hidden, -1)))
         debiased = log_r + left - math.log1p(-self.positive_prior)
         return torch.where(some_left & (debiased > floor), debiased, floor)
+
+
+def _log_count(pairs: Pairs, over: Relation) -> Tensor:
+    return pairs.count(over).clamp(min=1).to(pairs.anchor.z.dtype).log()

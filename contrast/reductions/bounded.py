@@ -90,7 +90,11 @@ class Bounded:
         self.height, self.width = low_tiles(work, size) if above else (size, size)
         identity = work.identity
         whole = tuple(
-            (asked.over, *_wholes(asked.rows, identity.anchor_runs), *_wholes(asked.among, identity.candidate_runs))
+            (
+                asked.over,
+                *(identity.whole(asked.rows, run) for run in identity.anchor_runs),
+                *(identity.whole(asked.among, run) for run in identity.candidate_runs),
+            )
             for asked in self.asked
         )
         key = ("tiles", self.height, self.width, self.mirrored, whole)
@@ -128,8 +132,9 @@ class Bounded:
             return False
         if isinstance(asked, SoftplusSum) and isinstance(asked.bias, Tensor) and asked.bias.ndim > 1:
             return False
-        runs = ((asked.rows, work.identity.anchor_runs), (asked.among, work.identity.candidate_runs))
-        return all(_whole(which, run) is not None for which, of in runs for run in of)
+        identity = work.identity
+        runs = ((asked.rows, identity.anchor_runs), (asked.among, identity.candidate_runs))
+        return all(identity.whole(which, run) is not None for which, of in runs for run in of)
 
     def _may_mirror(self) -> bool:
         per_row = any(_spans(getattr(asked, name, None)) for asked in self.asked for name in ("bias", "above"))
@@ -151,7 +156,12 @@ class Bounded:
         columns = [block for run in candidates for block in cut(run, self.width)]
         meets = [
             [
-                [_whole(asked.rows, i) and _whole(asked.among, j) and identity.meets(i, j, asked.over) for j in columns]
+                [
+                    identity.whole(asked.rows, i)
+                    and identity.whole(asked.among, j)
+                    and identity.meets(i, j, asked.over)
+                    for j in columns
+                ]
                 for i in rows
             ]
             for asked in self.asked
@@ -573,15 +583,3 @@ def _common_scale(terms: list[_Term]) -> float | None:
     if any(getattr(term.asked, "above", None) is not None for term in terms):
         return None  # thresholds are compared with the similarities themselves
     return scales.pop() or None if len(scales) == 1 else None
-
-
-def _wholes(which: Tensor | None, runs: list[Run]) -> list[bool | None]:
-    return [] if which is None else [_whole(which, run) for run in runs]
-
-
-def _whole(which: Tensor | None, run: Run) -> bool | None:
-    """Say whether all (True) or none (False) of a run are asked; None for some."""
-    if which is None:
-        return True
-    asked = int(which[run.start : run.stop].sum())
-    return True if asked == run.stop - run.start else None if asked else False

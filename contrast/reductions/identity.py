@@ -6,7 +6,7 @@ Everything here looks at numbers on the host, so it serves the CPU; elsewhere a 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from typing import Any
@@ -235,12 +235,39 @@ class Identity:
 
     def count(self, over: Relation, among: Tensor | None, rows: Tensor | None) -> Tensor:
         """Count each anchor's candidates, (N,) int64; for a plain identity."""
-        if among is None and rows is None:
-            if over not in self.kept:
-                self.kept[over] = self._count(over, None, None)
-            counts: Tensor = self.kept[over]
-            return counts
-        return self._count(over, among, rows)
+        if not (self.owns(among) and self.owns(rows)):
+            return self._count(over, among, rows)
+        key = (over, id(among), id(rows))
+        if key not in self.kept:
+            self.kept[key] = self._count(over, among, rows)
+        counts: Tensor = self.kept[key]
+        return counts
+
+    def once(self, key: Hashable, make: Callable[[], Tensor]) -> Tensor:
+        """Give a tensor that the identities alone decide, made once for as long as they are kept."""
+        if ("own", key) not in self.kept:
+            made = self.kept["own", key] = make()
+            self.kept["owned", id(made)] = made
+        known: Tensor = self.kept["own", key]
+        return known
+
+    def owns(self, which: Tensor | None) -> bool:
+        """Say whether this is nothing, or a tensor of `once`: what follows from it may be kept too."""
+        return which is None or ("owned", id(which)) in self.kept
+
+    def whole(self, which: Tensor | None, run: Run) -> bool | None:
+        """Say whether all (True) or none (False) of a run are among `which`; None for some."""
+        if which is None:
+            return True
+        key = ("whole", id(which), run)
+        if key in self.kept:
+            known: bool | None = self.kept[key]
+            return known
+        asked = int(which[run.start : run.stop].sum())
+        found = True if asked == run.stop - run.start else None if asked else False
+        if self.owns(which):
+            self.kept[key] = found
+        return found
 
     def nobody_lacks(self, *relations: Relation) -> bool:
         """Say whether there are anchors and each is known to have candidates in each of these relations.

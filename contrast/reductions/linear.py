@@ -78,8 +78,8 @@ class Linear:
                 read = self._summed(columns, by_class)
                 for block in rows:
                     total[..., block] += sign * (work.x[..., block, :] * read(block)).sum(dim=-1)
-        weight = self._listed_weight()
-        total.index_add_(-1, self.listed.rows, -weight * dots(work, self.listed))
+        if len(self.listed):
+            total.index_add_(-1, self.listed.rows, -self._listed_weight() * dots(work, self.listed))
         # What is left of nothing after subtraction is rounding.
         counts = work.identity.count(asked.over, asked.among, asked.rows)
         empty = (counts == 0) | (mass <= counts * (16 * torch.finfo(mass.dtype).eps))
@@ -97,7 +97,8 @@ class Linear:
                         into.anchor[..., block, :] += sign * g[..., block].unsqueeze(-1) * read(block)
                 if any(into.parts[run.part] is not None for run in columns):
                     self._add_to_parts(rows, columns, sign * g, by_class, into)
-        add_dots(self.work, self.listed, -self._listed_weight() * g[..., self.listed.rows], into)
+        if len(self.listed):
+            add_dots(self.work, self.listed, -self._listed_weight() * g[..., self.listed.rows], into)
 
     def _sums(self) -> list[tuple[int, bool]]:
         """Give the sums that make the numerator: (sign, whether by class)."""
@@ -109,6 +110,8 @@ class Linear:
         by_view: dict[int | None, list[slice]] = {}
         first: dict[int | None, Run] = {}
         for run in identity.anchor_runs:
+            if identity.whole(self.asked.rows, run) is False:
+                continue
             first.setdefault(run.view, run)
             starts = range(run.start, run.stop, ROWS)
             by_view.setdefault(run.view, []).extend(slice(start, min(start + ROWS, run.stop)) for start in starts)
@@ -198,7 +201,8 @@ class Linear:
                     total, count = total + u.sum(dim=0), count + len(places)
             for block in rows:
                 mass[block] = (u_anchor[block] @ total + count) / 2
-        mass.index_add_(0, self.listed.rows, -self._listed_weight())
+        if len(self.listed):
+            mass.index_add_(0, self.listed.rows, -self._listed_weight())
         return (mass if asked.rows is None else mass * asked.rows).expand(*work.heads, -1)
 
     def _listed_weight(self) -> Tensor:

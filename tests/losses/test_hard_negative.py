@@ -116,8 +116,8 @@ def test_the_negatives_are_walked_once_for_all_sums(monkeypatch, hardness, sums)
     asked, reduce = [], Pairs.reduce
     monkeypatch.setattr(Pairs, "reduce", lambda pairs, *one: asked.append(one) or reduce(pairs, *one))
     HardNegative(0.5, hardness, 0.1)(random(5, 3), random(5, 3, seed=1))
-    walks = [one for one in asked if any(isinstance(sum_, LogSumExp) and sum_.over == "negative" for sum_ in one)]
-    assert [len(one) for one in walks] == [sums]
+    of_negatives = [sum(isinstance(one, LogSumExp) and one.over == "negative" for one in walk) for walk in asked]
+    assert [count for count in of_negatives if count] == [sums]
 
 
 @pytest.mark.parametrize("prior", [0.0, 0.1])
