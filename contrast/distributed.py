@@ -24,9 +24,14 @@ def local() -> Iterator[None]:
         _alone.reset(token)
 
 
+def alone() -> bool:
+    """Tell whether this call stands inside `local()`."""
+    return _alone.get()
+
+
 def world_size() -> int:
     """Count the processes that work together; 1 without a process group and inside `local()`."""
-    if _alone.get() or not (dist.is_available() and dist.is_initialized()):
+    if alone() or not (dist.is_available() and dist.is_initialized()):
         return 1
     return dist.get_world_size()
 
@@ -66,6 +71,16 @@ def gather(x: Tensor, sizes: Sequence[int]) -> Tensor:
         return x
     gathered: Tensor = _Gather.apply(x, tuple(sizes))
     return gathered
+
+
+def sizes_of(own: int, device: torch.device) -> list[int]:
+    """Give every process's number of rows, in rank order; every process calls it with its own."""
+    return [own] if world_size() == 1 else [size for (size,) in exchange_sizes([own], device)]
+
+
+def gather_rows(x: Tensor) -> Tensor:
+    """Concatenate every process's rows in rank order, with gradient, where sizes are not known yet."""
+    return gather(x, sizes_of(len(x), x.device))
 
 
 class _Gather(torch.autograd.Function):

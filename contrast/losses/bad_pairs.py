@@ -11,6 +11,7 @@ from torch import Tensor
 
 from contrast import distributed
 from contrast.embeddings import Embeddings
+from contrast.losses.around import Around
 from contrast.losses.pair_loss import LOSSES, Extra, PairLoss
 from contrast.pairs import Pairs
 
@@ -24,7 +25,7 @@ NORMAL, NOISY, FAULTY = 0, 1, 2
 
 
 @LOSSES.register("bad_pairs", aliases=("dbpm", "dynamic_bad_pair_mining"))
-class BadPairs(PairLoss):
+class BadPairs(Around):
     r"""Any loss over pairs, with the samples that were always too easy or too hard weighed down.
 
     .. math::
@@ -72,6 +73,8 @@ class BadPairs(PairLoss):
     ICLR 2024, arXiv:2302.03357; the authors' repository lanxiang1017/DynamicBadPairMining_ICLR24.
     """
 
+    does = "weighs the rows of a PairLoss"
+
     sums: Tensor
     counts: Tensor
     epoch_sums: Tensor
@@ -92,11 +95,7 @@ class BadPairs(PairLoss):
         weight: Literal["density", "peak_one"] = "density",
         epochs: int | None = None,
     ) -> None:
-        super().__init__()
-        if not isinstance(loss, PairLoss):
-            raise ValueError(
-                f"BadPairs weighs the rows of a PairLoss; {type(loss).__name__} has none, it is one number for a batch."
-            )
+        super().__init__(loss)
         if samples < 1:
             raise ValueError(f"samples must be 1 or more, the size of the data set; got {samples}.")
         if warmup_epochs < 0:
@@ -110,7 +109,6 @@ class BadPairs(PairLoss):
             raise ValueError(f"weight is 'density' or 'peak_one'; got {weight!r}.")
         if statistics == "published_code" and (epochs is None or epochs < 1):
             raise ValueError(f"statistics='published_code' needs epochs, how long the training is; got {epochs}.")
-        self.loss = loss
         self.samples = samples
         self.warmup_epochs = warmup_epochs
         self.noisy_width = noisy_width
@@ -118,8 +116,6 @@ class BadPairs(PairLoss):
         self.statistics = statistics
         self.weight = weight
         self.epochs = epochs
-        for wish in ("needs_positive", "needs_negative", "normalise", "reads_similarity", "reference_of"):
-            setattr(self, wish, getattr(loss, wish))
         for name in ("sums", "counts", "epoch_sums", "epoch_counts"):
             self.register_buffer(name, torch.zeros(samples, dtype=torch.int64))
         self.register_buffer("kind", torch.zeros(samples, dtype=torch.uint8))
@@ -144,9 +140,7 @@ class BadPairs(PairLoss):
             raise ValueError(
                 "BadPairs remembers losses by sample: call loss(z_a, z_b, sample=index) with indices in the data set."
             )
-        prepared = self.loss.pairs(
-            *views, targets=targets, sample=sample, group=group, reference=reference, extra=extra
-        )
+        prepared = super().pairs(*views, targets=targets, sample=sample, group=group, reference=reference, extra=extra)
         sample = sample.to(views[0].device, torch.int64)
         if sample.device.type == "cpu" and len(sample) and not (sample.min() >= 0 and sample.max() < self.samples):
             raise ValueError(
@@ -160,22 +154,14 @@ class BadPairs(PairLoss):
         """Note which rows count once some negatives do not."""
         assert self._call is not None
         self._call = (self._call[0], [self.loss._valid(pairs) for pairs in prepared])
-        self.loss.narrowed(prepared)
-
-    def per_anchor(self, pairs: Pairs) -> Tensor:
-        """Give the inner loss's rows."""
-        return self.loss.per_anchor(pairs)
-
-    def rows(self, pairs: Pairs) -> Tensor:
-        """Give the inner loss's rows."""
-        return self.loss.rows(pairs)
+        super().narrowed(prepared)
 
     def combine(self, rows: Sequence[Tensor], anchors: Sequence[Embeddings]) -> Sequence[Tensor]:
         """Multiply every row by its sample's weight, and keep the losses for the memory."""
-        rows = self.loss.combine(rows, anchors)
+        rows = super().combine(rows, anchors)
         assert self._call is not None
         (sample, valid), self._call = self._call, None
-        remembers = self.training and torch.is_grad_enabled() and not distributed._alone.get()
+        remembers = self.training and torch.is_grad_enabled() and not distributed.alone()
         with torch.no_grad():
             losses, known = _by_sample(rows, valid, len(sample))
             known &= (sample >= 0) & (sample < self.samples)
@@ -186,6 +172,7 @@ class BadPairs(PairLoss):
 
     def update(self) -> None:
         """Write the last call's losses into the memory; the next call in training and `end_epoch` do it too."""
+        super().update()
         if self._pending is None:
             return
         pending, self._pending = self._pending, None
@@ -204,7 +191,7 @@ class BadPairs(PairLoss):
         self.epoch_counts.zero_()
         self.epoch += 1
         self._judge()
-        self.loss.end_epoch()
+        super().end_epoch()
 
     @property
     def history(self) -> Tensor:
@@ -227,7 +214,7 @@ class BadPairs(PairLoss):
 
         During the warm-up nobody counts as noisy or faulty, and weights are 1.
         """
-        return self.loss.measure(pairs) | self._measured
+        return super().measure(pairs) | self._measured
 
     def _weights(self, sample: Tensor, losses: Tensor, known: Tensor) -> Tensor:
         kind = self.kind[sample.clamp(0, self.samples - 1)]
@@ -250,10 +237,7 @@ class BadPairs(PairLoss):
         known = known & torch.isfinite(losses)
         whole = (losses.clamp(-LARGEST, LARGEST) * UNIT).round().where(known, 0).to(torch.int64)
         own = torch.stack([sample.clamp(0, self.samples - 1), whole, known.to(torch.int64)], dim=1)
-        if distributed.world_size() > 1:
-            sizes = distributed.exchange_sizes([len(own)], own.device)
-            own = distributed.gather(own, [size for (size,) in sizes])
-        self._pending = own
+        self._pending = distributed.gather_rows(own)
 
     def _judge(self) -> None:
         m, some = self.history, self.counts > 0

@@ -5,18 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from contrast.embeddings import Embeddings
+from contrast.losses.around import Around
 from contrast.losses.pair_loss import LOSSES, Extra, PairLoss
 from contrast.pairs import Pairs
 
 
 @LOSSES.register("false_negatives", aliases=("false_negative_control", "gist", "gistembed"))
-class FalseNegatives(PairLoss):
+class FalseNegatives(Around):
     r"""Any loss over pairs, without the negatives that one of these rules takes for false ones.
 
     .. math:: N'(i) = \{ j \in N(i) : s_{ij} \leq b_i, \; \langle u_i, u_j \rangle \leq g_i \}
@@ -59,6 +59,8 @@ class FalseNegatives(PairLoss):
     Source: Solatorio 2024 (GISTEmbed), arXiv:2402.16829, for `guide`.
     """
 
+    does = "leaves negatives of a PairLoss out"
+
     def __init__(
         self,
         loss: PairLoss,
@@ -68,12 +70,7 @@ class FalseNegatives(PairLoss):
         top: int | None = None,
         guide: bool = False,
     ) -> None:
-        super().__init__()
-        if not isinstance(loss, PairLoss):
-            raise ValueError(
-                f"FalseNegatives leaves negatives of a PairLoss out; {type(loss).__name__} has none, it is one number "
-                "for a batch."
-            )
+        super().__init__(loss)
         if above is None and margin is None and relative_margin is None and top is None and not guide:
             raise ValueError("FalseNegatives needs a rule: above, margin, relative_margin, top or guide.")
         if above is not None and not math.isfinite(above):
@@ -84,15 +81,13 @@ class FalseNegatives(PairLoss):
             raise ValueError(f"relative_margin is a share, in [0, 1]; got {relative_margin}.")
         if top is not None and top < 1:
             raise ValueError(f"top must be 1 or more; got {top}.")
-        self.loss = loss
         self.above = above
         self.margin = margin
         self.relative_margin = relative_margin
         self.top = top
         self.guide = guide
-        self.reference_of: Literal["sample", "view"] = "view" if guide else loss.reference_of
-        for wish in ("needs_positive", "needs_negative", "normalise", "reads_similarity"):
-            setattr(self, wish, getattr(loss, wish))
+        if guide:
+            self.reference_of = "view"
 
     def pairs(
         self,
@@ -109,43 +104,16 @@ class FalseNegatives(PairLoss):
                 "guide compares what a frozen network sees in every view: give the loss reference=(u_a, u_b), one "
                 f"(N, R) a view; got {'none' if reference is None else 'one for all views'}."
             )
-        prepared = self.loss.pairs(
-            *views, targets=targets, sample=sample, group=group, reference=reference, extra=extra
-        )
+        prepared = super().pairs(*views, targets=targets, sample=sample, group=group, reference=reference, extra=extra)
         ruled = [self._ruled(pairs) for pairs in prepared]
-        self.loss.narrowed(ruled)
+        self.narrowed(ruled)
         return ruled
-
-    def narrowed(self, prepared: Sequence[Pairs]) -> None:
-        """Tell the loss inside."""
-        self.loss.narrowed(prepared)
-
-    def per_anchor(self, pairs: Pairs) -> Tensor:
-        """Give the rows of the loss inside."""
-        return self.loss.per_anchor(pairs)
-
-    def rows(self, pairs: Pairs) -> Tensor:
-        """Give the rows of the loss inside."""
-        return self.loss.rows(pairs)
-
-    def combine(self, rows: Sequence[Tensor], anchors: Sequence[Embeddings]) -> Sequence[Tensor]:
-        """Combine as the loss inside does."""
-        return self.loss.combine(rows, anchors)
-
-    def update(self) -> None:
-        """Let a loss inside that remembers write its memory."""
-        if hasattr(self.loss, "update"):
-            self.loss.update()  # type: ignore[operator]
-
-    def end_epoch(self) -> None:
-        """Close the epoch of the loss inside."""
-        self.loss.end_epoch()
 
     @torch.no_grad()
     def measure(self, pairs: Pairs) -> dict[str, Tensor]:
         """Give what the loss inside measures, and the share of all negatives that is ignored."""
         every = replace(pairs, rules=()).count("negative").sum()
-        return {**self.loss.measure(pairs), "ignored": 1 - pairs.count("negative").sum() / every.clamp(min=1)}
+        return {**super().measure(pairs), "ignored": 1 - pairs.count("negative").sum() / every.clamp(min=1)}
 
     @torch.no_grad()
     def _ruled(self, pairs: Pairs) -> Pairs:

@@ -1,0 +1,81 @@
+"""A loss around another one: what bad-pair mining and false-negative control share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from contrast.embeddings import Embeddings
+from contrast.losses.pair_loss import Extra, PairLoss
+from contrast.pairs import Pairs
+
+
+class Around(PairLoss):
+    """Leaves everything to the loss inside; a subclass changes the pairs before its rows, or the rows after.
+
+    Args:
+        loss: the loss inside.
+
+    Attributes:
+        does: what a subclass does, for the sentence that refuses a loss without rows.
+
+    Raises:
+        ValueError: for a loss without rows.
+    """
+
+    does: ClassVar[str] = "asks for the rows of a PairLoss"
+
+    def __init__(self, loss: PairLoss) -> None:
+        super().__init__()
+        if not isinstance(loss, PairLoss):
+            raise ValueError(
+                f"{type(self).__name__} {self.does}; {type(loss).__name__} has none, it is one number for a batch."
+            )
+        self.loss = loss
+        for wish in ("needs_positive", "needs_negative", "normalise", "reads_similarity", "reference_of"):
+            setattr(self, wish, getattr(loss, wish))
+
+    def pairs(
+        self,
+        *views: Tensor,
+        targets: Sequence[Tensor | None] | None = None,
+        sample: Tensor | None = None,
+        group: Tensor | None = None,
+        reference: Tensor | None = None,
+        extra: Sequence[Extra] = (),
+    ) -> Sequence[Pairs]:
+        """Pair as the loss inside does."""
+        return self.loss.pairs(*views, targets=targets, sample=sample, group=group, reference=reference, extra=extra)
+
+    def narrowed(self, prepared: Sequence[Pairs]) -> None:
+        """Tell the loss inside."""
+        self.loss.narrowed(prepared)
+
+    def per_anchor(self, pairs: Pairs) -> Tensor:
+        """Give the rows of the loss inside."""
+        return self.loss.per_anchor(pairs)
+
+    def rows(self, pairs: Pairs) -> Tensor:
+        """Give the rows of the loss inside."""
+        return self.loss.rows(pairs)
+
+    def combine(self, rows: Sequence[Tensor], anchors: Sequence[Embeddings]) -> Sequence[Tensor]:
+        """Combine as the loss inside does."""
+        return self.loss.combine(rows, anchors)
+
+    def update(self) -> None:
+        """Let a loss inside that remembers write its memory."""
+        if hasattr(self.loss, "update"):
+            self.loss.update()  # type: ignore[operator]
+
+    def end_epoch(self) -> None:
+        """Close the epoch of the loss inside."""
+        self.loss.end_epoch()
+
+    @torch.no_grad()
+    def measure(self, pairs: Pairs) -> dict[str, Tensor]:
+        """Give what the loss inside measures."""
+        return self.loss.measure(pairs)
