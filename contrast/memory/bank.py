@@ -9,18 +9,19 @@ import torch
 from torch import Tensor
 
 from contrast import distributed
-from contrast.embeddings import REMEMBERED, Embeddings
+from contrast.embeddings import Embeddings
 from contrast.memory.door import Width, refuse_other, refuse_unknown
-from contrast.memory.memory import MEMORIES, Memory
+from contrast.memory.memory import MEMORIES
 from contrast.memory.room import check_room
 from contrast.memory.search import Shelf, vectors
 from contrast.memory.shards import from_owners, merged, whole_on_first
+from contrast.memory.store import Store
 from contrast.memory.wrong_samples import Watch, refuse_wrong
 from contrast.retrieval import Found, build_index
 
 
 @MEMORIES.register("bank", aliases=("memory_bank", "instance_discrimination"))
-class Bank(Memory):
+class Bank(Store):
     """The newest embedding of every sample of the data set, with its group and its age.
 
     Samples that were never seen have none and are nobody's candidates. Every process holds all of it while it fits
@@ -54,18 +55,15 @@ class Bank(Memory):
         bytes_per_process: int = 2**30,
         reference_dim: int | None = None,
     ) -> None:
-        super().__init__()
         if samples < 1:
             raise ValueError(f"samples must be 1 or more, the size of the data set; got {samples}.")
+        super().__init__(Width(dim, heads, reference_dim))
         self.samples = samples
-        self.width = Width(dim, heads, reference_dim)
-        self.width.check()
         self.bytes_per_process = bytes_per_process
         check_room(samples, self.width.bytes, bytes_per_process)
         never = torch.full((samples,), -1)
         self.held = {**self.width.zeros(samples), "group": never, "written": never.clone()}
         self.shard = (0, 1)
-        self.unit = True
         self.pushed = 0
         self._complete = False
         self._watch = Watch(samples)
@@ -104,26 +102,16 @@ class Bank(Memory):
         everyone = torch.arange(self.samples, device=self.held["z"].device)
         return self._embeddings(everyone, self.held["z"], self.held.get("reference"))
 
-    @torch.no_grad()
-    def update(
-        self,
-        embeddings: Embeddings | Tensor,
-        *,
-        sample: Tensor | None = None,
-        group: Tensor | None = None,
-        reference: Tensor | None = None,
-    ) -> None:
-        """Put every process's rows in their samples' places."""
-        own = self.width.embeddings(embeddings, sample, group, reference)
-        self.follow(own.z.device)
+    def accepted(self, everyone: Embeddings) -> Embeddings:
+        """Refuse samples that the data set does not have, and the same one twice."""
         self._settle()
-        everyone = own.gathered()
-        if own.z.device.type == "cpu":
-            refuse_wrong(everyone.sample, self.samples)
-        else:
-            everyone = replace(everyone, sample=self._watch.look(everyone.sample))
-        self.unit &= own.unit
-        self.updates += 1
+        if everyone.z.device.type != "cpu":
+            return replace(everyone, sample=self._watch.look(everyone.sample))
+        refuse_wrong(everyone.sample, self.samples)
+        return everyone
+
+    def write(self, everyone: Embeddings) -> None:
+        """Put the rows in their samples' places."""
         self.pushed += len(everyone)
         self.held["group"][everyone.sample] = everyone.group
         self.held["written"][everyone.sample] = self.updates
@@ -230,9 +218,7 @@ class Bank(Memory):
         return self.held["z"].index_select(-2, rows), None if reference is None else reference[rows]
 
     def _embeddings(self, sample: Tensor, z: Tensor, reference: Tensor | None) -> Embeddings:
-        made = Embeddings(z, sample, self.held["group"][sample], torch.full_like(sample, REMEMBERED), reference)
-        made.__dict__["unit"] = self.unit
-        return made
+        return self.remembered(z, sample, self.held["group"][sample], reference)
 
     def _settle(self) -> None:
         """Keep this process's share alone, where there are several and all of it is too much for one."""

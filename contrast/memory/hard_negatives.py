@@ -75,7 +75,7 @@ class HardNegatives(Memory):
             )
         self.bank = bank
         self.neighbours = neighbours
-        self.every, self.unit = parse_refresh(refresh)
+        self.every, self.period = parse_refresh(refresh)
         self.index = index
         self.seed = seed
         self.held = {"table": torch.full((bank.samples, neighbours), -1)}
@@ -94,7 +94,7 @@ class HardNegatives(Memory):
         refuse_unknown(anchor)
         self.follow(anchor.z.device)
         self.bank.follow(anchor.z.device)
-        if not distributed._alone.get():
+        if not distributed.alone():
             self._find_if_due()
         sample = torch.unique(anchor.sample[anchor.view != PADDING])
         if sample.device.type == "cpu" and len(sample) and sample[-1] >= self.bank.samples:
@@ -104,8 +104,7 @@ class HardNegatives(Memory):
         wanted = self.table[sample].flatten()
         wanted = torch.unique(wanted[wanted >= 0])
         if distributed.world_size() > 1:
-            sizes = [size for (size,) in distributed.exchange_sizes([len(wanted)], wanted.device)]
-            wanted = torch.unique(distributed.gather(wanted, sizes))
+            wanted = torch.unique(distributed.gather_rows(wanted))
         self._mined = len(wanted)
         return self.bank.at(wanted)
 
@@ -156,7 +155,7 @@ class HardNegatives(Memory):
         self.held["table"] = state["table"].to(self.table.device, copy=True)
 
     def _find_if_due(self) -> None:
-        past = self.epochs if self.unit == "epoch" else self.bank.updates - self.found_at
+        past = self.epochs if self.period == "epoch" else self.bank.updates - self.found_at
         if past >= self.every:
             self.bank.follow(self.table.device)
             self.find()

@@ -67,7 +67,17 @@ class Memory(nn.Module):
             ValueError: for another width, or without real sample indices.
         """
         for store in self.stores():
-            store.update(embeddings, sample=sample, group=group, reference=reference)
+            store.take(embeddings, sample, group, reference)
+
+    def take(
+        self,
+        embeddings: Embeddings | Tensor,
+        sample: Tensor | None,
+        group: Tensor | None,
+        reference: Tensor | None,
+    ) -> None:
+        """Take in what `update` was given; for what holds embeddings itself."""
+        raise NotImplementedError(f"{type(self).__name__} holds no embeddings; let stores() name what does.")
 
     def end_epoch(self) -> None:
         """Close an epoch; what is found anew by epochs is found here."""

@@ -7,15 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from contrast.embeddings import REMEMBERED, Embeddings
+from contrast.embeddings import Embeddings
 from contrast.memory.door import Width, refuse_other, refuse_unknown
-from contrast.memory.memory import MEMORIES, Memory
+from contrast.memory.memory import MEMORIES
 from contrast.memory.search import Shelf
+from contrast.memory.store import Store
 from contrast.retrieval import Found
 
 
 @MEMORIES.register("queue", aliases=("moco", "fifo", "xbm", "cross_batch_memory", "memory_queue"))
-class Queue(Memory):
+class Queue(Store):
     """The last `size` embeddings of all processes, the same on each, with their sample and group.
 
     It is filled with real embeddings only and holds fewer until it is full. One's own sample is never one's negative,
@@ -38,17 +39,14 @@ class Queue(Memory):
     """
 
     def __init__(self, size: int, dim: int, heads: int | None = None, reference_dim: int | None = None) -> None:
-        super().__init__()
         if size < 1:
             raise ValueError(f"size must be 1 or more; got {size}.")
+        super().__init__(Width(dim, heads, reference_dim))
         self.size = size
-        self.width = Width(dim, heads, reference_dim)
-        self.width.check()
         identity = torch.zeros(size, dtype=torch.int64)
         self.held = {**self.width.zeros(size), "sample": identity, "group": identity.clone()}
         self.position = 0
         self.filled = 0
-        self.unit = True
 
     def candidates(self, anchor: Embeddings) -> Embeddings:
         """Give all that it holds, without a copy."""
@@ -56,21 +54,8 @@ class Queue(Memory):
         self.follow(anchor.z.device)
         return self._all()
 
-    @torch.no_grad()
-    def update(
-        self,
-        embeddings: Embeddings | Tensor,
-        *,
-        sample: Tensor | None = None,
-        group: Tensor | None = None,
-        reference: Tensor | None = None,
-    ) -> None:
-        """Put every process's rows into the queue, in rank order; the oldest leave."""
-        own = self.width.embeddings(embeddings, sample, group, reference)
-        self.follow(own.z.device)
-        self.unit &= own.unit
-        self.updates += 1
-        everyone = own.gathered()
+    def write(self, everyone: Embeddings) -> None:
+        """Put the rows behind the newest; the oldest leave."""
         newest = everyone[max(len(everyone) - self.size, 0) :]
         count = len(newest)
         start = (self.position + len(everyone) - count) % self.size
@@ -133,7 +118,4 @@ class Queue(Memory):
 
     def _all(self) -> Embeddings:
         held = self._filled()
-        view = torch.full_like(held["sample"], REMEMBERED)
-        made = Embeddings(held["z"], held["sample"], held["group"], view, held.get("reference"))
-        made.__dict__["unit"] = self.unit
-        return made
+        return self.remembered(held["z"], held["sample"], held["group"], held.get("reference"))

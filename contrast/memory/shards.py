@@ -38,7 +38,7 @@ class Asked(NamedTuple):
 
 def from_owners(sample: Tensor, world: int) -> Asked:
     """Say who gives what: every process calls it with the (n,) samples that it asks for."""
-    asked = torch.unique(distributed.gather(sample, _sizes(len(sample), sample.device)))
+    asked = torch.unique(distributed.gather_rows(sample))
     asked = asked[torch.argsort(asked % world, stable=True)]
     ordered, order = asked.sort()
     sizes = torch.bincount(asked % world, minlength=world).tolist()
@@ -53,7 +53,7 @@ def merged(found: Found, count: int, k: int) -> Found:
         count: how many of them are this process's.
         k: how many to keep.
     """
-    sizes = _sizes(count, found.position.device)
+    sizes = distributed.sizes_of(count, found.position.device)
     rank, world, everyone = distributed.rank(), distributed.world_size(), sum(sizes)
     parts = [distributed.gather(x, [everyone] * world).chunk(world) for x in found]
     best = merge([Found(*part) for part in zip(*parts, strict=True)], k) if everyone else found
@@ -74,7 +74,3 @@ def whole_on_first(share: Tensor, samples: int, rank: int, world: int) -> Tensor
                 first = start * world + other
                 whole[first : first + world * len(rows) : world] = rows.cpu()
     return (share if whole is None else whole).movedim(0, -2)
-
-
-def _sizes(own: int, device: torch.device) -> list[int]:
-    return [size for (size,) in distributed.exchange_sizes([own], device)]
