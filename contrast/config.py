@@ -193,16 +193,7 @@ def load(config: str | None = None, words: Sequence[str] = (), *, by: str = "com
 def check(tree: Mapping[str, Any]) -> Config:
     """Give the typed experiment of a tree of settings, every part of it checked against its signature."""
     _plugins(tree.get("plugins", ()))
-    settings = {
-        key: _section(key, value)
-        if key in SECTIONS
-        else part(key, value)
-        if key in PARTS
-        else memories(value)
-        if key == "memory"
-        else value
-        for key, value in tree.items()
-    }
+    settings = {key: _checked(key, value) for key, value in tree.items()}
     config = Config(**check_arguments(Config, settings, where="", owner="the config"))
     values = flat(config)
     for key, least in _AT_LEAST.items():
@@ -216,6 +207,15 @@ def check(tree: Mapping[str, Any]) -> Config:
     OPTIMIZERS.build(config.optimizer, where="optimizer")
     SAMPLERS.build(config.sampler, where="sampler")
     return config
+
+
+def _checked(key: str, value: Any) -> Any:
+    """Check what stands at a key of the first level, where it is a section or made of parts."""
+    if key in SECTIONS:
+        return _section(key, value)
+    if key == "memory":
+        return memories(value)
+    return part(key, value) if key in PARTS else value
 
 
 def part(key: str, value: Any) -> Any:

@@ -141,7 +141,7 @@ def build_index(stored: Tensor, index: str = "auto", *, probes: int | None = Non
     """
     if index == "auto":
         index = auto_index(len(stored), stored.device.type)
-    if index == "exact" or (index == "Flat" and not has_faiss()):
+    if _needs_no_faiss(index):
         return _Exact(stored)
     return _Faiss(stored, index, probes, seed)
 
@@ -156,7 +156,7 @@ def least_vectors(index: str, dim: int) -> int:
     Raises:
         InputError: where faiss is missing or refuses the string.
     """
-    if index in ("auto", "exact") or (index == "Flat" and not has_faiss()):
+    if index == "auto" or _needs_no_faiss(index):
         return 1
     inner = _innermost(_factory(index, dim))
     codes = [getattr(part, "ksub", 0) for part in (getattr(inner, "pq", None), inner) if part is not None]
@@ -187,6 +187,11 @@ def has_faiss() -> bool:
     except ImportError:
         return False
     return True
+
+
+def _needs_no_faiss(index: str) -> bool:
+    """Tell whether an index is searched by `nearest`."""
+    return index == "exact" or (index == "Flat" and not has_faiss())
 
 
 class _Exact(Index):

@@ -301,7 +301,10 @@ def test_the_online_probe_cannot_influence_training(tmp_path, contrast_says, mon
     assert_same(weights(tmp_path / "with"), weights(tmp_path / "without"))
 
 
-@pytest.mark.parametrize("config", ["simclr", "supcon", "cacr", "moco_v3", "simsiam"])
+@pytest.mark.parametrize(
+    "config",
+    ["simclr", "supcon", "cacr", "moco_v2", "moco_v3", "simsiam", "nnclr", "hard_negatives", "neighbour_batches"],
+)
 def test_every_method_trains_on_series_as_on_images(config, tmp_path, contrast_says):
     series(tmp_path / "waves.csv")
     status, out, err = contrast_says("pretrain", config, "waves.csv", "budget=3 steps", *QUICK_SERIES)

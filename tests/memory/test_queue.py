@@ -116,6 +116,8 @@ def test_an_update_after_a_loss_that_never_goes_back_is_fine():
     loss, index = a_step(queue)
     loss.backward()
     queue.update(torch.randn(4, DIM), sample=index)
+    # Three steps, each with an update of its own before the loss.
+    assert queue.updates == 6
 
 
 @pytest.mark.parametrize("cast", [lambda x: x.half(), lambda x: x.double(), lambda x: x.to("cpu", torch.bfloat16)])
