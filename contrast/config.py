@@ -384,8 +384,10 @@ def _parent(tree: dict[str, Any], path: list[str]) -> tuple[dict[str, Any], str]
         elif below is None:
             below = {}
         elif not isinstance(below, dict):
-            key = ".".join(path)
-            raise InputError(f"{key}: {'.'.join(path[: number + 1])} is {below!r} and has nothing inside.")
+            key, above = ".".join(path), ".".join(path[: number + 1])
+            if isinstance(below, list | tuple):
+                raise InputError(f"{key}: {above} is a list; write it whole, {above}={in_words(below, whole=True)}.")
+            raise InputError(f"{key}: {above} is {below!r} and has nothing inside.")
         tree[word] = below
         tree = below
     return tree, path[-1]

@@ -648,6 +648,10 @@ WRONG = [
     lambda _: (["pretrain", "digits", "loss=dcl"], ["loss", "decoupled"]),
     lambda _: (["pretrain", "digits", "memory=moco"], ["on the command line: memory[0]", "'moco' is called 'queue'"]),
     lambda _: (["pretrain", "digits", "memory=[{name: queue, sise: 4}]"], ["memory[0].sise", "size"]),
+    lambda _: (
+        ["pretrain", "digits", "moco_v2", "memory.size=4"],
+        ["memory.size: memory is a list; write it whole, memory=[{name: queue, size: 4096}]"],
+    ),
     lambda _: (["pretrain", "digits", "memory=3"], ["memory must be a list of memories", "got 3"]),
     lambda _: (["pretrain", "digits", "memory=queue", *QUICK], ["memory[0] 'queue'", "size is missing"]),
     lambda _: (
