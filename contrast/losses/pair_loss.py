@@ -275,12 +275,8 @@ class PairLoss(nn.Module):
         """
         met = torch.zeros(2, 2, dtype=torch.float64, device=labels.device)
         for pairs in self._last:
-            for row, rules in enumerate(((), pairs.rules)):
-                for column, other in enumerate((True, False)):
-                    kept = replace(pairs, rules=rules).ignoring(_labelled(labels, same=not other))
-                    # (N,), or (H, N) where a rule reads the heads' similarities.
-                    count = torch.atleast_2d(kept.count("negative")).double()  # type: ignore[no-untyped-call]
-                    met[row, column] += count.mean(dim=0).sum().to(met.device)
+            plain = _false_and_true(replace(pairs, rules=()), labels)
+            met += torch.stack([plain, _false_and_true(pairs, labels) if pairs.rules else plain])
         if not self._last:
             return {}
         (false, true), (false_kept, true_kept) = met
@@ -403,6 +399,16 @@ def _watched(value: Tensor, extras: Sequence[Extra]) -> Tensor:
     if not torch._C._are_functorch_transforms_active():
         value.register_hook(look)  # type: ignore[no-untyped-call]
     return value
+
+
+def _false_and_true(pairs: Pairs, labels: Tensor) -> Tensor:
+    """Count the negatives that have the anchor's label, and the others: (2,) float64, the mean over heads."""
+    found = []
+    for same in (True, False):
+        # (N,), or (H, N) where a rule reads the heads' similarities.
+        count = torch.atleast_2d(pairs.ignoring(_labelled(labels, same=not same)).count("negative"))  # type: ignore[no-untyped-call]
+        found.append(count.double().mean(dim=0).sum())
+    return torch.stack(found).to(labels.device)
 
 
 def _labelled(labels: Tensor, *, same: bool) -> Rule:
