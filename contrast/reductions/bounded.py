@@ -16,14 +16,14 @@ import torch
 from torch import Tensor
 
 from contrast.reductions.asked import LogSumExp, SoftMean, SoftplusSum
-from contrast.reductions.grid import low_tiles
+from contrast.reductions.grid import alike, blocks, low_tiles
 from contrast.reductions.identity import Matches, Run, by_tile, cut
 from contrast.reductions.work import WIDEST, Gradients, Work, nothing
 
 KEPT = 2**21
 """Exponentials that the forward pass leaves to the backward pass, which saves it a product where they are few."""
-MASK = -1
-"""The buffer of what counts."""
+BY_ROWS, BY_COLUMNS = -1, -2
+"""The buffers of what is at or above the thresholds of the anchors, and of the candidates."""
 FAINT = -60.0
 """A shifted sum below exp of this may have lost terms."""
 
@@ -87,21 +87,10 @@ class Bounded:
         self.asked: list[Any] = [work.asked[number] for number in numbers]
         self.mirrored = work.mirrored if self._may_mirror() else 0
         above = any(getattr(asked, "above", None) is not None for asked in self.asked)
-        self.height, self.width = low_tiles(work, size) if above else (size, size)
-        identity = work.identity
-        whole = tuple(
-            (
-                asked.over,
-                *(identity.whole(asked.rows, run) for run in identity.anchor_runs),
-                *(identity.whole(asked.among, run) for run in identity.candidate_runs),
-            )
-            for asked in self.asked
-        )
-        key = ("tiles", self.height, self.width, self.mirrored, whole)
-        plan: _Plan | None = identity.kept.get(key)
-        if plan is None:
-            plan = identity.kept[key] = self._plan()
-        self.rows, self.columns, self.tiles, self._blanks = plan
+        self._lay_out(size, size)
+        if above and not (self.mirrored and alike(work, self._shapes(), size)):
+            self.mirrored = 0
+            self._lay_out(*low_tiles(work, size))
         # What a softmax of the anchors over candidates without gradient gives back is known in the forward pass.
         alone = len(self.asked) == 1 and isinstance(self.asked[0], LogSumExp)
         wanted = work.wants_anchor or (numbers[0], "scale") in work.wants_argument
@@ -114,6 +103,33 @@ class Bounded:
         self.at_once = [
             alone and wanted and not wants and part >= self.mirrored for part, wants in enumerate(work.wants_part)
         ]
+
+    def _lay_out(self, height: int, width: int) -> None:
+        """Cut the pairs into tiles of so many rows and columns, or find how that was done before."""
+        self.height, self.width, identity = height, width, self.work.identity
+        whole = tuple(
+            (
+                asked.over,
+                *(identity.whole(asked.rows, run) for run in identity.anchor_runs),
+                *(identity.whole(asked.among, run) for run in identity.candidate_runs),
+            )
+            for asked in self.asked
+        )
+        key = ("tiles", height, width, self.mirrored, whole)
+        plan: _Plan | None = identity.kept.get(key)
+        if plan is None:
+            plan = identity.kept[key] = self._plan()
+        self.rows, self.columns, self.tiles, self._blanks = plan
+
+    def _shapes(self) -> set[tuple[int, int]]:
+        """Give the shapes of these tiles, and of those that thresholds are found in."""
+        low = blocks(self.work, *low_tiles(self.work, self.size))
+        return {
+            (row, column)
+            for rows, columns in (low, (self.rows, self.columns))
+            for row in {run.stop - run.start for run in rows}
+            for column in {run.stop - run.start for run in columns}
+        }
 
     @staticmethod
     def accepts(work: Work, number: int) -> bool:
@@ -137,7 +153,7 @@ class Bounded:
         return all(identity.whole(which, run) is not None for which, of in runs for run in of)
 
     def _may_mirror(self) -> bool:
-        per_row = any(_spans(getattr(asked, name, None)) for asked in self.asked for name in ("bias", "above"))
+        per_row = any(_spans(getattr(asked, "bias", None)) for asked in self.asked)
         runs = self.work.identity.candidate_runs if self.work.mirrored else []
         views = [run.view for run in runs if run.part < self.work.mirrored]
         return not per_row and all(view is not None and view >= 0 for view in views)
@@ -242,7 +258,7 @@ class Bounded:
     def _forward(self, head: int, sums: Tensor, moments: Tensor | None, weighted: Tensor | None) -> None:
         terms, x, parts = self._terms(head), _head(self.work.x, head), self._parts(head)
         fold = _common_scale(terms)
-        buffers = _Buffers(x, 3)
+        buffers = _Buffers(x, 4)
         scaled, block = x, -1
         for spot in self.tiles:
             i, j = spot.i, spot.j
@@ -258,10 +274,17 @@ class Bounded:
                 keep = place + 1 < len(terms) or isinstance(term.asked, SoftMean) or fold is None
                 keep = keep or not self.keeps_exponentials
                 e = buffers.tile(1, rows, columns) if keep else tile
-                self._exponential(term, tile, e, fold, i, j, buffers)
+                self._exponential(term, tile, e, fold, i, j)
                 if isinstance(term.asked, SoftplusSum):
                     self._add_softplus(sums[place], e, i, j, row, column)
                     continue
+                if getattr(term.asked, "above", None) is not None:
+                    if column:
+                        kept = self._kept_by_columns(term, tile, i, j, buffers)
+                        self._add(sums[place], kept.mul_(e), i, j, row=False, column=True)
+                    if not row:
+                        continue
+                    column, e = False, self._kept_by_rows(term, tile, i, j, buffers).mul_(e)
                 self._add(sums[place], e, i, j, row, column)
                 if weighted is not None and self.at_once[columns.part]:
                     weighted[head, rows.start : rows.stop].addmm_(e, others)
@@ -289,15 +312,7 @@ class Bounded:
         return not self.at_once[part] and (self.learns or self.work.wants_anchor or self.work.wants_part[part])
 
     def _exponential(
-        self,
-        term: _Term,
-        tile: Tensor,
-        out: Tensor,
-        fold: float | None,
-        i: int,
-        j: int,
-        buffers: _Buffers,
-        share: bool = False,
+        self, term: _Term, tile: Tensor, out: Tensor, fold: float | None, i: int, j: int, share: bool = False
     ) -> None:
         """Write exp(scale * s + bias - shift), 0 where a pair does not count; with `share` softplus's."""
         logits = tile if fold is not None else torch.mul(tile, term.scale, out=out)
@@ -309,12 +324,22 @@ class Bounded:
             torch.sigmoid(logits, out=out)
         else:
             torch.exp(logits, out=out)
-        above = getattr(term.asked, "above", None)
-        if above is not None:
-            # 1 and 0 as numbers: filling by a mask of bool takes several times longer.
-            kept = buffers.tile(MASK, self.rows[i], self.columns[j])
-            out.mul_(torch.ge(tile, above[self.rows[i].start : self.rows[i].stop].unsqueeze(1), out=kept))
         self._blank(term, out, i, j)
+
+    def _kept_by_rows(self, term: _Term, tile: Tensor, i: int, j: int, buffers: _Buffers) -> Tensor:
+        """Write 1 for similarities at or above their anchors' thresholds, and 0.
+
+        They are numbers: filling by a mask of bool takes several times longer.
+        """
+        rows, columns = self.rows[i], self.columns[j]
+        above = term.asked.above[rows.start : rows.stop].unsqueeze(1)  # type: ignore[union-attr, index]
+        return torch.ge(tile, above, out=buffers.tile(BY_ROWS, rows, columns))
+
+    def _kept_by_columns(self, term: _Term, tile: Tensor, i: int, j: int, buffers: _Buffers) -> Tensor:
+        """Write the same for the thresholds of the candidates, which are anchors too."""
+        rows, columns = self.rows[i], self.columns[j]
+        above = term.asked.above[columns.start : columns.stop]  # type: ignore[union-attr, index]
+        return torch.ge(tile, above, out=buffers.tile(BY_COLUMNS, rows, columns))
 
     def _blank(self, term: _Term, e: Tensor, i: int, j: int) -> None:
         """Set to 0 what does not count: the pairs listed for this tile, or whole groups where they are many."""
@@ -392,7 +417,7 @@ class Bounded:
         to_parts = [None if gradient is None else _head(gradient, head) for gradient in into.parts]
         fold = _common_scale(terms)
         before = _dot(x, to_x) if self.by_anchor else None
-        buffers = _Buffers(x, 4)
+        buffers = _Buffers(x, 5)
         scaled, block = x, -1
         for spot in self.tiles:
             i, j = spot.i, spot.j
@@ -423,8 +448,11 @@ class Bounded:
                 spare = place + 1 == len(terms) and factors[place][1] is None and not self.learns and fold is not None
                 spare = spare and not here
                 e = tile if spare else buffers.tile(1 if total is None else 2, rows, columns)
-                self._exponential(term, tile, e, fold, i, j, buffers, share=True)
-                self._times(e, tile, factors[place], fold, i, j, row, column or diagonal)
+                self._exponential(term, tile, e, fold, i, j, share=True)
+                if getattr(term.asked, "above", None) is None:
+                    self._times(e, tile, factors[place], fold, i, j, row, column or diagonal)
+                else:
+                    self._times_kept(term, e, tile, factors[place][0], i, j, row, column or diagonal, buffers)
                 if self.learns:
                     self._learn(term, e, tile, fold, i, 0.5 if diagonal else 1.0, head, into)
                 total = e if total is None else total.add_(e)
@@ -463,6 +491,28 @@ class Bounded:
             e.mul_(constant)
         else:
             e.mul_(torch.addcmul(constant, tile, slope, value=1.0 if fold is None else 1 / fold))
+
+    def _times_kept(
+        self,
+        term: _Term,
+        e: Tensor,
+        tile: Tensor,
+        factor: Tensor,
+        i: int,
+        j: int,
+        row: bool,
+        column: bool,
+        buffers: _Buffers,
+    ) -> None:
+        """Multiply by the factor of whoever's threshold is reached: the anchor's, the candidate's, or both."""
+        kept = []
+        if row:
+            own = self._factor(factor, i, j, row=True, column=False)
+            kept.append(self._kept_by_rows(term, tile, i, j, buffers).mul_(own))
+        if column:
+            other = self._factor(factor, i, j, row=False, column=True)
+            kept.append(self._kept_by_columns(term, tile, i, j, buffers).mul_(other))
+        e.mul_(kept[0].add_(kept[1]) if len(kept) == 2 else kept[0])
 
     def _factor(self, factor: Tensor | None, i: int, j: int, row: bool, column: bool) -> Any:
         if factor is None:

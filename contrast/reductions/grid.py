@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from functools import lru_cache
+
+import torch
+
 from contrast.reductions.identity import Run, cut
 from contrast.reductions.work import Work
 
@@ -33,3 +38,39 @@ def blocks(work: Work, height: int, width: int) -> tuple[list[Run], list[Run]]:
     return [block for run in rows for block in cut(run, height)], [
         block for run in columns for block in cut(run, width)
     ]
+
+
+def alike(work: Work, shapes: Iterable[tuple[int, int]], size: int) -> bool:
+    """Say whether a similarity has the same bits in tiles of all these shapes, and seen from its candidate's side.
+
+    It is tried out once with random vectors: whether sums are formed in the same order depends on shapes alone.
+    """
+    made = (frozenset(shapes), size, work.x.shape[-1], work.x.dtype)
+    return _alike(*made, torch.get_num_threads(), torch.get_float32_matmul_precision())
+
+
+@lru_cache(maxsize=64)
+def _alike(
+    shapes: frozenset[tuple[int, int]],
+    size: int,
+    dims: int,
+    dtype: torch.dtype,
+    threads: int,  # noqa: ARG001
+    precision: str,  # noqa: ARG001
+) -> bool:
+    most = max((width for _, width in shapes), default=0)
+    generator = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(count, dims, dtype=dtype, generator=generator) for count in (size, most + -most % size))
+    for start in range(0, len(y), size):
+        others = y[start : start + size]
+        square = x @ others.T
+        if not torch.equal(square, (others @ x.T).T):
+            return False
+        for height, width in shapes:
+            if height > size:
+                return False
+            if width > start and not torch.equal(
+                (x[:height] @ y[:width].T)[:, start : start + size], square[:height, : width - start]
+            ):
+                return False
+    return True

@@ -1,0 +1,72 @@
+"""Thresholds: the k-th largest of long rows, and what lies at or above it, tile by tile."""
+
+import pytest
+import torch
+
+from contrast import reductions
+from contrast.losses.hard_contrastive import HardContrastive
+from contrast.reductions import bounded, grid, thresholds
+
+
+def sorted_kth(rows, k):
+    return rows.sort(dim=1, descending=True).values.gather(1, k.unsqueeze(1) - 1).squeeze(1)
+
+
+def long_rows(kind, count=40, length=3000):
+    generator = torch.Generator().manual_seed(1)
+    rows = torch.randn(count, length, generator=generator)
+    if kind == "ties":
+        return rows.mul_(3).round_()
+    if kind == "one value":
+        return torch.ones_like(rows)
+    if kind == "blank":
+        return rows.masked_fill_(torch.rand(rows.shape, generator=generator) < 0.7, -torch.inf)
+    if kind == "misleading":
+        # What is looked at first holds all that is large.
+        rows[:, :: thresholds.SAMPLED] += 100
+    return rows
+
+
+@pytest.mark.parametrize("kind", ["plain", "ties", "one value", "blank", "misleading"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("k", [1, 20, 300, 3000, "various"])
+def test_the_kth_largest_of_long_rows_is_that_of_sorted_rows(kind, dtype, k):
+    rows = long_rows(kind).to(dtype)
+    places = torch.arange(1, 41) * 7 if k == "various" else torch.full((40,), k)
+    expected = sorted_kth(rows, places)
+    assert torch.equal(thresholds.kth_largest(rows, places), expected)
+
+
+def outcome(z, queue):
+    a, b = (part.clone().requires_grad_() for part in z)
+    rows = HardContrastive()(a, b, extra=queue, reduction="none")
+    weight = torch.linspace(0, 1, len(rows), dtype=rows.dtype)
+    return rows.detach(), *torch.autograd.grad((rows * weight).sum(), [a, b])
+
+
+@pytest.mark.parametrize("queued", [0, 90])
+@pytest.mark.parametrize("same_bits", [True, False])
+def test_what_lies_above_thresholds_is_the_same_from_either_side(queued, same_bits, monkeypatch):
+    """Square tiles serve anchors and candidates, each by its own threshold; where bits differ, low tiles serve one."""
+    generator = torch.Generator().manual_seed(2)
+    z = torch.randn(2, 150, 16, generator=generator)
+    queue = [torch.randn(queued, 16, generator=generator)] if queued else []
+    with reductions.road("dense"):
+        expected = outcome(z, queue)
+    if not same_bits:
+        monkeypatch.setattr(bounded, "alike", lambda *_: False)
+    with reductions.road("tiles", size=64):
+        found = outcome(z, queue)
+    torch.testing.assert_close(found, expected)
+
+
+def test_bits_are_told_apart(monkeypatch):
+    """Sums in another order are noticed."""
+    product = torch.Tensor.__matmul__
+
+    def backwards_where_low(x, y):
+        return product(x.flip(1), y.flip(0)) if len(x) == 32 else product(x, y)
+
+    tried = (frozenset({(32, 64)}), 64, 128, torch.float32, 1, "highest")
+    monkeypatch.setattr(torch.Tensor, "__matmul__", backwards_where_low)
+    assert not grid._alike.__wrapped__(*tried)
