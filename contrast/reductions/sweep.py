@@ -30,10 +30,12 @@ TILE = 512
 
 
 ONE_TRIANGLE = 4
-"""So many times more similarities may stand in one tile where every view meets every view: few are for nothing."""
+"""So many times more similarities may stand in one matrix where tiles would compute each pair's only once."""
 LOOKED_UP = 16
-"""So many times more where nothing is known of the identities, as masks are had sooner than lists, or where a row is
-ordered, so that its similarities would be needed a third time."""
+"""So many times more elsewhere: where nothing is known of identities, masks are had sooner than lists, and a row that
+is ordered would be needed a third time."""
+PARTLY = 4
+"""So many times more anchors times candidates, of which only some similarities may be asked."""
 
 
 class Way(Protocol):
@@ -179,9 +181,10 @@ class _Call:
 def _ways(work: Work, size: int, small: int, kernels: bool) -> list[Way]:
     """Send each reduction its way."""
     kernels = kernels or work.x.device.type == "cuda"
-    room = small * _patience(work)
-    if not kernels and work.x.shape[-2] * work.starts[-1] <= room and Whole.accepts(work):
-        return [Whole(work, list(range(len(work.asked))))]
+    if not kernels and work.x.shape[-2] * work.starts[-1] <= PARTLY * LOOKED_UP * small and Whole.accepts(work):
+        whole = Whole(work, list(range(len(work.asked))))
+        if whole.size <= small * _patience(work, whole.triangle):
+            return [whole]
     ways: list[Way] = []
     counted, listed, tiled = [], [], []
     plain = work.x.device.type == "cpu" and not kernels and work.identity.plain
@@ -219,12 +222,10 @@ def _ways(work: Work, size: int, small: int, kernels: bool) -> list[Way]:
     return ways
 
 
-def _patience(work: Work) -> int:
+def _patience(work: Work, triangle: bool) -> int:
     """Say how many times `small` similarities may stand in one tile."""
     thresholds = any(isinstance(asked, Kth) or getattr(asked, "above", None) is not None for asked in work.asked)
-    if thresholds or not work.identity.canonical:
-        return LOOKED_UP
-    return 1 if work.across else ONE_TRIANGLE
+    return ONE_TRIANGLE if triangle and work.identity.canonical and not thresholds else LOOKED_UP
 
 
 def _must_meet_tiles(value: object) -> bool:
