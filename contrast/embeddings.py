@@ -152,8 +152,9 @@ class _UnitOfTransforms(_Unit):
 def _unit_gradient(g: Tensor, unit: Tensor, inverse: Tensor) -> Tensor:
     """Give the gradient in slices, whose intermediate results stay small."""
     found = torch.empty_like(g)
-    for start in range(0, len(g), AT_ONCE):
-        rows = slice(start, start + AT_ONCE)
+    step = AT_ONCE // 4
+    for start in range(0, len(g), step):
+        rows = slice(start, start + step)
         along = (g[rows] * unit[rows]).sum(dim=-1, keepdim=True)
         torch.addcmul(g[rows], unit[rows], along, value=-1, out=found[rows]).mul_(inverse[rows])
     return found

@@ -24,6 +24,8 @@ KEPT = 2**21
 """Exponentials that the forward pass leaves to the backward pass, which saves it a product where they are few."""
 BY_ROWS, BY_COLUMNS = -1, -2
 """The buffers of what is at or above the thresholds of the anchors, and of the candidates."""
+SLICE = 2048
+"""Vectors worked on at a time, so that their copies stay small."""
 FAINT = -60.0
 """A shifted sum below exp of this may have lost terms."""
 
@@ -53,7 +55,7 @@ class _Term:
     blank: Matches | None
 
 
-@dataclass
+@dataclass(slots=True)
 class _Tile:
     """A block of anchors and a block of candidates.
 
@@ -67,7 +69,7 @@ class _Tile:
     i: int
     j: int
     mirror: bool
-    serves: list[tuple[bool, bool]]
+    serves: tuple[tuple[bool, bool], ...]
 
 
 _Plan = tuple[list[Run], list[Run], list[_Tile], dict[int, dict[tuple[int, int], Tensor]]]
@@ -183,13 +185,14 @@ class Bounded:
             for asked in self.asked
         ]
         tiles = []
+        kinds: dict[tuple[tuple[bool, bool], ...], tuple[tuple[bool, bool], ...]] = {}
         for i, j in itertools.product(range(len(rows)), range(len(columns))):
             mirror = columns[j].part < self.mirrored
             if mirror and j < i:
                 continue
-            serves = [(bool(met[i][j]), bool(mirror and i != j and met[j][i])) for met in meets]
+            serves = tuple((bool(met[i][j]), bool(mirror and i != j and met[j][i])) for met in meets)
             if any(row or column for row, column in serves):
-                tiles.append(_Tile(i, j, mirror, serves))
+                tiles.append(_Tile(i, j, mirror, kinds.setdefault(serves, serves)))
         return rows, columns, tiles, {}
 
     def _terms(self, head: int) -> list[_Term]:
@@ -395,13 +398,15 @@ class Bounded:
                     factors.append((p * (1 - term.scale * value), p * term.scale))
             self._backward(head, terms, factors, kept, into)
             if weighted is not None:
-                self._add_at_once(head, terms[0], factors[0][0].unsqueeze(1) * weighted[head], into)
+                self._add_at_once(head, terms[0], factors[0][0].unsqueeze(1), weighted[head], into)
 
-    def _add_at_once(self, head: int, term: _Term, gradient: Tensor, into: Gradients) -> None:
+    def _add_at_once(self, head: int, term: _Term, factor: Tensor, weighted: Tensor, into: Gradients) -> None:
+        """Add the gradient of the anchors, factor * weighted, and of the scale by it."""
         if into.anchor is not None:
-            _head(into.anchor, head).add_(gradient)
+            _head(into.anchor, head).addcmul_(factor, weighted)
         if (term.number, "scale") in into.arguments:
-            share = (gradient * _head(self.work.x, head)).sum() / term.scale
+            slices = zip(*(torch.split(z, SLICE) for z in (factor, weighted, _head(self.work.x, head))), strict=True)
+            share = torch.stack([(f * w * z).sum() for f, w, z in slices]).sum() / term.scale
             _add_to_head(into.arguments[term.number, "scale"], head, share)
 
     def _backward(
@@ -590,7 +595,8 @@ def _plain_sum_of_log1p(e: Tensor, dim: int) -> Tensor:
 
 def _dot(x: Tensor, y: Any) -> Tensor:
     """Give the sum of x * y, slice by slice."""
-    return torch.stack([(a * b).sum() for a, b in zip(torch.split(x, 8192), torch.split(y, 8192), strict=True)]).sum()
+    slices = zip(torch.split(x, SLICE), torch.split(y, SLICE), strict=True)
+    return torch.stack([(a * b).sum() for a, b in slices]).sum()
 
 
 def _head(z: Tensor, head: int) -> Tensor:

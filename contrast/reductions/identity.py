@@ -19,7 +19,7 @@ from contrast.reductions.asked import Relation
 
 FEW = 24
 """Matches are listed pair by pair up to this many for each anchor and candidate."""
-GATHERED = 8192
+GATHERED = 2048
 """Listed pairs whose vectors are put side by side at a time."""
 RUNS = 64
 """More runs of one view than this are not told apart."""
@@ -143,7 +143,8 @@ class Identity:
         self.rows, self.columns = len(anchor), sum(len(part) for part in candidates)
         self.anchor_sample, self.anchor_group, self.anchor_view = anchor.sample, anchor.group, anchor.view
         self.sample = _joined([part.sample for part in candidates], anchor.sample)
-        self.group = _joined([part.group for part in candidates], anchor.group)
+        same = anchor.group is anchor.sample and all(part.group is part.sample for part in candidates)
+        self.group = self.sample if same else _joined([part.group for part in candidates], anchor.group)
         self.view = _joined([part.view for part in candidates], anchor.view)
         self.sizes = [len(part) for part in candidates]
         self.kept: dict[Any, Any] = {}
@@ -359,14 +360,17 @@ def _matches(anchor: Tensor, candidate: Tensor) -> Matches | None:
         turned = _matches(candidate, anchor)
         return None if turned is None else Matches(turned.columns, turned.rows)
     ordered, order = candidate.sort(stable=True)
-    first = torch.searchsorted(ordered, anchor)
-    counts = torch.searchsorted(ordered, anchor, right=True) - first
+    first = torch.searchsorted(ordered, anchor, out_int32=True)
+    counts = torch.searchsorted(ordered, anchor, right=True, out_int32=True).sub_(first)
+    del ordered
     total = int(counts.sum())
     if total > FEW * (len(anchor) + len(candidate)):
         return None
     rows = torch.repeat_interleave(torch.arange(len(anchor)), counts, output_size=total)
-    before = counts.cumsum(0) - counts
-    return Matches(rows, order[torch.arange(total) + (first - before)[rows]])
+    # Where in the order a row's matches start, less how many matches stand before them.
+    first += counts
+    first -= counts.cumsum(0, dtype=torch.int32)
+    return Matches(rows, order[torch.arange(total).add_(first[rows])])
 
 
 def cut(run: Run, size: int) -> list[Run]:

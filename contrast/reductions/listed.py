@@ -28,11 +28,20 @@ def add_dots(work: Work, pairs: Matches, gradient: Tensor, into: Gradients) -> N
     for where, rows, part, columns in pairs.pieces(work.starts):
         g = gradient[..., where].unsqueeze(-1)
         if into.anchor is not None:
-            _add(into.anchor, rows, g * work.parts[part][..., columns, :])
+            _add_product(into.anchor, rows, g, work.parts[part][..., columns, :])
         to_part = into.parts[part]
         if to_part is not None:
-            share = g * work.x[..., rows, :]
-            _add(to_part, columns, share if share.ndim == to_part.ndim else share.sum(dim=0))
+            if work.x.ndim == to_part.ndim:
+                _add_product(to_part, columns, g, work.x[..., rows, :])
+            else:
+                _add(to_part, columns, (g * work.x[..., rows, :]).sum(dim=0))
+
+
+def _add_product(into: Tensor, places: Any, factor: Tensor, vectors: Tensor) -> None:
+    if isinstance(places, slice):
+        into[..., places, :].addcmul_(factor, vectors)
+    else:
+        into.index_add_(-2, places, factor * vectors)
 
 
 def _add(into: Tensor, places: Any, share: Tensor) -> None:
