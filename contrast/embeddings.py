@@ -217,9 +217,25 @@ def of_view(
             where others may; None where samples may repeat.
         unit: whether the vectors are of unit length, or 0.
     """
-    made = Embeddings(z, sample, group, torch.full_like(sample, view), reference)
     known = None if fresh is None else Known(sample, view, fresh, grouped=group is not sample)
-    made.__dict__.update(known=known, unit=unit)
+    return _made(z, sample, group, torch.full_like(sample, view), reference, known=known, unit=unit)
+
+
+def _made(
+    z: Tensor,
+    sample: Tensor,
+    group: Tensor,
+    view: Tensor,
+    reference: Tensor | None,
+    parts: tuple[Embeddings, ...] = (),
+    known: Known | None = None,
+    unit: bool = False,
+) -> Embeddings:
+    """Give embeddings of tensors that are known to fit together."""
+    made = object.__new__(Embeddings)
+    made.__dict__.update(
+        z=z, sample=sample, group=group, view=view, reference=reference, parts=parts, known=known, unit=unit
+    )
     return made
 
 
@@ -230,15 +246,15 @@ def concatenate(parts: Sequence[Embeddings]) -> Embeddings:
     references = [part.reference for part in parts if part.reference is not None]
     sample = torch.cat([part.sample for part in parts])
     same = all(part.group is part.sample for part in parts)
-    made = Embeddings(
+    return _made(
         _joined([part.z for part in parts]),
         sample,
         sample if same else torch.cat([part.group for part in parts]),
         torch.cat([part.view for part in parts]),
         torch.cat(references) if len(references) == len(parts) else None,
+        parts=tuple(parts),
+        unit=all(part.unit for part in parts),
     )
-    made.__dict__.update(parts=tuple(parts), unit=all(part.unit for part in parts))
-    return made
 
 
 def _joined(vectors: Sequence[Tensor]) -> Tensor:

@@ -454,8 +454,7 @@ def _distinct(sample: Tensor) -> bool:
 
 def _slices(whole: Tensor, count: int) -> list[Tensor]:
     """Cut vectors into `count` neighbouring slices of one size, which `concatenate` puts together without a copy."""
-    size = whole.shape[-2] // count
-    return [whole] if count == 1 else [whole[..., k * size : (k + 1) * size, :] for k in range(count)]
+    return [whole] if count == 1 else list(whole.split([whole.shape[-2] // count] * count, dim=-2))
 
 
 def _detached(pairs: Pairs) -> Pairs:

@@ -111,7 +111,8 @@ class Box:
 
     def similarities(self) -> Tensor:
         """Give the matrix, (n, m) or (H, n, m)."""
-        return self._anchors() @ self._candidates().mT
+        x = self.work.x
+        return x @ x.mT if self.square else self._anchors() @ self._candidates().mT
 
     def block(self, spot: Spot) -> Block:
         """Give what a reduction about `spot` reads."""

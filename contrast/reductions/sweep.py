@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import cache
 from typing import TYPE_CHECKING, Any, Protocol
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from contrast.embeddings import full_precision
-from contrast.reductions import dense, operator
+from contrast.reductions import dense, near, operator
 from contrast.reductions.asked import Count, Kth, Reduction, Relation, arguments
 from contrast.reductions.bounded import Bounded, NotBoundedError
 from contrast.reductions.closed import Functions
@@ -76,10 +77,17 @@ def _reduce(pairs: Pairs, asked: Sequence[Reduction], size: int, small: int, ker
         if lists and identity.plain:
             counts: list[Any] = list(asked)
             return tuple(identity.count(one.over, one.among, one.rows) for one in counts)
-    call = prepared(pairs, asked, size, small, kernels)
+    alone = [near.only(one, pairs) for one in asked]
+    known = near.known(pairs)
+    if known is not None and all(alone):
+        return tuple(near.of_one(one, known) for one in asked)
+    whole = [*asked, *([near.NEAR] if near.wanted(pairs, asked, alone) else [])]
+    call = prepared(near.bare(pairs), whole, size, small, kernels)
     if not any(call.wants) or (without and not torch._C._are_functorch_transforms_active()):
         return tuple(call.forward(call.inputs)[0])
-    return _apply(call)[: len(asked)]
+    found = _apply(call)
+    near.remember(pairs, whole, [*alone, True], found)
+    return found[: len(asked)]
 
 
 def prepared(pairs: Pairs, asked: Sequence[Reduction], size: int, small: int, kernels: bool) -> _Call:
@@ -145,7 +153,7 @@ class _Call:
         outputs: dict[int, Tensor] = {}
         self.ways: list[tuple[Way, int]] = []
         kept: list[Tensor] = []
-        with torch.no_grad(), full_precision(inputs[0]):
+        with _quiet(inputs[0]):
             self.work_done = self.work(inputs)
             for way in self.make_ways(self.work_done):
                 try:
@@ -164,18 +172,32 @@ class _Call:
 
     def backward(self, outputs: list[Tensor], kept: list[Tensor], upstream: Sequence[Tensor]) -> tuple[Any, ...]:
         """Give the gradients of the inputs, in their order, each in its input's dtype."""
-        with torch.no_grad(), full_precision(outputs[0]):
+        with _quiet(outputs[0]):
             into = Gradients(self.work_done)
             for way, count in self.ways:
                 saved, kept = kept[:count], kept[count:]
                 way.backward([outputs[n] for n in way.numbers], saved, [upstream[n] for n in way.numbers], into)
-        candidates = [None if k < self.mirrored else part for k, part in enumerate(into.parts)]
-        found = [into.anchor, *candidates, *(into.arguments.get(slot) for slot in self.slots)]
+        # Candidates that are anchors have their gradient there.
+        apart = into.parts[self.mirrored :] if self.mirrored < len(self.pairs.candidates) else []
+        found = [into.anchor, *[None] * self.mirrored, *apart]
+        found += [into.arguments.get(slot) for slot in self.slots]
         found += [into.parameters.get(id(tensor)) for tensor in self.learned]
         return tuple(
             None if gradient is None else gradient.to(tensor.dtype)
             for gradient, tensor in zip(found, self.inputs, strict=True)
         )
+
+
+@contextmanager
+def _silent(z: Tensor) -> Iterator[None]:
+    with torch.no_grad(), full_precision(z):
+        yield
+
+
+def _quiet(z: Tensor) -> AbstractContextManager[Any]:
+    """Switch gradients and autocast off inside the block, if they are on."""
+    on = torch.is_grad_enabled() or torch.is_autocast_enabled(z.device.type)
+    return _silent(z) if on else nullcontext()
 
 
 def _ways(work: Work, size: int, small: int, kernels: bool) -> list[Way]:

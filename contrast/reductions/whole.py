@@ -39,13 +39,8 @@ class Whole:
         self.scales = [_number(getattr(asked, "scale", 1.0)) for asked in self.asked]
         positive = self._positive()
         self.alone = [positive is not None and self._suits(place) for place in range(len(self.asked))]
-        others = [place for place, alone in enumerate(self.alone) if not alone]
-        spots = {place: self._spot(place) for place in others}
-        self.frame = self._frame(spots) if others else None
-        self.flat = self._flat(positive) if positive is not None and any(self.alone) else None
-        self.blocks = [
-            self._block(place, spots[place]) if place in spots else ALONE for place in range(len(self.asked))
-        ]
+        self.spots = {place: self._spot(place) for place, alone in enumerate(self.alone) if not alone}
+        self.frame = self._frame(self.spots) if self.spots else None
 
     @staticmethod
     def accepts(work: Work) -> bool:
@@ -66,6 +61,9 @@ class Whole:
 
     def forward(self) -> tuple[list[Tensor], list[Tensor]]:
         """Give the reductions, (N,) or (H, N) each; kept are the similarities, and two tensors of each."""
+        positive = self._positive()
+        self.flat = self._flat(positive) if positive is not None and any(self.alone) else None
+        self.blocks = [self._block(place) if place in self.spots else ALONE for place in range(len(self.asked))]
         s = self.work.x.new_zeros(0) if self.frame is None else self._similarities(self.frame)
         near = self._near(s) if any(self.alone) else None
         outputs, saved = [], [s]
@@ -78,7 +76,7 @@ class Whole:
     def backward(self, outputs: list[Tensor], saved: list[Tensor], upstream: list[Tensor], into: Gradients) -> None:
         """Add the gradients."""
         s = saved[0]
-        near = self._near(s) if any(self.alone) else None
+        near: Tensor | None = None
         total: Tensor | None = None
         to_near: Tensor | None = None
         for place, (asked, block, alone) in enumerate(zip(self.asked, self.blocks, self.alone, strict=True)):
@@ -86,8 +84,10 @@ class Whole:
                 continue
             first, second = saved[1 + 2 * place : 3 + 2 * place]
             g, output = self._rows_of(upstream[place], block), self._rows_of(outputs[place], block)
-            if alone and near is not None:
-                to_s = self._differentiate(place, near, block, output, g, first, second, into)
+            if alone:
+                if near is None and not self._is_itself(asked):
+                    near = self._near(s)
+                to_s = self._differentiate(place, s if near is None else near, block, output, g, first, second, into)
                 to_near = to_s if to_near is None else to_near + to_s
                 continue
             to_s = self._differentiate(place, block.of(s), block, output, g, first, second, into)
@@ -205,9 +205,9 @@ class Whole:
             return False
         return isinstance(asked, SoftplusSum) or (self.work.unit and abs(scale) <= WIDEST[self.work.x.dtype])
 
-    def _block(self, place: int, spot: Spot) -> Block:
+    def _block(self, place: int) -> Block:
         """Give what a reduction reads; what the identities alone decide is kept."""
-        asked, identity, frame = self.asked[place], self.work.identity, self.frame
+        asked, identity, frame, spot = self.asked[place], self.work.identity, self.frame, self.spots[place]
         assert frame is not None
         rows = getattr(asked, "rows", None)
         mine = asked.among is None and rows is None
@@ -292,9 +292,10 @@ class Whole:
 
     def _weight(self, place: int) -> Any:
         """Give the weights of a mean; those of references as the block."""
-        asked, work, spot = self.asked[place], self.work, self._spot(place)
+        asked, work = self.asked[place], self.work
         if not isinstance(asked.weight, str):
             return 1.0 if asked.weight is None else asked.weight
+        spot = self.spots[place]
         if isinstance(self.frame, Box):
             return _reference_weight(work, spot.rows, spot.columns)
         assert self.frame is not None

@@ -82,18 +82,24 @@ class Gradients:
     """
 
     def __init__(self, work: Work) -> None:
+        self._work = work
         self.anchor: Tensor | None = torch.zeros_like(work.x) if work.wants_anchor else None
-        self.parts: list[Tensor | None] = []
-        for k, (part, wanted) in enumerate(zip(work.parts, work.wants_part, strict=True)):
-            if k < work.mirrored and self.anchor is not None:
-                # The candidate is an anchor: both gradients are one.
-                self.parts.append(self.anchor[..., work.starts[k] : work.starts[k + 1], :])
-            else:
-                self.parts.append(torch.zeros_like(part) if wanted else None)
         self.arguments: dict[tuple[int, str], Tensor] = {
             (number, name): torch.zeros_like(getattr(work.asked[number], name)) for number, name in work.wants_argument
         }
         self.parameters: dict[int, Tensor] = {}
+
+    @cached_property
+    def parts(self) -> list[Tensor | None]:
+        """The gradients of the parts; those of candidates that are anchors are views of the anchors' own."""
+        work = self._work
+        made: list[Tensor | None] = []
+        for k, (part, wanted) in enumerate(zip(work.parts, work.wants_part, strict=True)):
+            if k < work.mirrored and self.anchor is not None:
+                made.append(self.anchor[..., work.starts[k] : work.starts[k + 1], :])
+            else:
+                made.append(torch.zeros_like(part) if wanted else None)
+        return made
 
     def of_head(self, head: int | None) -> Gradients:
         """Give the places of one head's gradients, as views."""
