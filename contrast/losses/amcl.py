@@ -12,10 +12,9 @@ from contrast.losses.temperatures import (
     Network,
     PairTemperature,
     Score,
-    attracted,
-    candidate_rows,
+    every_and_positive,
     mean_temperatures,
-    omega,
+    nearest_and_positive,
 )
 from contrast.pairs import Pairs
 
@@ -93,20 +92,10 @@ class AMCL(PairLoss):
 
     def per_anchor(self, pairs: Pairs) -> Tensor:
         """Give what the negatives repel minus what the positives attract."""
-        tau = self.temperatures.shared(pairs.anchor.z)
-        repel = self._nearest(pairs, tau) if self.form == "max" else self._all(pairs, tau)
-        return repel - attracted(pairs, tau, self.regulariser_weight)
-
-    def _nearest(self, pairs: Pairs, temperatures: PairTemperature) -> Tensor:
-        values, positions = pairs.topk(1, over=self.over)
-        similarity, nearest = values.squeeze(-1), positions.squeeze(-1)
-        tau = temperatures.aligned(pairs.anchor.z, candidate_rows(pairs, nearest))
-        repel = similarity / tau - self.regulariser_weight * omega(tau, pairs.anchor.z.shape[-1])
-        return torch.where(nearest >= 0, repel, 0)
-
-    def _all(self, pairs: Pairs, temperatures: PairTemperature) -> Tensor:
-        repel = pairs.logsumexp(0.0, over=self.over, log_weight=Score(temperatures, self.regulariser_weight))
-        return torch.where(pairs.count(self.over) > 0, repel, 0)
+        score = Score(self.temperatures.shared(pairs.anchor.z), self.regulariser_weight)
+        found = nearest_and_positive if self.form == "max" else every_and_positive
+        repel, attract = found(pairs, self.over, score)
+        return repel - attract
 
     @torch.no_grad()
     def measure(self, pairs: Pairs) -> dict[str, Tensor]:

@@ -11,10 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from contrast import distributed
+from contrast import distributed, reductions
 from contrast.embeddings import Embeddings
 from contrast.pairs import Pairs, product
 from contrast.reductions import LogSumExp, Mean, Reduction, Relation
+
+LN2 = math.log(2)
 
 PIECE = 2**17
 """Pairs at a time that a perceptron walks: what fits a processor's cache."""
@@ -107,11 +109,15 @@ class PairTemperature(nn.Module):
         own = dict(self.named_parameters())
         if not own:
             return self
+        called = copy.copy(self)
+        if distributed.world_size() == 1 and all(parameter.dtype == z.dtype for parameter in own.values()):
+            # Who calls the network with other parameters (torch.func) may take them away before the backward pass.
+            called.__dict__["_parameters"] = own
+            return called
         # One vector, one exchange. A PairFunction is asked for parameters(), so the tensors that take the gradient
         # back to the network stand where parameters do.
         flat = distributed.shared(torch.cat([parameter.reshape(-1) for parameter in own.values()]).to(z.dtype))
         pieces = torch.split(flat, [parameter.numel() for parameter in own.values()])
-        called = copy.copy(self)
         called.__dict__["_parameters"] = {
             name: piece.view_as(parameter) for (name, parameter), piece in zip(own.items(), pieces, strict=True)
         }
@@ -138,31 +144,64 @@ class PairTemperature(nn.Module):
         return self._bounded(((a + self.hidden_bias + b).relu() * self.out_weight).sum(dim=-1))
 
     def anchor_side(self, z: Tensor) -> Tensor:
-        """Give what f needs of anchors, (..., N, hidden): A z + b, or A z / sqrt(hidden)."""
-        a = product(z, self.anchor_weight)
-        return a + self.hidden_bias if self.network == "mlp" else a / math.sqrt(a.shape[-1])
+        """Give what f needs of anchors, (..., N, hidden), without history: A z + b, or A z / sqrt(hidden)."""
+        if self.network == "mlp":
+            return (z @ self.anchor_weight.mT).add_(self.hidden_bias)
+        return z @ (self.anchor_weight / math.sqrt(len(self.anchor_weight))).mT
 
     def candidate_side(self, z: Tensor) -> Tensor:
-        """Give what f needs of candidates, (..., M, hidden): B z."""
-        return product(z, self.candidate_weight)
+        """Give what f needs of candidates, (..., M, hidden), without history: B z."""
+        return z @ self.candidate_weight.mT
 
-    def tile(self, a: Tensor, b: Tensor, out: Tensor) -> Tensor:
-        """Write a tile of temperatures, (H, n, m), into `out`, without history."""
+    def from_anchor_side(self, to_a: Tensor, z: Tensor) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+        """Give dL/dz and the gradients of parameters, from that of the anchors' side."""
+        to_weight = to_a.flatten(0, -2).T @ z.flatten(0, -2)
         if self.network == "mlp":
-            _perceptron(a, b, self.out_weight, out)
-        else:
-            torch.bmm(a, b.mT, out=out)
-        margin = self._margin(out)
-        width = self.highest - self.lowest
-        return out.add_(self.bias).sigmoid_().clamp_(margin, 1 - margin).mul_(width).add_(self.lowest)
+            parameters: list[tuple[Tensor, Tensor]]
+            parameters = [(self.anchor_weight, to_weight), (self.hidden_bias, to_a.flatten(0, -2).sum(dim=0))]
+            return to_a @ self.anchor_weight, parameters
+        root = math.sqrt(len(self.anchor_weight))
+        return to_a @ (self.anchor_weight / root), [(self.anchor_weight, to_weight.div_(root))]
 
-    def tile_gradients(self, to_f: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, list[tuple[Tensor, Tensor]]]:
+    def from_candidate_side(self, to_b: Tensor, z: Tensor) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+        """Give dL/dz and the gradients of parameters, from that of the candidates' side."""
+        to_weight = to_b.flatten(0, -2).T @ z.flatten(0, -2)
+        return to_b @ self.candidate_weight, [(self.candidate_weight, to_weight)]
+
+    def shares(self, rows: Tensor, columns: Tensor, out: Tensor) -> Tensor:
+        """Write sigmoid(f), where tau stands between its bounds, of a tile (H, n, m) into `out`, without history."""
+        if self.network == "mlp":
+            _perceptron(rows, columns, self.out_weight, out)
+        else:
+            torch.bmm(rows, columns.mT, out=out)
+        margin = self._margin(out)
+        return out.add_(self.bias).sigmoid_().clamp_(margin, 1 - margin)
+
+    def tile_gradients(
+        self, to_f: Tensor, rows: Tensor, columns: Tensor
+    ) -> tuple[Tensor, Tensor, list[tuple[Tensor, Tensor]]]:
         """Give the gradients of a tile's sides and of the parameters beyond them, from dL/df."""
         parameters: list[tuple[Tensor, Tensor]] = [(self.bias, to_f.sum())]
         if self.network == "mlp":
-            to_a, to_b, to_w = _perceptron_gradients(to_f, a, b, self.out_weight)
-            return to_a, to_b, [*parameters, (self.out_weight, to_w)]
-        return to_f @ b, to_f.mT @ a, parameters
+            to_rows, to_columns, to_w = _perceptron_gradients(to_f, rows, columns, self.out_weight)
+            return to_rows, to_columns, [*parameters, (self.out_weight, to_w)]
+        return to_f @ columns, to_f.mT @ rows, parameters
+
+    def shares_at(self, a: Tensor, b: Tensor) -> Tensor:
+        """Give sigmoid(f) of pairs in the same row, (n,) from (n, hidden) each, without history."""
+        f = (a + b).relu_() @ self.out_weight if self.network == "mlp" else (a * b).sum(dim=-1)
+        margin = self._margin(f)
+        return f.add_(self.bias).sigmoid_().clamp_(margin, 1 - margin)
+
+    def gradients_at(self, to_f: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, list[tuple[Tensor, Tensor]]]:
+        """Give the gradients of the sides and of the parameters beyond them, of pairs in the same row."""
+        parameters: list[tuple[Tensor, Tensor]] = [(self.bias, to_f.sum())]
+        if self.network == "mlp":
+            hidden = (a + b).relu_()
+            to_w = to_f.flatten() @ hidden.flatten(0, -2)
+            to_side = hidden.sign_().mul_(self.out_weight).mul_(to_f.unsqueeze(-1))
+            return to_side, to_side, [*parameters, (self.out_weight, to_w)]
+        return to_f.unsqueeze(-1) * b, to_f.unsqueeze(-1) * a, parameters
 
     def _bounded(self, f: Tensor) -> Tensor:
         width, margin = self.highest - self.lowest, self._margin(f)
@@ -220,9 +259,13 @@ class Score(nn.Module):
 
     def row_by_row(self, anchor: Embeddings, candidate: Embeddings) -> Tensor:
         """Give the score of each anchor and the candidate in the same row, (n,) or (H, n)."""
-        tau = self.temperature.aligned(anchor.z, candidate.z)
-        score = (anchor.z * candidate.z).sum(dim=-1) / tau
-        return score - self.weight * omega(tau, anchor.z.shape[-1]) if self.weight else score
+        return self.aligned(anchor.z, candidate.z)
+
+    def aligned(self, anchor: Tensor, candidate: Tensor) -> Tensor:
+        """Give the same from the vectors, (n, D) or (H, n, D) each, with history."""
+        tau = self.temperature.aligned(anchor, candidate)
+        score = (anchor * candidate).sum(dim=-1) / tau
+        return score - self.weight * omega(tau, anchor.shape[-1]) if self.weight else score
 
     def reach(self) -> float:
         """Give a bound of the absolute score for unit vectors."""
@@ -240,24 +283,61 @@ class Score(nn.Module):
         """Give what the network needs of candidates."""
         return self.temperature.candidate_side(z)
 
-    def tile(self, s: Tensor, a: Tensor, b: Tensor, room: list[Tensor]) -> Tensor:
-        """Give a tile: (s - beta) / tau - beta D / 2 log tau; tau and 1 / tau stay in the room."""
-        score, tau, inverse, logarithm = room
-        torch.reciprocal(self.temperature.tile(a, b, tau), out=inverse)
-        torch.sub(s, self.weight, out=score).mul_(inverse)
-        return score.sub_(torch.log(tau, out=logarithm), alpha=self.slope) if self.weight else score
+    def from_anchor_side(self, to_a: Tensor, z: Tensor) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+        """Give the gradients of the anchors and of parameters."""
+        return self.temperature.from_anchor_side(to_a, z)
+
+    def from_candidate_side(self, to_b: Tensor, z: Tensor) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+        """Give the gradients of the candidates and of parameters."""
+        return self.temperature.from_candidate_side(to_b, z)
+
+    def exponential(self, s: Tensor, rows: Tensor, columns: Tensor, room: list[Tensor], *, graded: bool) -> Tensor:
+        """Give the exponential of a tile of (s - beta) / tau - beta D / 2 log tau.
+
+        Kept are 1 / tau, and what dL/ds is multiplied with to give dL/df.
+        """
+        score, inverse, slope, spare = room
+        lowest, width = self.temperature.lowest, self.temperature.highest - self.temperature.lowest
+        share = self.temperature.shares(rows, columns, out=slope)
+        tau = torch.add(s.new_tensor(lowest), share, alpha=width, out=score)
+        torch.reciprocal(tau, out=inverse)
+        # In powers of 2, which are had in a third of the time of those of e.
+        shifted = torch.add(s.new_tensor(-self.weight / LN2), s, alpha=1 / LN2, out=spare).mul_(inverse)
+        if self.weight:
+            torch.add(shifted, tau.log2_(), alpha=-self.slope, out=score).exp2_()
+        else:
+            torch.exp2(shifted, out=score)
+        if graded:
+            # d score / d tau = -((s - beta) / tau + beta D / 2) / tau, d tau / d f = (hi - lo) p (1 - p)
+            torch.add(s.new_tensor(-width * self.slope), shifted, alpha=-width * LN2, out=shifted)
+            torch.ops.aten.sigmoid_backward.grad_input(shifted, share, grad_input=slope)
+        return score
 
     def gradients(
-        self, given: Tensor, s: Tensor, a: Tensor, b: Tensor, room: list[Tensor]
+        self, to_value: Tensor, rows: Tensor, columns: Tensor, room: list[Tensor]
     ) -> tuple[Tensor, Tensor, Tensor, list[tuple[Tensor, Tensor]]]:
         """Give the gradients of s, of the sides and of parameters, from that of the score."""
-        _, tau, inverse, to_f = room
-        lowest, highest = self.temperature.lowest, self.temperature.highest
-        to_s = given.mul_(inverse)
-        # d score / d tau = -((s - beta) / tau + beta D / 2) / tau, d tau / d f = (tau - lo) (hi - tau) / (hi - lo)
-        torch.sub(s, self.weight, out=to_f).mul_(inverse).add_(self.slope).mul_(to_s)
-        to_f.mul_(torch.sub(tau, lowest, out=inverse)).mul_(tau.sub_(highest)).mul_(1 / (highest - lowest))
-        return to_s, *self.temperature.tile_gradients(to_f, a, b)
+        _, inverse, slope, spare = room
+        to_s = to_value.mul_(inverse)
+        return to_s, *self.temperature.tile_gradients(torch.mul(slope, to_s, out=spare), rows, columns)
+
+    def at(self, s: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Give the scores of pairs in the same row; kept are the derivatives by s and f."""
+        lowest, width = self.temperature.lowest, self.temperature.highest - self.temperature.lowest
+        share = self.temperature.shares_at(a, b)
+        tau = share * width + lowest
+        inverse = tau.reciprocal()
+        shifted = (s - self.weight).mul_(inverse)
+        score = torch.sub(shifted, tau.log_(), alpha=self.slope) if self.weight else shifted.clone()
+        slope = torch.ops.aten.sigmoid_backward(shifted.add_(self.slope).mul_(inverse).mul_(-width), share)
+        return score, [inverse, slope]
+
+    def gradients_at(
+        self, to_value: Tensor, a: Tensor, b: Tensor, kept: list[Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor, list[tuple[Tensor, Tensor]]]:
+        """Give the gradients of s, of the sides and of parameters, of pairs in the same row."""
+        inverse, slope = kept
+        return to_value * inverse, *self.temperature.gradients_at(to_value * slope, a, b)
 
 
 def omega(tau: Tensor, dim: int) -> Tensor:
@@ -265,14 +345,43 @@ def omega(tau: Tensor, dim: int) -> Tensor:
     return dim / 2 * tau.log() + 1 / tau
 
 
+def nearest_and_positive(pairs: Pairs, over: Relation, score: Score) -> tuple[Tensor, Tensor]:
+    """Give the score of each anchor's nearest candidate, 0 where it has none, and what `attracted` gives."""
+    with torch.no_grad():
+        nearest = pairs.topk(1, over=over)[1].squeeze(-1)
+    single = _single_positives(pairs)
+    found = None if single is None else _score_at(pairs, score, nearest, single)
+    if found is not None:
+        return found[0], found[1]
+    (repelled,) = _score_at(pairs, score, nearest) or (
+        torch.where(nearest >= 0, score.aligned(pairs.anchor.z, candidate_rows(pairs, nearest)), 0),
+    )
+    return repelled, attracted(pairs, score.temperature, score.weight)
+
+
+def every_and_positive(pairs: Pairs, over: Relation, score: Score) -> tuple[Tensor, Tensor]:
+    """Give the log-sum-exp of each anchor's scores, 0 where it has no candidate, and what `attracted` gives."""
+    found = None if score.temperature.network == "constant" else reductions.beside(pairs, score, over)
+    if found is None:
+        repelled = pairs.logsumexp(0.0, over, log_weight=score)
+        found = repelled, attracted(pairs, score.temperature, score.weight)
+    if not torch.compiler.is_compiling() and not pairs.rules and pairs.identity.nobody_lacks(over):
+        return found
+    return torch.where(pairs.count(over) > 0, found[0], 0), found[1]
+
+
 def attracted(pairs: Pairs, temperature: PairTemperature, weight: float) -> Tensor:
     """Give the mean over the positives p of s_ip / tau_ip - beta Omega(tau_ip), (N,) or (H, N); 0 without positives."""
     lowest = temperature.lowest
+    score, single = Score(temperature, weight), _single_positives(pairs)
+    found = None if single is None else _score_at(pairs, score, single)
+    if found is not None:
+        return found[0]
     count = pairs.count("positive")
     looked = count.device.type == "cpu" and not torch.compiler.is_compiling()
     if looked and bool((count == 1).all()):
         # The mean over one, and the log-sum-exp over one, is that one.
-        return pairs.logsumexp(0.0, "positive", log_weight=Score(temperature, weight))
+        return pairs.logsumexp(0.0, "positive", log_weight=score)
     asked: list[Reduction] = [
         Mean("positive", weight=Of(temperature, torch.reciprocal)),
         LogSumExp(0.0, "positive", log_weight=Of(temperature, lambda tau: -tau.log())),
@@ -287,6 +396,18 @@ def attracted(pairs: Pairs, temperature: PairTemperature, weight: float) -> Tens
         return attraction
     regulariser = pairs.anchor.z.shape[-1] / 2 * (logarithm[0] + math.log(lowest)) + inverse
     return torch.where(count > 0, attraction - weight * regulariser, 0)
+
+
+def _single_positives(pairs: Pairs) -> Tensor | None:
+    """Give the only positive of each anchor, (N,), where that is seen at once."""
+    if pairs.anchor.z.device.type != "cpu" or torch.compiler.is_compiling():
+        return None
+    positive = pairs.identity.positive
+    return positive.columns if positive is not None and positive.one_each(len(pairs)) else None
+
+
+def _score_at(pairs: Pairs, score: Score, *positions: Tensor) -> tuple[Tensor, ...] | None:
+    return None if score.temperature.network == "constant" else reductions.at(pairs, score, positions)
 
 
 def mean_temperatures(

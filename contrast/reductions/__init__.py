@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Literal
 
 from torch import Tensor
 
-from contrast.reductions import dense, sweep
+from contrast.reductions import aligned, dense, nearest, sweep
 from contrast.reductions.asked import (
     Count,
     Kth,
@@ -27,6 +27,7 @@ from contrast.reductions.asked import (
     SoftMean,
     SoftplusSum,
 )
+from contrast.reductions.closed import Closed
 
 if TYPE_CHECKING:
     from contrast.pairs import Pairs
@@ -41,6 +42,8 @@ __all__ = [
     "Relation",
     "SoftMean",
     "SoftplusSum",
+    "at",
+    "beside",
     "reduce",
     "road",
     "topk",
@@ -109,4 +112,23 @@ def topk(pairs: Pairs, k: int, over: Relation, among: Tensor | None) -> tuple[Te
     taken = chosen()
     if taken.name == "dense":
         return dense.topk(pairs, k, over, among)
-    return sweep.topk(pairs, k, over, among, taken.size)
+    return nearest.topk(pairs, k, over, among, taken.size)
+
+
+def at(pairs: Pairs, function: Closed, positions: Sequence[Tensor]) -> tuple[Tensor, ...] | None:
+    """Give a function of each anchor and the candidates at its positions, (N,) or (H, N) each, 0 where one is -1.
+
+    None where that is done as well by rows of candidates put together: elsewhere than on the CPU, or where candidates
+    are not the anchors.
+    """
+    return aligned.aligned(pairs, function, positions) if chosen().name != "dense" and aligned.accepts(pairs) else None
+
+
+def beside(pairs: Pairs, function: Closed, over: Relation) -> tuple[Tensor, Tensor] | None:
+    """Give the log-sum-exp of a function of each pair, and its value for each anchor's only positive, with gradient.
+
+    None where anchors have none or several, and elsewhere than on the CPU or where candidates are not the anchors.
+    """
+    taken = chosen()
+    suits = taken.name == "tiles" and aligned.accepts(pairs)
+    return aligned.beside(pairs, function, over, taken.size) if suits else None

@@ -157,7 +157,8 @@ def test_positives_are_drawn_to_the_regularisers_minimum_and_negatives_driven_aw
     pairs = loss.pairs(a, b)[0]
     (attract,) = torch.autograd.grad(-module.attracted(pairs, tau, 1.0).sum(), loss.temperatures.bias)
     tau = loss.temperatures.shared(a)
-    (repel,) = torch.autograd.grad(loss._nearest(pairs, tau).sum(), loss.temperatures.bias)
+    nearest, _ = module.nearest_and_positive(pairs, loss.over, module.Score(tau, 1.0))
+    (repel,) = torch.autograd.grad(nearest.sum(), loss.temperatures.bias)
     assert -attract * sign > 0  # down the gradient, towards 1/2
     assert -repel * sign < 0
 
