@@ -21,7 +21,9 @@ from contrast.reductions.identity import Matches, Run, by_tile, cut
 from contrast.reductions.work import WIDEST, Gradients, Work, nothing
 
 KEPT = 2**21
-"""Exponentials that the forward pass leaves to the backward pass, which saves it a product where they are few."""
+"""Exponentials that the forward pass leaves to the backward pass, which saves it a product."""
+WORTH_KEEPING = 16
+"""Where there are more than so many times as many, keeping some would save little."""
 BY_ROWS, BY_COLUMNS = -1, -2
 """The buffers of what is at or above the thresholds of the anchors, and of the candidates."""
 SLICE = 2048
@@ -230,7 +232,7 @@ class Bounded:
         moments = torch.zeros_like(sums) if any(isinstance(asked, SoftMean) for asked in self.asked) else None
         weighted = work.x.new_zeros(heads, *work.x.shape[-2:]) if any(self.at_once) else None
         self.kept: list[Tensor] = []
-        self.room = KEPT
+        self.room = self._room()
         for head in range(heads):
             self._forward(head, sums[:, head], moments if moments is None else moments[:, head], weighted)
         outputs, saved = [], []
@@ -296,6 +298,11 @@ class Bounded:
                     if fold is not None:
                         e.div_(fold)
                     self._add(moments[place], e, i, j, row, column)
+
+    def _room(self) -> int:
+        """Say how many exponentials or similarities the forward pass leaves to the backward pass."""
+        all_of_them = self.work.x.shape[-2] * self.work.starts[-1] * math.prod(self.work.heads)
+        return KEPT if all_of_them <= WORTH_KEEPING * KEPT else 0
 
     def _place(self, buffers: _Buffers, spot: _Tile) -> Tensor:
         """Give room for a tile: of its own while there is room to keep it, else the one that all share."""
@@ -379,7 +386,7 @@ class Bounded:
         count = sum(not isinstance(asked, SoftplusSum) for asked in self.asked)
         weighted = saved[count] if any(self.at_once) else None
         kept = iter(saved[count + (weighted is not None) :])
-        self.room = KEPT
+        self.room = self._room()
         for head in range(work.heads[0] if work.heads else 1):
             terms, normalisers = self._terms(head), iter(saved)
             factors: list[tuple[Tensor, Tensor | None]] = []

@@ -15,7 +15,7 @@ from contrast.reductions.grid import blocks, low_tiles
 from contrast.reductions.identity import by_tile
 from contrast.reductions.work import Gradients, Work
 
-SHARED = 2**17
+SHARED = 2**19
 """From so many numbers on, processors share the selecting."""
 AT_ONCE = 2**18
 """Numbers selected from at a time, so that what is made of them stays in the processor's cache."""
