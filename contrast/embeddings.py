@@ -35,6 +35,20 @@ class Known(NamedTuple):
     grouped: bool
 
 
+class Direct(NamedTuple):
+    """Unit vectors whose gradient is sent straight to what they were made of.
+
+    Whoever uses `z` turns its gradient by `turn_gradient` first, in place, which saves a copy of (N, D).
+
+    Args:
+        z: (..., N, D) of unit length.
+        inverse: (..., N, 1), 1 / the length before.
+    """
+
+    z: Tensor
+    inverse: Tensor
+
+
 @dataclass(frozen=True, eq=False)
 class Embeddings:
     """N embeddings, each with its identity; what a mask would say, these three vectors say.
@@ -61,6 +75,8 @@ class Embeddings:
     """What is known of the identities without looking, which saves looking."""
     unit: bool = field(default=False, init=False, repr=False)
     """Whether no vector is longer than 1, but for rounding; known without looking."""
+    direct: Direct | None = field(default=None, init=False, repr=False)
+    """The same vectors with a shorter way back, where they are many."""
 
     def __post_init__(self) -> None:
         if self.z.ndim not in (2, 3):
@@ -91,7 +107,7 @@ class Embeddings:
     def detach(self) -> Embeddings:
         """Give the same embeddings without their history."""
         made = object.__new__(Embeddings)
-        made.__dict__.update(self.__dict__, z=self.z.detach(), parts=())
+        made.__dict__.update(self.__dict__, z=self.z.detach(), parts=(), direct=None)
         return made
 
     def gathered(self) -> Embeddings:
@@ -109,6 +125,32 @@ def normalise(z: Tensor) -> Tensor:
     function = _UnitOfTransforms if torch._C._are_functorch_transforms_active() else _Unit
     unit: Tensor = function.apply(z)[0]
     return unit
+
+
+def normalise_many(z: Tensor) -> tuple[Tensor, Direct | None]:
+    """Give the rows of `z` unit length, and where they are many the same with a shorter way back.
+
+    Args:
+        z: (..., D) in any floating type.
+    """
+    many = z.device.type == "cpu" and z.shape[-2] > AT_ONCE and z.requires_grad and torch.is_grad_enabled()
+    if not many or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return normalise(z), None
+    z = z.to(torch.promote_types(z.dtype, torch.float32))
+    unit, inverse = _Unit.apply(z)
+    return unit, Direct(_Straight.apply(z, unit.detach()), inverse.detach())
+
+
+class _Straight(torch.autograd.Function):
+    """Values that are given; their gradient is already that of z."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, values: Tensor) -> Tensor:  # noqa: ARG004
+        return values
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:  # noqa: ARG004
+        return gradients[0], None
 
 
 class _Unit(torch.autograd.Function):
@@ -149,15 +191,20 @@ class _UnitOfTransforms(_Unit):
         ctx.set_materialize_grads(False)
 
 
-def _unit_gradient(g: Tensor, unit: Tensor, inverse: Tensor) -> Tensor:
-    """Give the gradient in slices, whose intermediate results stay small."""
-    found = torch.empty_like(g)
+def _unit_gradient(g: Tensor, unit: Tensor, inverse: Tensor, out: Tensor | None = None) -> Tensor:
+    """Give the gradient of z from that of z / |z|, in slices, whose intermediate results stay small."""
+    found = torch.empty_like(g) if out is None else out
     step = AT_ONCE // 4
-    for start in range(0, len(g), step):
-        rows = slice(start, start + step)
+    for start in range(0, g.shape[-2], step):
+        rows = (..., slice(start, start + step), slice(None))
         along = (g[rows] * unit[rows]).sum(dim=-1, keepdim=True)
         torch.addcmul(g[rows], unit[rows], along, value=-1, out=found[rows]).mul_(inverse[rows])
     return found
+
+
+def turn_gradient(g: Tensor, direct: Direct) -> None:
+    """Turn the gradient of unit vectors into that of what they were made of, in place."""
+    _unit_gradient(g, direct.z.detach(), direct.inverse, out=g)
 
 
 AT_ONCE = 8192
@@ -246,7 +293,7 @@ def concatenate(parts: Sequence[Embeddings]) -> Embeddings:
     references = [part.reference for part in parts if part.reference is not None]
     sample = torch.cat([part.sample for part in parts])
     same = all(part.group is part.sample for part in parts)
-    return _made(
+    made = _made(
         _joined([part.z for part in parts]),
         sample,
         sample if same else torch.cat([part.group for part in parts]),
@@ -255,6 +302,10 @@ def concatenate(parts: Sequence[Embeddings]) -> Embeddings:
         parts=tuple(parts),
         unit=all(part.unit for part in parts),
     )
+    direct = parts[0].direct
+    if direct is not None and all(part.direct is direct for part in parts) and len(made) == direct.z.shape[-2]:
+        made.__dict__["direct"] = direct
+    return made
 
 
 def _joined(vectors: Sequence[Tensor]) -> Tensor:

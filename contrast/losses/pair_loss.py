@@ -20,6 +20,7 @@ from contrast.embeddings import (
     full_precision,
     gather_all,
     normalise,
+    normalise_many,
     of_view,
     unknown_samples,
 )
@@ -183,13 +184,20 @@ class PairLoss(nn.Module):
 
         def made(what: str, views: Mapping[int, Tensor]) -> list[Embeddings]:
             whole = torch.cat(list(views.values()), dim=-2) if len(views) > 1 else next(iter(views.values()))
-            whole = normalise(whole) if self.normalise else whole.to(torch.promote_types(whole.dtype, torch.float32))
+            direct = None
+            if self.normalise:
+                whole, direct = normalise_many(whole)
+            else:
+                whole = whole.to(torch.promote_types(whole.dtype, torch.float32))
             if whole.device.type == "cpu" and not _finite(whole):
                 self._name_not_finite(what, views)
-            return [
+            parts = [
                 of_view(z, sample, group, view, seen(view), fresh=fresh if distinct else None, unit=self.normalise)
                 for view, z in zip(views, _slices(whole, len(views)), strict=True)
             ]
+            for part in parts:
+                part.__dict__["direct"] = direct
+            return parts
 
         kept = {view: z for view, z in enumerate(targets or ()) if z is not None}
         return made("view", dict(enumerate(views))), made("target", kept) if kept else []
@@ -454,7 +462,7 @@ def _distinct(sample: Tensor) -> bool:
 
 def _slices(whole: Tensor, count: int) -> list[Tensor]:
     """Cut vectors into `count` neighbouring slices of one size, which `concatenate` puts together without a copy."""
-    return [whole] if count == 1 else list(whole.split([whole.shape[-2] // count] * count, dim=-2))
+    return [whole] if count == 1 else list(torch.split(whole, [whole.shape[-2] // count] * count, dim=-2))
 
 
 def _detached(pairs: Pairs) -> Pairs:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from contrast.embeddings import full_precision
+from contrast.embeddings import full_precision, turn_gradient
 from contrast.reductions import dense, near, operator
 from contrast.reductions.asked import Count, Kth, Reduction, Relation, arguments
 from contrast.reductions.bounded import Bounded, NotBoundedError
@@ -123,7 +123,9 @@ class _Call:
         self.mirrored = pairs.mirrored
         # Candidates that are the anchors themselves have their gradient there.
         parts = [part.z.detach() if k < self.mirrored else part.z for k, part in enumerate(pairs.candidates)]
-        self.inputs: list[Tensor] = [pairs.anchor.z, *parts]
+        direct = pairs.anchor.direct
+        self.direct = direct if direct is not None and len(pairs.anchor) == direct.z.shape[-2] else None
+        self.inputs: list[Tensor] = [pairs.anchor.z if self.direct is None else self.direct.z, *parts]
         self.asked: list[Reduction] = []
         self.outputs = 0
         for number, reduction in enumerate(asked):
@@ -177,6 +179,8 @@ class _Call:
             for way, count in self.ways:
                 saved, kept = kept[:count], kept[count:]
                 way.backward([outputs[n] for n in way.numbers], saved, [upstream[n] for n in way.numbers], into)
+            if self.direct is not None and into.anchor is not None:
+                turn_gradient(into.anchor, self.direct)
         # Candidates that are anchors have their gradient there.
         apart = into.parts[self.mirrored :] if self.mirrored < len(self.pairs.candidates) else []
         found = [into.anchor, *[None] * self.mirrored, *apart]

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from contrast import reductions
+from contrast import embeddings, reductions
 from contrast.embeddings import REMEMBERED, Embeddings, normalise
 from tests.losses.cases import CASES, DIMS
 
@@ -56,3 +56,13 @@ def test_tiles_change_nothing(case, asked):
         with reductions.road("tiles", size=size):
             found = outcome(case, asked)
         torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize(("case", "asked"), SCENES)
+def test_many_vectors_have_the_gradient_of_few(case, asked, monkeypatch):
+    """Where vectors are many their gradient takes a shorter way back to what they were made of."""
+    expected = outcome(case, asked)
+    monkeypatch.setattr(embeddings, "AT_ONCE", 4)
+    torch.testing.assert_close(outcome(case, asked), expected, rtol=1e-10, atol=1e-12)
+    with reductions.road("tiles", size=3):
+        torch.testing.assert_close(outcome(case, asked), expected, rtol=1e-10, atol=1e-12)
