@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +11,14 @@ from torch import Tensor
 
 from contrast.reductions.identity import Identity, Run
 from contrast.reductions.work import Gradients, Work
+
+Product = Callable[[Tensor, Tensor], Tensor]
+"""(..., n, D) and (..., m, D) -> (..., n, m), the inner products."""
+
+
+def inner(a: Tensor, b: Tensor) -> Tensor:
+    """Give a b^T."""
+    return a @ b.mT
 
 
 @dataclass(frozen=True)
@@ -82,6 +90,15 @@ class Block:
             self.made[s.dtype] = self.counts.to(s.dtype)
         return self.made[s.dtype]
 
+    def share(self, s: Tensor) -> Tensor:
+        """Give what each candidate has of a plain mean, by anchor."""
+        key = ("share", s.dtype)
+        if key not in self.made:
+            ones = self.ones(s)
+            counted = self.sum(s.new_ones(s.shape[-2:]) if ones is None else ones)
+            self.made[key] = counted.clamp_(min=1).reciprocal_()
+        return self.made[key]
+
     def sum(self, t: Tensor) -> Tensor:
         """Sum (..., n, m) for each anchor."""
         return torch.cat([t.sum(dim=-1), t.sum(dim=-2)], dim=-1) if self.both else t.sum(dim=-1)
@@ -109,10 +126,10 @@ class Box:
         self.square = spot.stop - spot.start == spot.right - spot.left == work.x.shape[-2]
         self.square = self.square and work.mirrored == len(work.parts)
 
-    def similarities(self) -> Tensor:
+    def similarities(self, product: Product = inner) -> Tensor:
         """Give the matrix, (n, m) or (H, n, m)."""
         x = self.work.x
-        return x @ x.mT if self.square else self._anchors() @ self._candidates().mT
+        return product(x, x) if self.square else product(self._anchors(), self._candidates())
 
     def block(self, spot: Spot) -> Block:
         """Give what a reduction about `spot` reads."""
@@ -181,9 +198,9 @@ class Facing:
         self.size = 2 * self.count**2
         self.halves = (slice(0, self.count), slice(self.count, 2 * self.count))
 
-    def similarities(self) -> Tensor:
+    def similarities(self, product: Product = inner) -> Tensor:
         """Give the matrix, (2 n, n) or (H, 2 n, n)."""
-        return torch.cat([self._half(0), self._half(1)], dim=-2)
+        return torch.cat([self._half(0, product), self._half(1, product)], dim=-2)
 
     def block(self, spot: Spot) -> Block:
         """Give what a reduction about `spot` reads."""
@@ -208,8 +225,8 @@ class Facing:
             if to_part is not None:
                 to_part += (share.mT @ self.work.x[..., rows, :]).sum_to_size(to_part.shape)
 
-    def _half(self, view: int) -> Tensor:
-        return self.work.x[..., self.halves[view], :] @ self.work.parts[self.met[view].part].mT
+    def _half(self, view: int, product: Product) -> Tensor:
+        return product(self.work.x[..., self.halves[view], :], self.work.parts[self.met[view].part])
 
 
 class Folded(Facing):
@@ -219,9 +236,9 @@ class Folded(Facing):
         super().__init__(work, met)
         self.key, self.size = ("folded",), self.count**2
 
-    def similarities(self) -> Tensor:
+    def similarities(self, product: Product = inner) -> Tensor:
         """Give the matrix, (n, n) or (H, n, n)."""
-        return self._half(0)
+        return self._half(0, product)
 
     def block(self, spot: Spot) -> Block:
         """Give what a reduction about `spot` reads."""

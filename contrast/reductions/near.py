@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from contrast.reductions.asked import Count, Kth, LogSumExp, Mean, Reduction, SoftplusSum
 from contrast.reductions.shares import softplus
+from contrast.reductions.work import Once
 
 if TYPE_CHECKING:
     from contrast.pairs import Pairs
@@ -42,8 +43,11 @@ def has_one(pairs: Pairs) -> bool:
 
 def known(pairs: Pairs) -> Tensor | None:
     """Give the similarities that a call about the same pairs has left, (N,) or (H, N); with history where it counts."""
-    found: Tensor | None = pairs.__dict__.get("near")
-    return found if found is None or found.requires_grad or not torch.is_grad_enabled() else None
+    found: Tensor | None
+    found, once = pairs.__dict__.get("near", (None, None))
+    if found is None or (torch.is_grad_enabled() and (once.used or not found.requires_grad)):
+        return None
+    return found if torch.is_grad_enabled() else found.detach()
 
 
 def bare(pairs: Pairs) -> Pairs:
@@ -68,11 +72,13 @@ def wanted(pairs: Pairs, asked: Sequence[Reduction], alone: Sequence[bool]) -> b
     )
 
 
-def remember(pairs: Pairs, asked: Sequence[Reduction], alone: Sequence[bool], found: Sequence[Tensor]) -> None:
+def remember(
+    pairs: Pairs, asked: Sequence[Reduction], alone: Sequence[bool], found: Sequence[Tensor], once: Once
+) -> None:
     """Keep them with the pairs, if they were found."""
     for one, is_alone, output in zip(asked, alone, found, strict=False):
         if is_alone and isinstance(one, Mean):
-            pairs.__dict__["near"] = output
+            pairs.__dict__["near"] = output, once
 
 
 def of_one(asked: Reduction, near: Tensor) -> Tensor:

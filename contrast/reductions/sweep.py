@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from contrast.embeddings import full_precision, turn_gradient
-from contrast.reductions import dense, near, operator
+from contrast.reductions import dense, near, operator, ordinary
 from contrast.reductions.asked import Count, Kth, Reduction, Relation, arguments
 from contrast.reductions.bounded import Bounded, NotBoundedError
 from contrast.reductions.closed import Functions
@@ -21,7 +21,7 @@ from contrast.reductions.listed import Listed, Places, RowByRow
 from contrast.reductions.thresholds import Thresholds
 from contrast.reductions.tiles import Tiles
 from contrast.reductions.whole import Whole
-from contrast.reductions.work import Gradients, Work, learned, saved, shared
+from contrast.reductions.work import Gradients, Once, Work, first_only, learned, saved, shared
 
 if TYPE_CHECKING:
     from contrast.pairs import Pairs
@@ -30,6 +30,8 @@ TILE = 512
 """Rows and columns of a tile: with its few copies it stays in the processor's cache."""
 
 
+ORDINARY = 2**14
+"""Up to this many similarities ordinary operations serve: starting them takes longer than they do."""
 ONE_TRIANGLE = 4
 """So many times more similarities may stand in one matrix where tiles would compute each pair's only once."""
 LOOKED_UP = 16
@@ -81,12 +83,16 @@ def _reduce(pairs: Pairs, asked: Sequence[Reduction], size: int, small: int, ker
     known = near.known(pairs)
     if known is not None and all(alone):
         return tuple(near.of_one(one, known) for one in asked)
+    if pairs.anchor.z.device.type == "cpu" and not kernels:
+        found = ordinary.reduce(pairs, asked, min(small, ORDINARY))
+        if found is not None:
+            return found
     whole = [*asked, *([near.NEAR] if near.wanted(pairs, asked, alone) else [])]
     call = prepared(near.bare(pairs), whole, size, small, kernels)
     if not any(call.wants) or (without and not torch._C._are_functorch_transforms_active()):
         return tuple(call.forward(call.inputs)[0])
     found = _apply(call)
-    near.remember(pairs, whole, [*alone, True], found)
+    near.remember(pairs, whole, [*alone, True], found, call.once)
     return found[: len(asked)]
 
 
@@ -127,7 +133,7 @@ class _Call:
         self.direct = direct if direct is not None and len(pairs.anchor) == direct.z.shape[-2] else None
         self.inputs: list[Tensor] = [pairs.anchor.z if self.direct is None else self.direct.z, *parts]
         self.asked: list[Reduction] = []
-        self.outputs = 0
+        self.outputs, self.once = 0, Once()
         for number, reduction in enumerate(asked):
             given = {}
             for name, value in arguments(reduction).items():
@@ -174,6 +180,7 @@ class _Call:
 
     def backward(self, outputs: list[Tensor], kept: list[Tensor], upstream: Sequence[Tensor]) -> tuple[Any, ...]:
         """Give the gradients of the inputs, in their order, each in its input's dtype."""
+        self.once.used = True
         with _quiet(outputs[0]):
             into = Gradients(self.work_done)
             for way, count in self.ways:
@@ -327,36 +334,3 @@ def _apply(call: _Call) -> tuple[Tensor, ...]:
     function = _FunctionOfTransforms if torch._C._are_functorch_transforms_active() else _Function
     found: tuple[Tensor, ...] = function.apply(call, *call.inputs)
     return found
-
-
-def first_only(
-    function: Callable[..., tuple[Tensor | None, ...]], inputs: Sequence[Tensor], *upstream: Tensor
-) -> tuple[Tensor | None, ...]:
-    """Give the gradients that `function` makes of `upstream`; who asks for their derivative reads a sentence.
-
-    Args:
-        function: the gradients, from those of the outputs.
-        inputs: what the gradients depend on besides.
-        *upstream: the gradients of the outputs.
-    """
-    if not torch.is_grad_enabled():
-        return function(*upstream)
-    found: tuple[Tensor | None, ...] = _FirstOnly.apply(function, len(inputs), *inputs, *upstream)
-    return found
-
-
-class _FirstOnly(torch.autograd.Function):
-    @staticmethod
-    def forward(function: Callable[..., Any], count: int, *tensors: Tensor) -> Any:
-        return function(*tensors[count:])
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        """Nothing is kept: there is no way back."""
-
-    @staticmethod
-    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ARG004
-        raise RuntimeError(
-            "the reductions of Pairs have first derivatives only; for a second one (a gradient penalty, MAML) compute "
-            "the loss inside `with contrast.reductions.road('dense'):`."
-        )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -22,6 +22,12 @@ if TYPE_CHECKING:
 
 WIDEST = {torch.float32: 75.0, torch.float64: 650.0}
 """exp(x), and sums of a hundred thousand of them, are normal numbers for |x| up to this."""
+
+
+class Once:
+    """Whether a way back was gone, after which its history may be free."""
+
+    used = False
 
 
 class Work:
@@ -162,3 +168,36 @@ def saved(ctx: Any) -> tuple[Tensor, ...]:
 def shared(tensor: Tensor) -> Tensor:
     """Give a learned tensor with its gradient averaged over the processes, if it is a parameter of a PairFunction."""
     return distributed.shared(tensor) if isinstance(tensor, nn.Parameter) else tensor
+
+
+def first_only(
+    function: Callable[..., tuple[Tensor | None, ...]], inputs: Sequence[Tensor], *upstream: Tensor
+) -> tuple[Tensor | None, ...]:
+    """Give the gradients that `function` makes of `upstream`; who asks for their derivative reads a sentence.
+
+    Args:
+        function: the gradients, from those of the outputs.
+        inputs: what the gradients depend on besides.
+        *upstream: the gradients of the outputs.
+    """
+    if not torch.is_grad_enabled():
+        return function(*upstream)
+    found: tuple[Tensor | None, ...] = _FirstOnly.apply(function, len(inputs), *inputs, *upstream)
+    return found
+
+
+class _FirstOnly(torch.autograd.Function):
+    @staticmethod
+    def forward(function: Callable[..., Any], count: int, *tensors: Tensor) -> Any:
+        return function(*tensors[count:])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        """Nothing is kept: there is no way back."""
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ARG004
+        raise RuntimeError(
+            "the reductions of Pairs have first derivatives only; for a second one (a gradient penalty, MAML) compute "
+            "the loss inside `with contrast.reductions.road('dense'):`."
+        )
