@@ -106,10 +106,11 @@ class PairTemperature(nn.Module):
             raise ValueError(
                 f"the temperature's network was made for embeddings of dim={self.dim}; these have {z.shape[-1]}."
             )
-        own = dict(self.named_parameters())
+        own = {name: parameter for name, parameter in self._parameters.items() if parameter is not None}
         if not own:
             return self
         called = copy.copy(self)
+        called.__dict__["kept"] = {}
         if distributed.world_size() == 1 and all(parameter.dtype == z.dtype for parameter in own.values()):
             # Who calls the network with other parameters (torch.func) may take them away before the backward pass.
             called.__dict__["_parameters"] = own
@@ -143,21 +144,43 @@ class PairTemperature(nn.Module):
             return self._bounded((a * b).sum(dim=-1) / math.sqrt(a.shape[-1]))
         return self._bounded(((a + self.hidden_bias + b).relu() * self.out_weight).sum(dim=-1))
 
+    @property
+    def _full(self) -> bool:
+        """Whether <A z_i, B z_j> has no lower rank than <z_i, A^T B z_j>, which has one side less to find."""
+        return self.network == "inner_product" and self.anchor_weight.shape[0] >= self.anchor_weight.shape[1]
+
+    def _both_weights(self) -> Tensor:
+        """Give A^T B / sqrt(hidden); found once a call."""
+        kept: dict[str, Tensor] = self.__dict__.get("kept", {})
+        if "both" not in kept:
+            root = math.sqrt(len(self.anchor_weight))
+            kept["both"] = (self.anchor_weight.mT @ self.candidate_weight).div_(root)
+        return kept["both"]
+
     def anchor_side(self, z: Tensor) -> Tensor:
-        """Give what f needs of anchors, (..., N, hidden), without history: A z + b, or A z / sqrt(hidden)."""
+        """Give what f needs of anchors, (..., N, h), without history: A z + b, A z / sqrt(hidden) or B^T A z / ..."""
         if self.network == "mlp":
             return (z @ self.anchor_weight.mT).add_(self.hidden_bias)
+        if self._full:
+            return z @ self._both_weights()
         return z @ (self.anchor_weight / math.sqrt(len(self.anchor_weight))).mT
 
     def candidate_side(self, z: Tensor) -> Tensor:
-        """Give what f needs of candidates, (..., M, hidden), without history: B z."""
-        return z @ self.candidate_weight.mT
+        """Give what f needs of candidates, (..., M, h), without history: B z, or z itself."""
+        return z if self._full else z @ self.candidate_weight.mT
 
     def from_anchor_side(self, to_a: Tensor, z: Tensor) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
         """Give dL/dz and the gradients of parameters, from that of the anchors' side."""
+        parameters: list[tuple[Tensor, Tensor]]
+        if self._full:
+            to_both = (z.flatten(0, -2).T @ to_a.flatten(0, -2)).div_(math.sqrt(len(self.anchor_weight)))
+            parameters = [
+                (self.anchor_weight, self.candidate_weight @ to_both.T),
+                (self.candidate_weight, self.anchor_weight @ to_both),
+            ]
+            return to_a @ self._both_weights().T, parameters
         to_weight = to_a.flatten(0, -2).T @ z.flatten(0, -2)
         if self.network == "mlp":
-            parameters: list[tuple[Tensor, Tensor]]
             parameters = [(self.anchor_weight, to_weight), (self.hidden_bias, to_a.flatten(0, -2).sum(dim=0))]
             return to_a @ self.anchor_weight, parameters
         root = math.sqrt(len(self.anchor_weight))
@@ -165,6 +188,8 @@ class PairTemperature(nn.Module):
 
     def from_candidate_side(self, to_b: Tensor, z: Tensor) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
         """Give dL/dz and the gradients of parameters, from that of the candidates' side."""
+        if self._full:
+            return to_b, []
         to_weight = to_b.flatten(0, -2).T @ z.flatten(0, -2)
         return to_b @ self.candidate_weight, [(self.candidate_weight, to_weight)]
 
@@ -187,21 +212,23 @@ class PairTemperature(nn.Module):
             return to_rows, to_columns, [*parameters, (self.out_weight, to_w)]
         return to_f @ columns, to_f.mT @ rows, parameters
 
-    def shares_at(self, a: Tensor, b: Tensor) -> Tensor:
-        """Give sigmoid(f) of pairs in the same row, (n,) from (n, hidden) each, without history."""
-        f = (a + b).relu_() @ self.out_weight if self.network == "mlp" else (a * b).sum(dim=-1)
+    def shares_at(self, a: Tensor, b: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Give sigmoid(f) of pairs in the same row, (n,) from (n, h) each, without history, and the hidden units."""
+        hidden = [(a + b).relu_()] if self.network == "mlp" else []
+        f = hidden[0] @ self.out_weight if hidden else (a * b).sum(dim=-1)
         margin = self._margin(f)
-        return f.add_(self.bias).sigmoid_().clamp_(margin, 1 - margin)
+        return f.add_(self.bias).sigmoid_().clamp_(margin, 1 - margin), hidden
 
-    def gradients_at(self, to_f: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, list[tuple[Tensor, Tensor]]]:
+    def gradients_at(
+        self, to_f: Tensor, a: Tensor, b: Tensor, hidden: list[Tensor]
+    ) -> tuple[Tensor, Tensor, list[tuple[Tensor, Tensor]]]:
         """Give the gradients of the sides and of the parameters beyond them, of pairs in the same row."""
         parameters: list[tuple[Tensor, Tensor]] = [(self.bias, to_f.sum())]
-        if self.network == "mlp":
-            hidden = (a + b).relu_()
-            to_w = to_f.flatten() @ hidden.flatten(0, -2)
-            to_side = hidden.sign_().mul_(self.out_weight).mul_(to_f.unsqueeze(-1))
-            return to_side, to_side, [*parameters, (self.out_weight, to_w)]
-        return to_f.unsqueeze(-1) * b, to_f.unsqueeze(-1) * a, parameters
+        each = to_f.unsqueeze(-1)
+        if hidden:
+            to_side = torch.ops.aten.threshold_backward(each * self.out_weight, hidden[0], 0)
+            return to_side, to_side, [*parameters, (self.out_weight, to_f.flatten() @ hidden[0].flatten(0, -2))]
+        return each * b, each * a, parameters
 
     def _bounded(self, f: Tensor) -> Tensor:
         width, margin = self.highest - self.lowest, self._margin(f)
@@ -324,20 +351,20 @@ class Score(nn.Module):
     def at(self, s: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Give the scores of pairs in the same row; kept are the derivatives by s and f."""
         lowest, width = self.temperature.lowest, self.temperature.highest - self.temperature.lowest
-        share = self.temperature.shares_at(a, b)
+        share, hidden = self.temperature.shares_at(a, b)
         tau = share * width + lowest
         inverse = tau.reciprocal()
         shifted = (s - self.weight).mul_(inverse)
         score = torch.sub(shifted, tau.log_(), alpha=self.slope) if self.weight else shifted.clone()
         slope = torch.ops.aten.sigmoid_backward(shifted.add_(self.slope).mul_(inverse).mul_(-width), share)
-        return score, [inverse, slope]
+        return score, [inverse, slope, *hidden]
 
     def gradients_at(
         self, to_value: Tensor, a: Tensor, b: Tensor, kept: list[Tensor]
     ) -> tuple[Tensor, Tensor, Tensor, list[tuple[Tensor, Tensor]]]:
         """Give the gradients of s, of the sides and of parameters, of pairs in the same row."""
-        inverse, slope = kept
-        return to_value * inverse, *self.temperature.gradients_at(to_value * slope, a, b)
+        inverse, slope, *hidden = kept
+        return to_value * inverse, *self.temperature.gradients_at(to_value * slope, a, b, hidden)
 
 
 def omega(tau: Tensor, dim: int) -> Tensor:

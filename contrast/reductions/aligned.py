@@ -35,7 +35,8 @@ def aligned(pairs: Pairs, function: Closed, positions: Sequence[Tensor]) -> tupl
         positions: (N,) or (H, N) each, one candidate of each anchor among all; -1 for none.
     """
     # A log-sum-exp over one is that one.
-    asked = [LogSumExp(0.0, "positive", log_weight=cast(nn.Module, function)) for _ in positions]
+    asked = [LogSumExp(0.0, "positive") for _ in positions]
+    asked[0] = LogSumExp(0.0, "positive", log_weight=cast(nn.Module, function))
     call = sweep._Call(pairs, asked, lambda work: [Aligned(work, function, positions)])
     return tuple(sweep._apply(call) if any(call.wants) else call.forward(call.inputs)[0])[: len(positions)]
 
@@ -52,12 +53,14 @@ def beside(pairs: Pairs, function: Closed, over: Relation, size: int) -> tuple[T
     Returns:
         (N,) or (H, N) each, with gradient; None where anchors have none or several positives, or rules hold.
     """
-    module = cast(nn.Module, function)
-    asked = [LogSumExp(0.0, over, log_weight=module), LogSumExp(0.0, "positive", log_weight=module)]
-    call = sweep._Call(pairs, asked, lambda work: [Functions(work, [0, 1], size)])
-    work = call.work([z.detach() for z in call.inputs])
-    if not (work.identity.plain and Functions.accepts(work, 0) and Functions.has_positives(work)):
+    positive, dtype = pairs.identity.positive, torch.promote_types(pairs.anchor.z.dtype, torch.float32)
+    if pairs.across or not pairs.identity.plain or positive is None or not positive.one_each(len(pairs)):
         return None
+    if not Functions.suits(pairs, function, over, dtype):
+        return None
+    # The second is what the first is, over one.
+    asked = [LogSumExp(0.0, over, log_weight=cast(nn.Module, function)), LogSumExp(0.0, "positive")]
+    call = sweep._Call(pairs, asked, lambda work: [Functions(work, [0, 1], size)])
     found = sweep._apply(call) if any(call.wants) else call.forward(call.inputs)[0]
     return found[0], found[1]
 
@@ -76,9 +79,9 @@ class Aligned:
         self.x = work.x.reshape(-1, work.x.shape[-1])
         # (P, H N): P candidates of each anchor of each head, among all vectors.
         together = torch.stack([one.expand(work.x.shape[:-1]) for one in positions])
-        missing = together < 0
-        self.missing = missing.flatten(1) if bool(missing.any()) else None
-        if self.missing is not None:
+        some_missing = together.numel() > 0 and int(together.min()) < 0
+        self.missing = (together < 0).flatten(1) if some_missing else None
+        if some_missing:
             together = together.clamp(min=0)
         if work.heads:
             heads, count = work.x.shape[:2]
@@ -117,7 +120,9 @@ class Aligned:
             if to_x is None:
                 continue
             share = to_s.unsqueeze(-1)
-            to_x[rows] += of_anchor.add_((share * y).sum(dim=0))
+            for one, candidate in zip(share, y, strict=True):
+                of_anchor.addcmul_(one, candidate)
+            to_x[rows] += of_anchor
             of_product = (share * x).flatten(0, 1)
             if self.at_once:
                 to_x += of_candidate

@@ -11,14 +11,17 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol, cast, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from contrast.reductions.asked import LogSumExp
+from contrast.reductions.asked import LogSumExp, Relation
 from contrast.reductions.identity import Run, by_tile, cut
 from contrast.reductions.work import WIDEST, Gradients, Work, nothing
+
+if TYPE_CHECKING:
+    from contrast.pairs import Pairs
 
 SIDES = 2**13
 """Candidates, over all heads, whose sides are held at a time."""
@@ -72,6 +75,17 @@ class Closed(Protocol):
         """Give dL/ds, dL/da, dL/db and the gradients of parameters, of pairs in the same row."""
 
 
+_closed: dict[type, bool] = {}
+
+
+def _is_closed(value: object) -> bool:
+    """Say whether something is `Closed`; a look at each of the names is worth doing once a class."""
+    kind = type(value)
+    if kind not in _closed:
+        _closed[kind] = isinstance(value, Closed)
+    return _closed[kind]
+
+
 @dataclass
 class _Block:
     """Neighbouring vectors, (H, n, D), and their sides; a and b are there where they are anchors and candidates."""
@@ -119,7 +133,7 @@ class Functions:
         self.x, self.parts, self.starts = _batched(work.x), [_batched(part) for part in work.parts], work.starts
         identity = work.identity
         anchors, candidates = identity.anchor_runs, identity.candidate_runs
-        self.mirrored = work.mirrored == len(work.parts) and not work.across
+        self.mirrored = work.mirrored == len(work.parts) and not work.across and self.asked.over != "remembered"
         self.mirrored = self.mirrored and all(run.view is not None and run.view >= 0 for run in anchors)
         if self.mirrored and anchors:
             # Views make no difference then, so that blocks may span them.
@@ -143,22 +157,23 @@ class Functions:
     @staticmethod
     def accepts(work: Work, number: int) -> bool:
         """Say whether this is such a log-sum-exp, over all or over negatives that lists leave out."""
-        asked = work.asked[number]
-        if not isinstance(asked, LogSumExp) or not isinstance(asked.log_weight, Closed) or work.rules:
+        asked: Any = work.asked[number]
+        log_weight: Any = getattr(asked, "log_weight", None)
+        if not isinstance(asked, LogSumExp) or not _is_closed(log_weight):
             return False
         if isinstance(asked.scale, Tensor) or asked.scale != 0 or asked.over == "positive":
             return False
-        if asked.among is not None or asked.rows is not None or asked.above is not None or not work.unit:
+        if asked.among is not None or asked.rows is not None or asked.above is not None:
             return False
-        bounded = asked.log_weight.reach() <= WIDEST[work.x.dtype]
-        return bounded and (asked.over == "all" or work.identity.strangers is not None)
+        return Functions.suits(work.pairs, log_weight, asked.over, work.x.dtype)
 
     @staticmethod
-    def has_positives(work: Work) -> bool:
-        """Say whether each anchor's only positive can be had beside: anchors are the candidates, and meet them all."""
-        positive = work.identity.positive
-        mirrored = work.mirrored == len(work.parts) and not work.across
-        return mirrored and positive is not None and positive.one_each(work.x.shape[-2])
+    def suits(pairs: Pairs, function: Closed, over: Relation, dtype: torch.dtype) -> bool:
+        """Say whether values are bounded, and lists say who does not count."""
+        if pairs.rules or not pairs.anchor.unit or not all(part.unit for part in pairs.candidates):
+            return False
+        listed = over == "all" or pairs.identity.strangers is not None
+        return listed and function.reach() <= WIDEST[dtype]
 
     def _find(self) -> dict[tuple[int, int], _Found]:
         """Sort the single positives into the tiles."""
@@ -239,8 +254,11 @@ class Functions:
                 _add(columns.to_a if turned else columns.to_b, to_right)
                 _add_parameters(into, parameters)
             assert total is not None
-            _add(self._place(into.anchor, rows.run, 0), total, columns.z)
-            _add(self._place_of_part(into, columns.run), total.mT, rows.z)
+            if self.mirrored and i == j:
+                _add(self._place(into.anchor, rows.run, 0), total + total.mT, rows.z)
+            else:
+                _add(self._place(into.anchor, rows.run, 0), total, columns.z)
+                _add(self._place_of_part(into, columns.run), total.mT, rows.z)
 
     def _meetings(self, into: Gradients | None, kept: list[Tensor]) -> Iterator[tuple[int, int, _Block, _Block]]:
         """Give the blocks that meet, numbered; gradients of their sides, if wanted, are sent on when all have met.
@@ -357,7 +375,7 @@ def _add(into: Tensor | None, left: Tensor, right: Tensor | None = None) -> None
     if into is None:
         return
     if right is None:
-        into += left.sum_to_size(into.shape)
+        into += left if left.shape == into.shape else left.sum_to_size(into.shape)
     elif into.shape[0] == left.shape[0] == right.shape[0]:
         into.baddbmm_(left, right)
     else:
