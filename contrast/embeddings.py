@@ -110,6 +110,12 @@ class Embeddings:
         made.__dict__.update(self.__dict__, z=self.z.detach(), parts=(), direct=None)
         return made
 
+    def referring(self, reference: Tensor) -> Embeddings:
+        """Give the same embeddings with the vectors of a frozen tower, (N, R) unit vectors."""
+        made = object.__new__(Embeddings)
+        made.__dict__.update(self.__dict__, reference=reference)
+        return made
+
     def gathered(self) -> Embeddings:
         """Give every process's embeddings in rank order, with gradient; local sizes may differ, also 0."""
         return gather_all([self])[0]
@@ -122,7 +128,10 @@ def normalise(z: Tensor) -> Tensor:
         z: (..., D) in any floating type.
     """
     z = z.to(torch.promote_types(z.dtype, torch.float32))
-    function = _UnitOfTransforms if torch._C._are_functorch_transforms_active() else _Unit
+    transforms = torch._C._are_functorch_transforms_active()
+    if not (transforms or (z.requires_grad and torch.is_grad_enabled())):
+        return _unit(z)[0]
+    function = _UnitOfTransforms if transforms else _Unit
     unit: Tensor = function.apply(z)[0]
     return unit
 

@@ -62,10 +62,10 @@ class CWCL(InfoNCE):
         """Pair each view with the other one, or with its targets."""
         if len(views) != 2:
             raise ValueError(f"CWCL takes two views, the frozen tower's first: loss(p, q); got {len(views)}.")
-        if reference is None:
-            frozen = views[0]
-            reference = frozen if frozen.ndim == 2 else normalise(frozen).movedim(0, -2).flatten(start_dim=1)
         own, twins = self.embed(views, targets, sample, group, reference)
+        if reference is None:
+            reference = _frozen(own[0].z.detach())
+            own, twins = ([part.referring(reference) for part in parts] for parts in (own, twins))
         extras = self.extras(extra, own)
         for part in extras:
             width = None if part.reference is None else part.reference.shape[1]
@@ -103,6 +103,11 @@ class CWCL(InfoNCE):
             "entropy": torch.where(frozen, entropy, 0).sum() / mass,
             "excess": torch.where(frozen, excess, 0).sum() / mass,
         }
+
+
+def _frozen(z: Tensor) -> Tensor:
+    """Give the frozen view's own unit vectors as references; of heads one after the other, their cosine is the mean."""
+    return z if z.ndim == 2 else normalise(z.movedim(0, -2).flatten(start_dim=1))
 
 
 def _entropy(pairs: Pairs) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Literal
 
 from torch import Tensor
@@ -83,5 +84,9 @@ class HardContrastive(PairLoss):
             return pairs.kth(self.hardest, over="negative")
         if self.hardest == 1:
             return None
+        return pairs.kth(pairs.once(("hardest", self.hardest), partial(self._kept, pairs)), over="negative")
+
+    def _kept(self, pairs: Pairs) -> Tensor:
+        """Give how many of its negatives each anchor keeps, (N,) int64."""
         share = pairs.count("negative") * self.hardest
-        return pairs.kth(share.round().clamp(min=1).long(), over="negative")
+        return share.round().clamp(min=1).long()

@@ -130,8 +130,11 @@ class InfoNCE(PairLoss):
         """Give 1 / tau."""
         if self.log_scale is None:
             return 1 / self.temperature
-        bounded: Tensor = _AtMost.apply(self.log_scale.exp(), LARGEST_SCALE)
-        return distributed.shared(bounded)
+        scale = self.log_scale.exp()
+        looked = scale.device.type == "cpu" and not torch.compiler.is_compiling()
+        if not (looked and float(scale.detach()) <= LARGEST_SCALE):
+            scale = _AtMost.apply(scale, LARGEST_SCALE)
+        return distributed.shared(scale)
 
     def measure(self, pairs: Pairs) -> dict[str, Tensor]:
         """Give the similarities, and the temperature where it is learned."""

@@ -77,6 +77,8 @@ class SigLIP(PairLoss):
         """Give t and b; learned, they make one exchange."""
         if self.log_scale is None or not isinstance(self.bias, Tensor):
             return self.scale, self.bias
+        if distributed.world_size() == 1:
+            return self.log_scale.exp(), self.bias
         scale, bias = distributed.shared(torch.stack([self.log_scale.exp(), self.bias])).unbind()
         return scale, bias
 

@@ -254,10 +254,15 @@ class Matrix:
 
 def _reference_weight(work: Work, rows: slice, columns: slice) -> Tensor:
     """Give (n, m), (<u_i, u_j> + 1) / 2 of the reference vectors of some anchors and candidates."""
-    u, v = work.anchor.reference, [part.reference for part in work.candidates]
+    u = work.pairs.anchor.reference
     assert u is not None
-    together = torch.cat([reference for reference in v if reference is not None])
-    return (u[rows] @ together[columns].T + 1).div_(2).to(work.x.dtype)
+    met = []
+    for part, start in zip(work.pairs.candidates, work.starts, strict=False):
+        if start < columns.stop and start + len(part) > columns.start:
+            assert part.reference is not None
+            met.append(part.reference[max(columns.start - start, 0) : columns.stop - start])
+    together = met[0] if len(met) == 1 else torch.cat(met or [u[:0]])
+    return (u[rows] @ together.T).add_(1).div_(2).to(work.x.dtype)
 
 
 def _number(value: Any) -> float | None:

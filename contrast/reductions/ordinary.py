@@ -163,8 +163,8 @@ class Ordinary(Matrix):
         counts, weight = self._counting(place, s.detach(), block), self._weight(place)
         weight = torch.as_tensor(weight, dtype=s.dtype, device=s.device)
         weight = weight.expand(s.shape[-2:]) if counts is None else torch.where(counts, weight, 0)
-        mass = weight.sum(dim=-1)
-        return (weight * s).sum(dim=-1) / mass.where(mass != 0, 1)
+        mass = weight.sum(dim=-1, keepdim=True)
+        return (weight / mass.where(mass != 0, 1) * s).sum(dim=-1)
 
     def _widened(self, place: int, output: Tensor, block: Block) -> Tensor:
         """Give a reduction of some anchors for all of them."""
