@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 SIDES = 2**13
 """Candidates, over all heads, whose sides are held at a time."""
 KEPT = 2**22
-"""Numbers that the forward pass leaves to the backward pass, which need not find them again."""
+"""Up to this many numbers are left to the backward pass, which need not find them again: three for each pair."""
 
 Shares = list[tuple[Tensor, Tensor]]
 """Parameters, and the gradient of each."""
@@ -150,7 +150,8 @@ class Functions:
         if key not in identity.kept:
             identity.kept[key] = by_tile(blank, self.rows, self.columns)
         self.blank: dict[tuple[int, int], Tensor] = identity.kept[key]
-        self.keeps = work.wants_anchor or any(work.wants_part)
+        few = 3 * self.heads * self.x.shape[-2] * work.starts[-1] <= KEPT
+        self.keeps = few and (work.wants_anchor or any(work.wants_part))
         self.keeps_sides = self.keeps and self.mirrored and len(self.groups) == 1
         self.found: dict[tuple[int, int], _Found] = self._find() if len(numbers) > 1 else {}
 
@@ -204,17 +205,16 @@ class Functions:
         for i, j, rows, columns in self._meetings(None, sides):
             s = self._similarities(rows, columns, room)
             for turned in self._ways_round(i, j):
-                keeps = self.keeps and room.keeps(s.shape)
-                tiles = [torch.empty_like(s) if keeps else room.tile(place, s.shape) for place in (1, 2, 3)]
+                tiles = [torch.empty_like(s) if self.keeps else room.tile(place, s.shape) for place in (1, 2, 3)]
                 tiles.append(room.tile(4, s.shape))
-                e = self._exponential(turned, s, rows, columns, tiles, graded=keeps)
+                e = self._exponential(turned, s, rows, columns, tiles, graded=self.keeps)
                 found = self.found.get((i, j))
                 if found is not None and positive is not None:
                     values = e.view(-1).index_select(0, found.places).log_()
                     positive.view(-1).index_copy_(0, found.columns if turned else found.rows, values)
                 self._blank(e, i, j)
                 mass[:, _slice(columns if turned else rows)] += e.sum(dim=-2 if turned else -1)
-                kept += tiles[:3] if keeps else []
+                kept += tiles[:3] if self.keeps else []
         empty = mass == 0
         value = mass.masked_fill_(empty, 1).log_()
         normaliser = value.masked_fill(empty, torch.inf)
@@ -234,7 +234,7 @@ class Functions:
             s: Tensor | None = None
             total: Tensor | None = None
             for turned in self._ways_round(i, j):
-                if self.keeps and room.keeps(shape):
+                if self.keeps:
                     tiles, kept = kept[:3], kept[3:]
                     tiles.append(room.tile(4, shape))
                 else:
@@ -346,14 +346,14 @@ class Functions:
 
 
 class _Room:
-    """Tiles that are written again and again, and the account of those that are kept.
+    """Tiles that are written again and again.
 
     Args:
         like: whose dtype they have.
     """
 
     def __init__(self, like: Tensor) -> None:
-        self.like, self.left = like, KEPT
+        self.like = like
         self.flat: dict[int, Tensor] = {}
 
     def tile(self, place: int, shape: tuple[int, ...]) -> Tensor:
@@ -363,11 +363,6 @@ class _Room:
         if known is None or known.numel() < size:
             known = self.flat[place] = self.like.new_empty(size)
         return known[:size].view(shape)
-
-    def keeps(self, shape: tuple[int, ...]) -> bool:
-        """Say whether three tiles are kept."""
-        self.left -= 3 * math.prod(shape)
-        return self.left >= 0
 
 
 def _add(into: Tensor | None, left: Tensor, right: Tensor | None = None) -> None:

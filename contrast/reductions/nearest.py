@@ -1,11 +1,11 @@
-"""The nearest candidates of each anchor where lists say who does not count: strips of whole rows, without masks."""
+"""The nearest candidates of each anchor where lists say who does not count: tiles, without masks."""
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from contrast.embeddings import PADDING
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from contrast.pairs import Pairs
 
 STRIP = 2**20
-"""Similarities in a strip of whole rows."""
+"""Similarities in a tile, over all heads."""
 
 
 def topk(pairs: Pairs, k: int, over: Relation, among: Tensor | None, size: int) -> tuple[Tensor, Tensor]:
@@ -57,39 +57,43 @@ def nearest(work: Work, k: int, blank: Matches, over: Relation, among: Tensor | 
         over: the relation that says so.
         among: (M,) bool, the candidates that count; None for all.
     """
-    heads, (count, _), width = work.heads, work.x.shape[-2:], work.starts[-1]
-    height = max(1, STRIP // max(1, width * (heads[0] if heads else 1)))
-    key = ("nearest", height, over)
+    heads, count, width = work.heads, work.x.shape[-2], work.starts[-1]
+    room = STRIP // (heads[0] if heads else 1)
+    mirrored = work.mirrored == len(work.parts)
+    parts, starts = ([work.x], [0, count]) if mirrored else (work.parts, work.starts)
+    # The largest so far need not see a row at once.
+    side = math.isqrt(room) if k == 1 and count * width > room else width
+    key = ("nearest", room, side, over)
     if key not in work.identity.kept:
-        strips = cut(Run(0, count, None), height)
-        work.identity.kept[key] = strips, by_tile(blank, strips, [Run(0, width, None)])
-    strips, entries = work.identity.kept[key]
-    parts = [work.x] if work.mirrored == len(work.parts) else work.parts
+        strips = cut(Run(0, count, None), max(1, room // max(1, side)))
+        columns = [
+            block
+            for part in range(len(parts))
+            for block in cut(Run(starts[part], starts[part + 1], None, part), max(1, side))
+        ]
+        work.identity.kept[key] = strips, columns, by_tile(blank, strips, columns) if columns else {}
+    strips, columns, entries = work.identity.kept[key]
     values, places = work.x.new_empty(*heads, count, k), torch.empty(*heads, count, k, dtype=torch.int64)
-    room = work.x.new_empty(*heads, min(height, count), width)
-    for number, strip in enumerate(strips):
-        rows = slice(strip.start, strip.stop)
-        s = room[..., : strip.stop - strip.start, :]
-        if len(strips) == 1 and len(parts) == 1:
-            torch.matmul(work.x, parts[0].mT, out=s)
-        else:
-            start = 0
-            for part in parts:
-                s[..., start : start + part.shape[-2]] = work.x[..., rows, :] @ part.mT
-                start += part.shape[-2]
-        listed = entries.get((number, 0))
-        if listed is not None:
-            s.flatten(-2).index_fill_(-1, listed, -torch.inf)
-        if among is not None:
-            s.masked_fill_(~among, -torch.inf)
-        values[..., rows, :], places[..., rows, :] = _largest(s, k)
+    for i, strip in enumerate(strips):
+        rows, found = slice(strip.start, strip.stop), []
+        for j, block in enumerate(columns):
+            within = slice(block.start - starts[block.part], block.stop - starts[block.part])
+            s = work.x[..., rows, :] @ parts[block.part][..., within, :].mT
+            if (i, j) in entries:
+                s.view(*heads, -1).index_fill_(-1, entries[i, j], -torch.inf)
+            if among is not None:
+                s.masked_fill_(~among[block.start : block.stop], -torch.inf)
+            largest, place = s.max(dim=-1, keepdim=True) if k == 1 else s.topk(min(k, s.shape[-1]), dim=-1)
+            found.append((largest, place + block.start if block.start else place))
+        values[..., rows, :], places[..., rows, :] = _largest(found, k, work.x[..., rows, :])
     missing = values == -torch.inf
     return values.masked_fill_(missing, 0), places.masked_fill_(missing, -1)
 
 
-def _largest(s: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    if k != 1:
-        return F.pad(s, (0, max(k - s.shape[-1], 0)), value=-torch.inf).topk(k, dim=-1)
-    if not s.shape[-1]:
-        return s.new_full((*s.shape[:-1], 1), -torch.inf), torch.zeros(*s.shape[:-1], 1, dtype=torch.int64)
-    return s.max(dim=-1, keepdim=True)
+def _largest(found: list[tuple[Tensor, Tensor]], k: int, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Give the k largest of what was found in each block, -inf where there are fewer."""
+    if len(found) == 1 and found[0][0].shape[-1] == k:
+        return found[0]
+    none = x.new_full((*x.shape[:-1], k), -torch.inf)
+    values, order = torch.cat([none, *(largest for largest, _ in found)], dim=-1).topk(k, dim=-1)
+    return values, torch.cat([none.to(torch.int64), *(place for _, place in found)], dim=-1).gather(-1, order)

@@ -5,11 +5,13 @@ import math
 import pytest
 import torch
 
+from contrast import reductions
 from contrast.embeddings import Embeddings
 from contrast.losses import LOSSES
 from contrast.losses import temperatures as module
 from contrast.losses.amcl import AMCL
 from contrast.losses.temperatures import PairTemperature, omega
+from contrast.reductions import aligned, closed, nearest
 
 LOW, HIGH, BETA = 0.1, 1.5, 0.3
 
@@ -92,6 +94,35 @@ def test_every_form_equals_loops(form, network, over, views, labels, extras):
     found = loss(*tensors, group=torch.tensor(group) if labels else None, extra=[queue] if extras else [])
     expected = by_loops(loss, tensors, group, extra=list(unit(queue)) if extras else [], over=over)
     assert_same(found, expected, *tensors, *loss.parameters(), *([queue] if extras else []))
+
+
+@pytest.mark.parametrize("limit", [1, 2**20], ids=["a little at a time", "all at once"])
+@pytest.mark.parametrize("over", ["negative", "all"])
+@pytest.mark.parametrize("heads", [(), (2,)], ids=["no heads", "heads"])
+@pytest.mark.parametrize(
+    ("form", "network", "hidden"),
+    [
+        ("max", "mlp", 5),
+        ("max", "inner_product", 5),
+        ("logsumexp", "mlp", 5),
+        ("logsumexp", "inner_product", 5),
+        ("logsumexp", "inner_product", 2),
+    ],
+)
+def test_what_is_kept_and_how_much_is_met_at_once_change_nothing(
+    monkeypatch, form, network, hidden, heads, over, limit
+):
+    for place, name in ((closed, "SIDES"), (closed, "KEPT"), (aligned, "ROWS"), (nearest, "STRIP")):
+        monkeypatch.setattr(place, name, limit)
+    views = [random(*heads, 7, 3, seed=seed) for seed in range(3)]
+    for group in (None, torch.tensor([0, 0, 1, 2, 2, 2, 3])):
+        for given in (views, views[:2]):
+            loss = made(form=form, network=network, hidden=hidden, positive_in_denominator=over == "all")
+            with reductions.road("dense"):
+                expected = loss(*given, group=group)
+            for size in (2, 512):
+                with reductions.road("tiles", size=size):
+                    assert_same(loss(*given, group=group), expected, *given, *loss.parameters())
 
 
 @pytest.mark.parametrize("form", ["max", "logsumexp"])
