@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +23,25 @@ ALONE = Block(lacking=False)
 """What a reduction over single positives reads: all of their similarities."""
 
 
+@dataclass(eq=False)
+class _Plan:
+    """What a call holds, kept for the next one like it.
+
+    Args:
+        alone: which reductions are about single positives and need no matrix.
+        spots: what the others are about.
+        frame: makes their matrix.
+        flat: where the single positives stand in it, (N,) in the flat matrix; None where they do not.
+        blocks: what each reduction reads; None until it is looked up.
+    """
+
+    alone: list[bool]
+    spots: dict[int, Spot]
+    frame: Callable[[Work], Frame] | None
+    flat: Tensor | None = None
+    blocks: list[Block] | None = None
+
+
 class Matrix:
     """The reductions of a small call, and the matrix that serves them.
 
@@ -28,14 +50,43 @@ class Matrix:
         numbers: which of its reductions.
     """
 
+    any_exponent: ClassVar[bool] = False
+    """Whether sums of exponentials are taken relative to their largest, by rows and by columns."""
+
     def __init__(self, work: Work, numbers: list[int]) -> None:
         self.work, self.numbers = work, numbers
         self.asked: list[Any] = [work.asked[number] for number in numbers]
         self.scales = [_number(getattr(asked, "scale", 1.0)) for asked in self.asked]
+        kept, key = work.identity.kept, self._signature()
+        plan: _Plan | None = None if key is None else kept.get(key)
+        if plan is None:
+            plan = self._plan()
+            if key is not None:
+                kept[key] = plan
+        self.plan, self.alone = plan, plan.alone
+        self.frame = None if plan.frame is None else plan.frame(work)
+
+    def _signature(self) -> Hashable | None:
+        """Give what decides the plan of a call about these pairs; None where it is not known from call to call."""
+        work, identity = self.work, self.work.identity
+        if not identity.canonical:
+            return None
+        named: list[Hashable] = [type(self).__name__, work.mirrored, work.unit, work.x.dtype]
+        for asked, scale in zip(self.asked, self.scales, strict=True):
+            rows, above = getattr(asked, "rows", None), getattr(asked, "above", None)
+            if not (identity.owns(rows) and identity.owns(asked.among)):
+                return None
+            shapes = tuple(v.shape if isinstance(v, Tensor) else v is None for v in arguments(asked).values())
+            bounded = scale is not None and abs(scale) <= WIDEST[work.x.dtype]
+            named += [type(asked).__name__, asked.over, id(rows), id(asked.among), above is None, shapes, bounded]
+        return tuple(named)
+
+    def _plan(self) -> _Plan:
+        """Say what the call holds."""
         positive = self._positive()
-        self.alone = [positive is not None and self._suits(place) for place in range(len(self.asked))]
-        self.spots = {place: self._spot(place) for place, alone in enumerate(self.alone) if not alone}
-        self.frame = self._frame(self.spots) if self.spots else None
+        alone = [positive is not None and self._suits(place) for place in range(len(self.asked))]
+        spots = {place: self._spot(place) for place, is_alone in enumerate(alone) if not is_alone}
+        return _Plan(alone, spots, self._frame(spots) if spots else None)
 
     @staticmethod
     def accepts(work: Work) -> bool:
@@ -56,9 +107,12 @@ class Matrix:
 
     def _read(self) -> None:
         """Look up what each reduction reads."""
-        positive = self._positive()
-        self.flat = self._flat(positive) if positive is not None and any(self.alone) else None
-        self.blocks = [self._block(place) if place in self.spots else ALONE for place in range(len(self.asked))]
+        plan = self.plan
+        if plan.blocks is None:
+            positive = self._positive()
+            plan.flat = self._flat(positive) if positive is not None and any(self.alone) else None
+            plan.blocks = [self._block(place) if place in plan.spots else ALONE for place in range(len(self.asked))]
+        self.flat, self.blocks = plan.flat, plan.blocks
 
     def _positive(self) -> Matches | None:
         """Give the positives if each anchor is known to have exactly one."""
@@ -72,11 +126,7 @@ class Matrix:
         """Give where the single positives stand in the flat matrix, (N,), if there is one and they stand there."""
         if self.frame is None:
             return None
-        kept, key = self.work.identity.kept, ("single", self.frame.key)
-        if key not in kept:
-            kept[key] = self.frame.flat(positive.rows, positive.columns)
-        flat: Tensor | None = kept[key]
-        return flat
+        return self.frame.flat(positive.rows, positive.columns)
 
     def _suits(self, place: int) -> bool:
         """Say whether a reduction over single positives needs nothing but their similarities."""
@@ -93,31 +143,24 @@ class Matrix:
         return self.scales[place] is not None and getattr(asked, "log_weight", None) is None
 
     def _spot(self, place: int) -> Spot:
-        """Give the anchors and candidates that a reduction is about; what the identities alone decide is kept."""
-        asked, identity = self.asked[place], self.work.identity
-        rows = getattr(asked, "rows", None)
+        """Give the anchors and candidates that a reduction is about."""
+        asked = self.asked[place]
         weighed = isinstance(asked, Mean) and not isinstance(asked.weight, Tensor)
         cut = weighed or (isinstance(asked, LogSumExp | SoftMean) and self._is_plain(place))
         cut = cut and getattr(asked, "above", None) is None
-        if not (identity.owns(rows) and identity.owns(asked.among)):
-            return spot(identity, asked, cut)
-        key = ("spot", asked.over, id(rows), id(asked.among), cut)
-        if key not in identity.kept:
-            identity.kept[key] = spot(identity, asked, cut)
-        known: Spot = identity.kept[key]
-        return known
+        return spot(self.work.identity, asked, cut)
 
-    def _frame(self, spots: dict[int, Spot]) -> Frame:
-        """Give the smallest matrix that holds these spots."""
+    def _frame(self, spots: dict[int, Spot]) -> Callable[[Work], Frame]:
+        """Give what makes the smallest matrix that holds these spots."""
         work = self.work
         start, stop = min(one.start for one in spots.values()), max(one.stop for one in spots.values())
         if stop - start == work.identity.rows and not any(self._spans_columns(place) for place in spots):
             met = facing(work.identity)
             if met is not None:
                 folded = work.mirrored == len(work.parts) == 2 and all(map(self._may_fold, spots, spots.values()))
-                return Folded(work, met) if folded else Facing(work, met)
+                return partial(Folded if folded else Facing, met=met)
         left, right = min(one.left for one in spots.values()), max(one.right for one in spots.values())
-        return Box(work, Spot(start, stop, left, right, exact=True))
+        return partial(Box, spot=Spot(start, stop, left, right, exact=True))
 
     def _spans_columns(self, place: int) -> bool:
         """Say whether an argument belongs to the candidates."""
@@ -136,11 +179,13 @@ class Matrix:
             return False
         if not self._is_plain(place) or scale is None:
             return False
-        return isinstance(asked, SoftplusSum) or (self.work.unit and abs(scale) <= WIDEST[self.work.x.dtype])
+        if isinstance(asked, SoftplusSum) or self.any_exponent:
+            return True
+        return self.work.unit and abs(scale) <= WIDEST[self.work.x.dtype]
 
     def _block(self, place: int) -> Block:
         """Give what a reduction reads; what the identities alone decide is kept."""
-        asked, identity, frame, spot = self.asked[place], self.work.identity, self.frame, self.spots[place]
+        asked, identity, frame, spot = self.asked[place], self.work.identity, self.frame, self.plan.spots[place]
         assert frame is not None
         rows = getattr(asked, "rows", None)
         mine = asked.among is None and rows is None
@@ -239,7 +284,7 @@ class Matrix:
         asked, work = self.asked[place], self.work
         if not isinstance(asked.weight, str):
             return 1.0 if asked.weight is None else asked.weight
-        spot = self.spots[place]
+        spot = self.plan.spots[place]
         if isinstance(self.frame, Box):
             return _reference_weight(work, spot.rows, spot.columns)
         assert self.frame is not None

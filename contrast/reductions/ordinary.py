@@ -54,6 +54,8 @@ class Ordinary(Matrix):
         numbers: which of its reductions.
     """
 
+    any_exponent = True
+
     def reduce(self) -> tuple[Tensor, ...] | None:
         """Give the reductions; None where an anchor of a folded matrix may have no candidate."""
         self._read()

@@ -1,10 +1,14 @@
 """Every loss has one value and one gradient, whatever the road behind its reductions."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 
 from contrast import embeddings, reductions
 from contrast.embeddings import REMEMBERED, Embeddings, normalise
+from contrast.reductions import sweep
 from tests.losses.cases import CASES, DIMS
 
 LABELS = torch.tensor([0, 1, 0, 2, 1, 1, 0])
@@ -47,8 +51,8 @@ def outcome(case, asked):
 
 
 @pytest.mark.parametrize(("case", "asked"), SCENES)
-def test_tiles_change_nothing(case, asked):
-    """Walking the similarities in tiles bounds memory; it must not touch value, gradient or metrics."""
+def test_no_road_changes_anything(case, asked, monkeypatch):
+    """Walking the similarities in tiles bounds memory, and written derivatives are quick; neither touches a number."""
     with reductions.road("dense"):
         expected = outcome(case, asked)
     torch.testing.assert_close(outcome(case, asked), expected, rtol=1e-10, atol=1e-12)
@@ -56,6 +60,8 @@ def test_tiles_change_nothing(case, asked):
         with reductions.road("tiles", size=size):
             found = outcome(case, asked)
         torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+    monkeypatch.setattr(sweep, "ORDINARY", 0)
+    torch.testing.assert_close(outcome(case, asked), expected, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize(("case", "asked"), SCENES)
@@ -66,3 +72,29 @@ def test_many_vectors_have_the_gradient_of_few(case, asked, monkeypatch):
     torch.testing.assert_close(outcome(case, asked), expected, rtol=1e-10, atol=1e-12)
     with reductions.road("tiles", size=3):
         torch.testing.assert_close(outcome(case, asked), expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("ordinary", [True, False])
+@pytest.mark.parametrize("case", CASES)
+def test_what_a_loss_held_is_free_with_it(case, ordinary, monkeypatch):
+    """A cycle of references would keep every step's activations until Python looks for cycles."""
+    if not ordinary:
+        monkeypatch.setattr(sweep, "ORDINARY", 0)
+    views, given = case.inputs(samples=7)
+    loss = case.make().double()
+    held = []
+
+    def forward():
+        made = [z * 1 for z in views]
+        value = loss(*made, **given)
+        held.extend(weakref.ref(z) for z in made)
+        return value
+
+    gc.collect()
+    gc.disable()
+    try:
+        forward().backward()
+        loss._last = []
+        assert not any(one() is not None for one in held)
+    finally:
+        gc.enable()
