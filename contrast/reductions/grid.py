@@ -17,7 +17,8 @@ STRIP = 2**21
 def low_tiles(work: Work, size: int) -> tuple[int, int]:
     """Give the rows and columns of a tile for what must see whole rows: low where rows are long, and as large.
 
-    A threshold found by `kth` must meet the same similarities to the bit, so whoever compares with one takes these.
+    A threshold found by `kth` must meet the same similarities to the bit, so whoever compares with one takes these, or
+    tiles that are `alike`.
     """
     heads = work.heads[0] if work.heads else 1
     height = min(size, max(16, STRIP // max(1, heads * work.starts[-1])))
