@@ -118,11 +118,13 @@ def test_what_is_kept_and_how_much_is_met_at_once_change_nothing(
     for group in (None, torch.tensor([0, 0, 1, 2, 2, 2, 3])):
         for given in (views, views[:2]):
             loss = made(form=form, network=network, hidden=hidden, positive_in_denominator=over == "all")
+            weight = random(7 * len(given), seed=8).detach()
             with reductions.road("dense"):
-                expected = loss(*given, group=group)
+                expected = loss(*given, group=group, reduction="none") @ weight
             for size in (2, 512):
                 with reductions.road("tiles", size=size):
-                    assert_same(loss(*given, group=group), expected, *given, *loss.parameters())
+                    found = loss(*given, group=group, reduction="none") @ weight
+                assert_same(found, expected, *given, *loss.parameters())
 
 
 @pytest.mark.parametrize("form", ["max", "logsumexp"])
