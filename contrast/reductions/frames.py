@@ -90,6 +90,13 @@ class Block:
             self.made[s.dtype] = self.counts.to(s.dtype)
         return self.made[s.dtype]
 
+    def counted(self) -> Tensor:
+        """Give how many pairs of each anchor count, where some do not."""
+        assert self.counts is not None
+        if "counted" not in self.made:
+            self.made["counted"] = self.counts.sum(dim=-1)
+        return self.made["counted"]
+
     def share(self, s: Tensor) -> Tensor:
         """Give what each candidate has of a plain mean, by anchor."""
         key = ("share", s.dtype)

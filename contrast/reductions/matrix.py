@@ -252,9 +252,9 @@ class Matrix:
         """Give a count or a threshold."""
         asked, counts = self.asked[place], self._counting(place, s, block)
         assert counts is not None
-        found = counts.sum(dim=-1)
         if isinstance(asked, Count):
-            return found
+            return counts.sum(dim=-1)
+        found = block.counted()
         k = torch.minimum(torch.as_tensor(asked.k, device=s.device), found).clamp(min=1)
         ordered = torch.where(counts, s, -torch.inf)
         return kth_largest(ordered, k).masked_fill((found == 0).expand(s.shape[:-1]), 0)
