@@ -63,7 +63,7 @@ def nearest(work: Work, k: int, blank: Matches, over: Relation, among: Tensor | 
     parts, starts = ([work.x], [0, count]) if mirrored else (work.parts, work.starts)
     # The largest so far need not see a row at once.
     side = math.isqrt(room) if k == 1 and count * width > room else width
-    key = ("nearest", room, side, over)
+    key = ("nearest", room, side, mirrored, over)
     if key not in work.identity.kept:
         strips = cut(Run(0, count, None), max(1, room // max(1, side)))
         columns = [
@@ -74,11 +74,16 @@ def nearest(work: Work, k: int, blank: Matches, over: Relation, among: Tensor | 
         work.identity.kept[key] = strips, columns, by_tile(blank, strips, columns) if columns else {}
     strips, columns, entries = work.identity.kept[key]
     values, places = work.x.new_empty(*heads, count, k), torch.empty(*heads, count, k, dtype=torch.int64)
+    # One tile for all: many that come and go between small tensors would leave the allocator with holes.
+    longest = max((run.stop - run.start for run in columns), default=0)
+    flat = work.x.new_empty(math.prod(heads) * longest * max((run.stop - run.start for run in strips), default=0))
     for i, strip in enumerate(strips):
         rows, found = slice(strip.start, strip.stop), []
         for j, block in enumerate(columns):
             within = slice(block.start - starts[block.part], block.stop - starts[block.part])
-            s = work.x[..., rows, :] @ parts[block.part][..., within, :].mT
+            shape = (*heads, strip.stop - strip.start, block.stop - block.start)
+            s = flat[: math.prod(shape)].view(shape)
+            torch.matmul(work.x[..., rows, :], parts[block.part][..., within, :].mT, out=s)
             if (i, j) in entries:
                 s.view(*heads, -1).index_fill_(-1, entries[i, j], -torch.inf)
             if among is not None:
