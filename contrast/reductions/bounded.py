@@ -18,6 +18,7 @@ from torch import Tensor
 from contrast.reductions.asked import LogSumExp, SoftMean, SoftplusSum
 from contrast.reductions.grid import alike, blocks, low_tiles
 from contrast.reductions.identity import Matches, Run, by_tile, cut
+from contrast.reductions.shares import sum_of_log1p
 from contrast.reductions.work import WIDEST, Gradients, Work, nothing
 
 KEPT = 2**21
@@ -378,7 +379,7 @@ class Bounded:
     def _add_softplus(self, into: Tensor, e: Tensor, i: int, j: int, row: bool, column: bool) -> None:
         for serves, run, dim in ((row, self.rows[i], 1), (column, self.columns[j], 0)):
             if serves:
-                into[run.start : run.stop] += _sum_of_log1p(e, dim)
+                into[run.start : run.stop] += sum_of_log1p(e, dim)
 
     def backward(self, outputs: list[Tensor], saved: list[Tensor], upstream: list[Tensor], into: Gradients) -> None:
         """Add the gradients, tile by tile, from the similarities computed again."""
@@ -581,23 +582,6 @@ class _Buffers:
         if flat is None or len(flat) < height * width:
             flat = self._flat[number] = self._like.new_empty(height * width)
         return flat[: height * width].view(height, width)
-
-
-def _sum_of_log1p(e: Tensor, dim: int) -> Tensor:
-    """Sum log(1 + e) by logarithms of products, kept without their 1: (1 + a)(1 + b) - 1 = a + b + ab."""
-    product = e
-    for _ in range(3):
-        half = product.shape[dim] // 2
-        if not half or product.shape[dim] % 2:
-            break
-        first, second = torch.split(product, half, dim)
-        product = torch.addcmul(first + second, first, second)
-    total = torch.log1p(product).sum(dim)
-    return total if bool(torch.isfinite(total).all()) else _plain_sum_of_log1p(e, dim)
-
-
-def _plain_sum_of_log1p(e: Tensor, dim: int) -> Tensor:
-    return torch.log1p(e).sum(dim)
 
 
 def _dot(x: Tensor, y: Any) -> Tensor:

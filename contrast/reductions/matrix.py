@@ -56,7 +56,7 @@ class Matrix:
     def __init__(self, work: Work, numbers: list[int]) -> None:
         self.work, self.numbers = work, numbers
         self.asked: list[Any] = [work.asked[number] for number in numbers]
-        self.scales = [_number(getattr(asked, "scale", 1.0)) for asked in self.asked]
+        self.scales = [number(getattr(asked, "scale", 1.0)) for asked in self.asked]
         kept, key = work.identity.kept, self._signature()
         plan: _Plan | None = None if key is None else kept.get(key)
         if plan is None:
@@ -310,7 +310,7 @@ def _reference_weight(work: Work, rows: slice, columns: slice) -> Tensor:
     return (u[rows] @ together.T).add_(1).div_(2).to(work.x.dtype)
 
 
-def _number(value: Any) -> float | None:
+def number(value: Any) -> float | None:
     """Give an argument as a number; None where it is more than one."""
     if isinstance(value, Tensor):
         return float(value.detach()) if value.numel() == 1 else None

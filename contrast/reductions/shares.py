@@ -78,3 +78,16 @@ def shares(
 def softplus(x: Tensor) -> Tensor:
     """Give log(1 + e^x); torch calls it x above a threshold whose default of 20 loses digits in float64."""
     return F.softplus(x, threshold=40)
+
+
+def sum_of_log1p(e: Tensor, dim: int) -> Tensor:
+    """Sum log(1 + e) by logarithms of products, kept without their 1: (1 + a)(1 + b) - 1 = a + b + ab."""
+    product = e
+    for _ in range(3):
+        half = product.shape[dim] // 2
+        if not half or product.shape[dim] % 2:
+            break
+        first, second = torch.split(product, half, dim)
+        product = torch.addcmul(first + second, first, second)
+    total = torch.log1p(product).sum(dim)
+    return total if bool(torch.isfinite(total).all()) else torch.log1p(e).sum(dim)

@@ -84,7 +84,7 @@ def _reduce(pairs: Pairs, asked: Sequence[Reduction], size: int, small: int, ker
     if known is not None and all(alone):
         return tuple(near.of_one(one, known) for one in asked)
     if pairs.anchor.z.device.type == "cpu" and not kernels:
-        found = ordinary.reduce(pairs, asked, min(small, ORDINARY))
+        found = ordinary.reduce(pairs, asked, min(4 * small, ORDINARY))
         if found is not None:
             return found
     whole = [*asked, *([near.NEAR] if near.wanted(pairs, asked, alone) else [])]

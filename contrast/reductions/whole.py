@@ -14,8 +14,8 @@ from torch import Tensor
 from contrast.reductions.asked import Count, Kth, LogSumExp, Mean, SoftMean, SoftplusSum
 from contrast.reductions.frames import Block, Frame
 from contrast.reductions.listed import add_dots, dots
-from contrast.reductions.matrix import ALONE, Matrix
-from contrast.reductions.shares import Arguments, logits, shares, softplus
+from contrast.reductions.matrix import ALONE, Matrix, number
+from contrast.reductions.shares import Arguments, logits, shares, softplus, sum_of_log1p
 from contrast.reductions.work import WIDEST, Gradients, nothing
 
 
@@ -109,6 +109,8 @@ class Whole(Matrix):
         if isinstance(asked, Count | Kth):
             return self._ordered(place, s, block), none, none
         counts = self._counting(place, s, block)
+        if isinstance(asked, SoftplusSum) and self._is_bounded(place, block):
+            return self._softplus(place, s, block)
         if isinstance(asked, SoftplusSum):
             exponent = logits(s, self._given(asked))
             each = softplus(exponent)
@@ -127,6 +129,22 @@ class Whole(Matrix):
             p = (exponent - normaliser.unsqueeze(-1)).exp()
             return (p * s).sum(dim=-1), normaliser, none
         return value.clamp(min=nothing(s.dtype)), normaliser, none
+
+    def _is_bounded(self, place: int, block: Block) -> bool:
+        """Say whether scale and bias of a softplus are numbers that keep e^(scale * s + bias) in range."""
+        scale, bias = self.scales[place], number(self.asked[place].bias)
+        if block is ALONE or not self.work.unit or scale is None or bias is None:
+            return False
+        return abs(scale) + abs(bias) <= WIDEST[self.work.x.dtype]
+
+    def _softplus(self, place: int, s: Tensor, block: Block) -> tuple[Tensor, Tensor, Tensor]:
+        """Give sums of log(1 + e^(scale * s + bias)); kept are the exponentials."""
+        asked, ones = self.asked[place], block.ones(s)
+        e = (s * (self.scales[place] or 0.0)).add_(number(asked.bias) or 0.0).exp_()
+        if ones is not None:
+            e.mul_(ones)
+        sums = [sum_of_log1p(e, dim) for dim in ((-1, -2) if block.both else (-1,))]
+        return torch.cat(sums, dim=-1) if block.both else sums[0], e, s.new_zeros(0)
 
     @staticmethod
     def _is_itself(asked: Any) -> bool:
@@ -193,6 +211,11 @@ class Whole(Matrix):
             assert scale is not None
             return self._differentiate_soft(place, s, block, output, g * second, first, into)
         if isinstance(asked, SoftplusSum) and scale is not None:
+            if self._is_bounded(place, block):
+                to_logit = (first / (first + 1)).mul_(block.spread(g))
+                self._learn(into, place, "scale", to_logit, s)
+                self._learn(into, place, "bias", to_logit)
+                return to_logit.mul_(scale)
             to_logit = torch.sigmoid(first).mul_(block.spread(g))
             counts = self._ones(place, s, block)
             if counts is not None:
