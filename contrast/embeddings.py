@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -101,24 +102,68 @@ class Embeddings:
             self.sample[index],
             self.group[index],
             self.view[index],
-            None if self.reference is None else self.reference[index],
+            self.references(index),
         )
+
+    @property
+    def refers(self) -> bool:
+        """Whether these have the vectors of a frozen tower."""
+        return self.reference is not None
+
+    def references(self, index: slice | Tensor) -> Tensor | None:
+        """Give the vectors of a frozen tower at `index`, (n, R), without more of them where that can be had."""
+        return None if self.reference is None else self.reference[index]
 
     def detach(self) -> Embeddings:
         """Give the same embeddings without their history."""
-        made = object.__new__(Embeddings)
-        made.__dict__.update(self.__dict__, z=self.z.detach(), parts=(), direct=None)
+        return self.holding(self.z.detach(), parts=(), direct=None)
+
+    def holding(self, z: Tensor, **others: Any) -> Embeddings:
+        """Give other vectors with the same identities.
+
+        Args:
+            z: as many.
+            **others: fields that are to be others too.
+        """
+        made = object.__new__(type(self))
+        made.__dict__.update(self.__dict__, z=z, **others)
         return made
 
     def referring(self, reference: Tensor) -> Embeddings:
         """Give the same embeddings with the vectors of a frozen tower, (N, R) unit vectors."""
-        made = object.__new__(Embeddings)
-        made.__dict__.update(self.__dict__, reference=reference)
-        return made
+        return self.holding(self.z, reference=reference)
 
     def gathered(self) -> Embeddings:
         """Give every process's embeddings in rank order, with gradient; local sizes may differ, also 0."""
         return gather_all([self])[0]
+
+
+class _Joined(Embeddings):
+    """Embeddings put after one another, whose references are put together only when somebody asks for all."""
+
+    pieces: tuple[Tensor | None, ...]
+
+    @cached_property
+    def reference(self) -> Tensor | None:
+        """The references of all parts, if each has some."""
+        found = [piece for piece in self.pieces if piece is not None]
+        return torch.cat(found) if len(found) == len(self.pieces) else None
+
+    @property
+    def refers(self) -> bool:
+        return all(piece is not None for piece in self.pieces)
+
+    def references(self, index: slice | Tensor) -> Tensor | None:
+        if not self.refers or not isinstance(index, slice):
+            return super().references(index)
+        start, stop, step = index.indices(len(self))
+        before = 0
+        for piece in self.pieces:
+            assert piece is not None
+            if before <= start and stop <= before + len(piece):
+                return piece[start - before : stop - before : step]
+            before += len(piece)
+        return super().references(index)
 
 
 def normalise(z: Tensor) -> Tensor:
@@ -274,7 +319,7 @@ def of_view(
         unit: whether the vectors are of unit length, or 0.
     """
     known = None if fresh is None else Known(sample, view, fresh, grouped=group is not sample)
-    return _made(z, sample, group, torch.full_like(sample, view), reference, known=known, unit=unit)
+    return _made(z, sample, group, torch.full_like(sample, view), known=known, unit=unit, reference=reference)
 
 
 def _made(
@@ -282,16 +327,14 @@ def _made(
     sample: Tensor,
     group: Tensor,
     view: Tensor,
-    reference: Tensor | None,
     parts: tuple[Embeddings, ...] = (),
     known: Known | None = None,
     unit: bool = False,
+    **references: Any,
 ) -> Embeddings:
-    """Give embeddings of tensors that are known to fit together."""
-    made = object.__new__(Embeddings)
-    made.__dict__.update(
-        z=z, sample=sample, group=group, view=view, reference=reference, parts=parts, known=known, unit=unit
-    )
+    """Give embeddings of tensors that are known to fit together, with their `reference` or with `pieces` of it."""
+    made = object.__new__(_Joined if "pieces" in references else Embeddings)
+    made.__dict__.update(z=z, sample=sample, group=group, view=view, parts=parts, known=known, unit=unit, **references)
     return made
 
 
@@ -299,7 +342,6 @@ def concatenate(parts: Sequence[Embeddings]) -> Embeddings:
     """Put embeddings after one another, in the order given."""
     if len(parts) == 1:
         return parts[0]
-    references = [part.reference for part in parts if part.reference is not None]
     sample = torch.cat([part.sample for part in parts])
     same = all(part.group is part.sample for part in parts)
     made = _made(
@@ -307,9 +349,9 @@ def concatenate(parts: Sequence[Embeddings]) -> Embeddings:
         sample,
         sample if same else torch.cat([part.group for part in parts]),
         torch.cat([part.view for part in parts]),
-        torch.cat(references) if len(references) == len(parts) else None,
         parts=tuple(parts),
         unit=all(part.unit for part in parts),
+        pieces=tuple(part.reference for part in parts),
     )
     direct = parts[0].direct
     if direct is not None and all(part.direct is direct for part in parts) and len(made) == direct.z.shape[-2]:

@@ -204,7 +204,7 @@ class Pairs:
     @property
     def reference_weight(self) -> Tensor:
         """(N, M), (<u_i, u_j> + 1) / 2 of the reference vectors, without gradient."""
-        if self.anchor.reference is None or any(part.reference is None for part in self.candidates):
+        if self.anchor.reference is None or not all(part.refers for part in self.candidates):
             raise ValueError("weight 'reference' needs the vectors of a frozen tower: give the loss reference=(N, R).")
         references = [part.reference for part in self.candidates if part.reference is not None]
         return (self.anchor.reference @ torch.cat(references).T + 1) / 2

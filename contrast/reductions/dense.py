@@ -158,5 +158,5 @@ def check(asked: Reduction, pairs: Pairs) -> None:
                     f"shape {tuple(value.shape)}. For a value of each pair give a PairFunction, a module "
                     "(anchor, candidate) -> tile."
                 )
-        elif value == "reference" and any(part.reference is None for part in (pairs.anchor, *pairs.candidates)):
+        elif value == "reference" and not all(part.refers for part in (pairs.anchor, *pairs.candidates)):
             raise ValueError("weight 'reference' needs the vectors of a frozen tower: give the loss reference=(N, R).")

@@ -17,7 +17,7 @@ from contrast.reductions.identity import Matches, Run
 from contrast.reductions.listed import add_dots, dots
 from contrast.reductions.work import Gradients, Work
 
-ROWS = 4096
+ROWS = 1024
 """Rows worked on at a time, so that their copies stay small."""
 
 
@@ -152,13 +152,16 @@ class Linear:
                     outer = outer + u.mT @ z
         if self.asked.weight is None:
             return lambda block: total  # noqa: ARG005
-        u_anchor = self.work.anchor.reference
-        assert u_anchor is not None
-        return lambda block: (u_anchor[block] @ outer + total) / 2
+        return lambda block: (self._u(block) @ outer + total) / 2
+
+    def _u(self, rows: slice) -> Tensor:
+        """Give the anchors' references at neighbouring rows."""
+        u = self.work.anchor.references(rows)
+        assert u is not None
+        return u
 
     def _add_to_parts(self, rows: list[slice], columns: list[Run], g: Tensor, by_class: bool, into: Gradients) -> None:
         x, identity = self.work.x, self.work.identity
-        u_anchor = self.work.anchor.reference
         table: Any = None
         total: Any = 0.0
         outer: Any = 0.0
@@ -172,8 +175,7 @@ class Linear:
                 continue
             total = total + weighted.sum(dim=-2, keepdim=True)
             if self.asked.weight is not None:
-                assert u_anchor is not None
-                outer = outer + u_anchor[block].mT @ weighted
+                outer = outer + self._u(block).mT @ weighted
         for run in columns:
             to_part = into.parts[run.part]
             if to_part is None:
@@ -191,8 +193,6 @@ class Linear:
         if asked.weight is None:
             return work.identity.count(asked.over, asked.among, asked.rows).to(work.x.dtype).expand(*work.heads, -1)
         mass = work.x.new_zeros(work.x.shape[-2])
-        u_anchor = work.anchor.reference
-        assert u_anchor is not None
         for rows, columns in self._met():
             total: Any = 0.0
             count = 0
@@ -200,7 +200,7 @@ class Linear:
                 for _, u, places, _ in self._blocks(run):
                     total, count = total + u.sum(dim=0), count + len(places)
             for block in rows:
-                mass[block] = (u_anchor[block] @ total + count) / 2
+                mass[block] = (self._u(block) @ total + count) / 2
         if len(self.listed):
             mass.index_add_(0, self.listed.rows, -self._listed_weight())
         return (mass if asked.rows is None else mass * asked.rows).expand(*work.heads, -1)

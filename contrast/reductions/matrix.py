@@ -299,7 +299,7 @@ class Matrix:
 
 def _reference_weight(work: Work, rows: slice, columns: slice) -> Tensor:
     """Give (n, m), (<u_i, u_j> + 1) / 2 of the reference vectors of some anchors and candidates."""
-    u = work.pairs.anchor.reference
+    u = work.pairs.anchor.references(rows)
     assert u is not None
     met = []
     for part, start in zip(work.pairs.candidates, work.starts, strict=False):
@@ -307,7 +307,7 @@ def _reference_weight(work: Work, rows: slice, columns: slice) -> Tensor:
             assert part.reference is not None
             met.append(part.reference[max(columns.start - start, 0) : columns.stop - start])
     together = met[0] if len(met) == 1 else torch.cat(met or [u[:0]])
-    return (u[rows] @ together.T).add_(1).div_(2).to(work.x.dtype)
+    return (u @ together.T).add_(1).div_(2).to(work.x.dtype)
 
 
 def number(value: Any) -> float | None:

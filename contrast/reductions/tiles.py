@@ -93,10 +93,10 @@ class Tiles:
                     known[id(value)] = self._evaluate(value, rows, part, within, known)
                 made[name] = known[id(value)].detach()
             elif isinstance(value, str):
-                u, v = self.work.anchor.reference, self.work.candidates[part].reference
+                u, v = self.work.anchor.references(rows), self.work.candidates[part].references(within)
                 assert u is not None
                 assert v is not None
-                made[name] = ((u[rows] @ v[within].T + 1) / 2).to(self.work.x.dtype)
+                made[name] = ((u @ v.T + 1) / 2).to(self.work.x.dtype)
             elif isinstance(value, Tensor) and name == "bias":
                 made[name] = value[..., rows].unsqueeze(-1) if value.ndim else value
             else:

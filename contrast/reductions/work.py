@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -68,12 +67,12 @@ class Work:
     @cached_property
     def anchor(self) -> Embeddings:
         """The anchors without history."""
-        return replace(self.pairs.anchor, z=self.x)
+        return self.pairs.anchor.holding(self.x, direct=None)
 
     @cached_property
     def candidates(self) -> list[Embeddings]:
         """The parts without history."""
-        return [replace(part, z=z) for part, z in zip(self.pairs.candidates, self.parts, strict=True)]
+        return [part.holding(z, direct=None) for part, z in zip(self.pairs.candidates, self.parts, strict=True)]
 
     def new_rows(self, *more: int) -> Tensor:
         """Give zeros, (*more, N) or (*more, H, N)."""
