@@ -374,6 +374,10 @@ def omega(tau: Tensor, dim: int) -> Tensor:
 
 def nearest_and_positive(pairs: Pairs, over: Relation, score: Score) -> tuple[Tensor, Tensor]:
     """Give the score of each anchor's nearest candidate, 0 where it has none, and what `attracted` gives."""
+    found: tuple[Tensor, ...] | None
+    found = None if score.temperature.network == "constant" else reductions.nearest_beside(pairs, score, over)
+    if found is not None:
+        return found[0], found[1]
     with torch.no_grad():
         nearest = pairs.topk(1, over=over)[1].squeeze(-1)
     single = _single_positives(pairs)

@@ -44,6 +44,7 @@ __all__ = [
     "SoftplusSum",
     "at",
     "beside",
+    "nearest_beside",
     "reduce",
     "road",
     "topk",
@@ -132,3 +133,12 @@ def beside(pairs: Pairs, function: Closed, over: Relation) -> tuple[Tensor, Tens
     taken = chosen()
     suits = taken.name == "tiles" and aligned.accepts(pairs)
     return aligned.beside(pairs, function, over, taken.size) if suits else None
+
+
+def nearest_beside(pairs: Pairs, function: Closed, over: Relation) -> tuple[Tensor, Tensor] | None:
+    """Give a function of each anchor and its nearest candidate, and of each anchor and its only positive.
+
+    None as for `beside`, and where the similarities are too many to stand in one matrix.
+    """
+    suits = chosen().name == "tiles" and aligned.accepts(pairs)
+    return aligned.nearest_beside(pairs, function, over) if suits else None

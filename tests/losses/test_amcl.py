@@ -96,6 +96,7 @@ def test_every_form_equals_loops(form, network, over, views, labels, extras):
     assert_same(found, expected, *tensors, *loss.parameters(), *([queue] if extras else []))
 
 
+@pytest.mark.parametrize("matrix", [1, 2**20], ids=["no matrix", "a matrix"])
 @pytest.mark.parametrize("limit", [1, 2**20], ids=["a little at a time", "all at once"])
 @pytest.mark.parametrize("over", ["negative", "all"])
 @pytest.mark.parametrize("heads", [(), (2,)], ids=["no heads", "heads"])
@@ -110,10 +111,11 @@ def test_every_form_equals_loops(form, network, over, views, labels, extras):
     ],
 )
 def test_what_is_kept_and_how_much_is_met_at_once_change_nothing(
-    monkeypatch, form, network, hidden, heads, over, limit
+    monkeypatch, form, network, hidden, heads, over, limit, matrix
 ):
-    for place, name in ((closed, "SIDES"), (closed, "KEPT"), (aligned, "ROWS"), (nearest, "STRIP")):
+    for place, name in ((closed, "SIDES"), (closed, "KEPT"), (aligned, "ROWS"), (aligned, "PIECE"), (nearest, "STRIP")):
         monkeypatch.setattr(place, name, limit)
+    monkeypatch.setattr(aligned, "MATRIX", matrix)
     views = [random(*heads, 7, 3, seed=seed) for seed in range(3)]
     for group in (None, torch.tensor([0, 0, 1, 2, 2, 2, 3])):
         for given in (views, views[:2]):
