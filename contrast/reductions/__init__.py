@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Literal
 
 from torch import Tensor
 
-from contrast.reductions import aligned, dense, nearest, sweep
+from contrast.reductions import aligned, dense, nearest, square, sweep
 from contrast.reductions.asked import (
     Count,
     Kth,
@@ -132,7 +132,9 @@ def beside(pairs: Pairs, function: Closed, over: Relation) -> tuple[Tensor, Tens
     """
     taken = chosen()
     suits = taken.name == "tiles" and aligned.accepts(pairs)
-    return aligned.beside(pairs, function, over, taken.size) if suits else None
+    if not suits:
+        return None
+    return square.every(pairs, function, over) or aligned.beside(pairs, function, over, taken.size)
 
 
 def nearest_beside(pairs: Pairs, function: Closed, over: Relation) -> tuple[Tensor, Tensor] | None:
@@ -141,4 +143,4 @@ def nearest_beside(pairs: Pairs, function: Closed, over: Relation) -> tuple[Tens
     None as for `beside`, and where the similarities are too many to stand in one matrix.
     """
     suits = chosen().name == "tiles" and aligned.accepts(pairs)
-    return aligned.nearest_beside(pairs, function, over) if suits else None
+    return square.nearest(pairs, function, over) if suits else None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -21,8 +20,6 @@ ROWS = 2**13
 """Up to this many anchors, over all heads, are worked on at once, and what is found is kept."""
 PIECE = 2**12
 """Pairs at a time where anchors are more."""
-MATRIX = 2**18
-"""Up to this many similarities, over all heads, are found to look for the nearest and then serve."""
 
 
 def accepts(pairs: Pairs) -> bool:
@@ -68,109 +65,6 @@ def beside(pairs: Pairs, function: Closed, over: Relation, size: int) -> tuple[T
     call = sweep._Call(pairs, asked, lambda work: [Functions(work, [0, 1], size)])
     found = sweep._apply(call) if any(call.wants) else call.forward(call.inputs)[0]
     return found[0], found[1]
-
-
-def nearest_beside(pairs: Pairs, function: Closed, over: Relation) -> tuple[Tensor, Tensor] | None:
-    """Give a function of each anchor and its nearest candidate, and of each anchor and its only positive.
-
-    Args:
-        pairs: that `accepts` accepts.
-        function: of a pair; a module.
-        over: which candidates may be the nearest.
-
-    Returns:
-        (N,) or (H, N) each, with gradient; None where the similarities are many, or someone may lack a candidate.
-    """
-    identity = pairs.identity
-    if pairs.anchor.z.numel() // max(1, pairs.anchor.z.shape[-1]) * len(pairs) > MATRIX or pairs.rules:
-        return None
-    if not (identity.nobody_lacks(over, "positive") and identity.plain and identity.positive and identity.strangers):
-        return None
-    if identity.across or not identity.positive.one_each(len(pairs)):
-        return None
-    asked = [LogSumExp(0.0, over, log_weight=cast(nn.Module, function)), LogSumExp(0.0, "positive")]
-    call = sweep._Call(pairs, asked, lambda work: [Nearest(work, function, over)])
-    found = sweep._apply(call) if any(call.wants) else call.forward(call.inputs)[0]
-    return found[0], found[1]
-
-
-@dataclass
-class _Places:
-    """Where pairs stand, over all heads: in the flat matrix, and their candidates among the vectors."""
-
-    blank: Tensor
-    positive: Tensor
-    positive_candidate: Tensor
-    row: Tensor
-    first_candidate: Tensor
-
-
-class Nearest:
-    """The values of a `Closed` at each anchor's nearest candidate and at its only positive, from one small matrix.
-
-    Args:
-        work: the whole call; its candidates are the anchors, each with one positive and more.
-        function: of a pair.
-        over: which candidates may be the nearest.
-    """
-
-    def __init__(self, work: Work, function: Closed, over: Relation) -> None:
-        self.work, self.numbers, self.function, self.over = work, [0, 1], function, over
-        self.x = work.x if work.heads else work.x.unsqueeze(0)
-
-    def _places(self) -> _Places:
-        identity, (heads, count, _) = self.work.identity, self.x.shape
-        key = ("places", heads, self.over)
-        if key not in identity.kept:
-            blank, positive = identity.strangers if self.over == "negative" else identity.excluded, identity.positive
-            assert blank is not None
-            assert positive is not None
-            head = torch.arange(heads).unsqueeze(-1)
-            row = torch.arange(heads * count) * count
-            first = (head * count).expand(heads, count).reshape(-1)
-            identity.kept[key] = _Places(
-                (head * count**2 + blank.rows * count + blank.columns).view(-1),
-                row + positive.columns.repeat(heads),
-                first + positive.columns.repeat(heads),
-                row,
-                first,
-            )
-        known: _Places = identity.kept[key]
-        return known
-
-    def forward(self) -> tuple[list[Tensor], list[Tensor]]:
-        """Give the values, (N,) or (H, N) each; kept are places, the sides, and what the function keeps."""
-        places, x = self._places(), self.x.view(-1, self.x.shape[-1])
-        s = torch.bmm(self.x, self.x.mT)
-        flat = s.view(-1)
-        of_positive = flat.index_select(0, places.positive)
-        flat.index_fill_(0, places.blank, -torch.inf)
-        of_nearest, nearest = s.view(len(x), -1).max(dim=-1)
-        where = torch.cat([places.row + nearest, places.positive])
-        candidates = torch.cat([places.first_candidate + nearest, places.positive_candidate])
-        a = self.function.anchor_side(x)
-        b = self.function.candidate_side(x).index_select(0, candidates).view(2, *a.shape)
-        values, kept = self.function.at(torch.stack([of_nearest, of_positive]), a, b)
-        outputs = values.view(2, *self.work.x.shape[:-1]).unbind()
-        return list(outputs), [where, candidates, a, b, *kept]
-
-    def backward(self, outputs: list[Tensor], saved: list[Tensor], upstream: list[Tensor], into: Gradients) -> None:  # noqa: ARG002
-        """Add the gradients of the vectors and of what the function learns."""
-        where, candidates, a, b, *kept = saved
-        x = self.x.view(-1, self.x.shape[-1])
-        to_s, to_a, to_b, parameters = self.function.gradients_at(torch.stack(upstream).view(2, -1), a, b, kept)
-        of_anchor, more = self.function.from_anchor_side(to_a.sum(dim=0), x)
-        to_side = torch.zeros_like(a).index_add_(0, candidates, to_b.flatten(0, 1))
-        of_candidate, even_more = self.function.from_candidate_side(to_side, x)
-        for parameter, gradient in (*parameters, *more, *even_more):
-            into.add_parameter(parameter, gradient)
-        if into.anchor is None:
-            return
-        heads, count, dim = self.x.shape
-        to_matrix = self.x.new_zeros(heads * count * count).index_add_(0, where, to_s.flatten()).view(heads, count, -1)
-        of_both = of_anchor.add_(of_candidate).view(heads, count, dim)
-        torch.baddbmm(of_both, to_matrix + to_matrix.mT, self.x, out=of_both)
-        into.anchor += of_both.view_as(into.anchor)
 
 
 class Aligned:

@@ -11,7 +11,7 @@ from contrast.losses import LOSSES
 from contrast.losses import temperatures as module
 from contrast.losses.amcl import AMCL
 from contrast.losses.temperatures import PairTemperature, omega
-from contrast.reductions import aligned, closed, nearest
+from contrast.reductions import aligned, closed, nearest, square
 
 LOW, HIGH, BETA = 0.1, 1.5, 0.3
 
@@ -115,7 +115,7 @@ def test_what_is_kept_and_how_much_is_met_at_once_change_nothing(
 ):
     for place, name in ((closed, "SIDES"), (closed, "KEPT"), (aligned, "ROWS"), (aligned, "PIECE"), (nearest, "STRIP")):
         monkeypatch.setattr(place, name, limit)
-    monkeypatch.setattr(aligned, "MATRIX", matrix)
+    monkeypatch.setattr(square, "MATRIX", matrix)
     views = [random(*heads, 7, 3, seed=seed) for seed in range(3)]
     for group in (None, torch.tensor([0, 0, 1, 2, 2, 2, 3])):
         for given in (views, views[:2]):
