@@ -172,27 +172,38 @@ def normalise(z: Tensor) -> Tensor:
     Args:
         z: (..., D) in any floating type.
     """
+    return _normalised(z)[0]
+
+
+def _normalised(z: Tensor) -> tuple[Tensor, bool]:
+    """Give unit vectors, and whether every number is known to be finite."""
     z = z.to(torch.promote_types(z.dtype, torch.float32))
     transforms = torch._C._are_functorch_transforms_active()
+    if not transforms and z.device.type == "cpu" and 0 < z.numel() <= FEW and not torch.compiler.is_compiling():
+        # Of few vectors torch goes back sooner without Python.
+        length: Tensor = torch.linalg.vector_norm(z, dim=-1, keepdim=True)
+        least, most = length.detach().aminmax()
+        if float(least) > _SAFE[0] and float(most) < _SAFE[1]:
+            return z / length, True
     if not (transforms or (z.requires_grad and torch.is_grad_enabled())):
-        return _unit(z)[0]
+        return _unit(z)[0], False
     function = _UnitOfTransforms if transforms else _Unit
     unit: Tensor = function.apply(z)[0]
-    return unit
+    return unit, False
 
 
-def normalise_many(z: Tensor) -> tuple[Tensor, Direct | None]:
-    """Give the rows of `z` unit length, and where they are many the same with a shorter way back.
+def normalise_many(z: Tensor) -> tuple[Tensor, bool, Direct | None]:
+    """Give the rows of `z` unit length, whether they are known to be finite, and many with a shorter way back too.
 
     Args:
         z: (..., D) in any floating type.
     """
     many = z.device.type == "cpu" and z.shape[-2] > AT_ONCE and z.requires_grad and torch.is_grad_enabled()
     if not many or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return normalise(z), None
+        return *_normalised(z), None
     z = z.to(torch.promote_types(z.dtype, torch.float32))
     unit, inverse = _Unit.apply(z)
-    return unit, Direct(_Straight.apply(z, unit.detach()), inverse.detach())
+    return unit, False, Direct(_Straight.apply(z, unit.detach()), inverse.detach())
 
 
 class _Straight(torch.autograd.Function):
@@ -261,10 +272,12 @@ def turn_gradient(g: Tensor, direct: Direct) -> None:
     _unit_gradient(g, direct.z.detach(), direct.inverse, out=g)
 
 
+FEW = 2**15
+"""Numbers in vectors of which Python would take longer than torch."""
 AT_ONCE = 8192
 """Vectors worked on at a time where there are many."""
-_SAFE = (1e-24, 1e24)
-"""Squared lengths between these are far from the ends of float32."""
+_SAFE = (1e-12, 1e12)
+"""Lengths between these have squares far from the ends of float32."""
 
 
 def _unit(z: Tensor) -> tuple[Tensor, Tensor]:
@@ -279,7 +292,7 @@ def _unit(z: Tensor) -> tuple[Tensor, Tensor]:
             else z.square().sum(dim=-1, keepdim=True)
         )
         least, most = squared.aminmax()
-        if float(least) > _SAFE[0] and float(most) < _SAFE[1]:
+        if float(least) > _SAFE[0] ** 2 and float(most) < _SAFE[1] ** 2:
             inverse = squared.sqrt_().reciprocal_()
             return z * inverse, inverse
     # The largest coordinate becomes 1, so that squares stay in range; a row that is not 0 is then 1 or longer.

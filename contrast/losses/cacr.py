@@ -94,22 +94,22 @@ class CACR(PairLoss):
         far_positives = SoftMean(-2 * self.attraction_scale, "positive", detach=detach)
         near_negatives = [SoftMean(scale, "negative", among, detach, rows=rows) for among, rows in met]
         near, *nears = pairs.reduce(far_positives, *near_negatives)
-        attraction = 2 - 2 * near
-        return self.attraction_weight * attraction - self.repulsion_weight * self._repelled(pairs, met, nears)
+        repelled = self.repulsion_weight * self._repelled(pairs, met, nears)
+        return 2 * self.attraction_weight * (1 - near) - repelled
 
     def _repelled(
         self, pairs: Pairs, met: Sequence[tuple[Tensor | None, Tensor | None]], nears: Sequence[Tensor]
     ) -> Tensor:
         """Give the mean over the anchor's view pairs of the squared distance to its near negatives."""
-        repulsion = pairs.anchor.z.new_zeros(())
+        repulsion: Tensor | float = 0.0
         for number, ((among, rows), near) in enumerate(zip(met, nears, strict=True)):
             far = 2 - 2 * near
             if self.positive_prior:
                 positive = 2 - 2 * pairs.mean("positive", among=among, rows=rows)
                 far = (far - self.positive_prior * positive) / (1 - self.positive_prior)
             share = pairs.once(("share", self.repulsion, number, near.dtype), partial(self._share, pairs, met, number))
-            repulsion = repulsion + far * share
-        return repulsion
+            repulsion = repulsion + far * share if number else far * share
+        return torch.as_tensor(repulsion, device=pairs.anchor.z.device)
 
     def _share(self, pairs: Pairs, met: Sequence[tuple[Tensor | None, Tensor | None]], number: int) -> Tensor:
         """Give what each anchor has of a view pair in the mean, (N,) or (H, N); 0 without negatives there."""

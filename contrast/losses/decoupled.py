@@ -85,6 +85,8 @@ class DecoupledInfoNCE(PairLoss):
     def _log_mean(self, prepared: list[Pairs]) -> Tensor:
         """Give log mean_k exp(s_k / sigma) over the valid anchors of all processes, () or (H,)."""
         near = torch.cat([pairs.mean("positive") for pairs in prepared], dim=-1)
+        if near.shape[-1] and all(self._all_valid(pairs) for pairs in prepared):
+            return torch.logsumexp(near / self.sigma, dim=-1) - math.log(near.shape[-1])
         valid = torch.cat([self._valid(pairs) for pairs in prepared])
         # A mean is a sum of exponentials by a sum of ones; gathered as logarithms, neither can vanish.
         terms = torch.stack([near / self.sigma, torch.zeros_like(near)])

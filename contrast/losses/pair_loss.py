@@ -184,12 +184,12 @@ class PairLoss(nn.Module):
 
         def made(what: str, views: Mapping[int, Tensor]) -> list[Embeddings]:
             whole = torch.cat(list(views.values()), dim=-2) if len(views) > 1 else next(iter(views.values()))
-            direct = None
+            finite, direct = False, None
             if self.normalise:
-                whole, direct = normalise_many(whole)
+                whole, finite, direct = normalise_many(whole)
             else:
                 whole = whole.to(torch.promote_types(whole.dtype, torch.float32))
-            if whole.device.type == "cpu" and not _finite(whole):
+            if whole.device.type == "cpu" and not (finite or _finite(whole)):
                 self._name_not_finite(what, views)
             parts = [
                 of_view(z, sample, group, view, seen(view), fresh=fresh if distinct else None, unit=self.normalise)

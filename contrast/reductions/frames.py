@@ -63,6 +63,7 @@ class Block:
         lacking: whether an anchor may have no candidate.
         anchors: whose rows these are; None for all anchors.
         made: what follows from this, by name.
+        places: of thresholds asked for: which of an anchor's candidates, and the number where it is one for all.
     """
 
     rows: slice | None = None
@@ -73,6 +74,7 @@ class Block:
     lacking: bool = True
     anchors: slice | None = None
     made: dict[Any, Tensor] = field(default_factory=dict)
+    places: dict[Any, tuple[Tensor, int | None]] = field(default_factory=dict)
 
     def of(self, matrix: Tensor) -> Tensor:
         """Give the block of a matrix."""

@@ -19,6 +19,8 @@ from contrast.reductions.shares import Arguments
 from contrast.reductions.thresholds import kth_largest
 from contrast.reductions.work import WIDEST, Work, nothing
 
+FEW = 2**14
+"""Numbers of which torch finds the k-th sooner than numpy."""
 ALONE = Block(lacking=False)
 """What a reduction over single positives reads: all of their similarities."""
 
@@ -126,7 +128,11 @@ class Matrix:
         """Give where the single positives stand in the flat matrix, (N,), if there is one and they stand there."""
         if self.frame is None:
             return None
-        return self.frame.flat(positive.rows, positive.columns)
+        kept, key = self.work.identity.kept, ("single", self.frame.key)
+        if key not in kept:
+            kept[key] = self.frame.flat(positive.rows, positive.columns)
+        flat: Tensor | None = kept[key]
+        return flat
 
     def _suits(self, place: int) -> bool:
         """Say whether a reduction over single positives needs nothing but their similarities."""
@@ -254,10 +260,26 @@ class Matrix:
         assert counts is not None
         if isinstance(asked, Count):
             return counts.sum(dim=-1)
-        found = block.counted()
-        k = torch.minimum(torch.as_tensor(asked.k, device=s.device), found).clamp(min=1)
         ordered = torch.where(counts, s, -torch.inf)
-        return kth_largest(ordered, k).masked_fill((found == 0).expand(s.shape[:-1]), 0)
+        k, alike = self._places(asked, block)
+        if alike is not None and s.numel() <= FEW:
+            # Of few numbers torch selects before numpy has begun.
+            return ordered.kthvalue(s.shape[-1] - alike + 1, dim=-1).values
+        found = kth_largest(ordered, k)
+        return found.masked_fill((block.counted() == 0).expand(s.shape[:-1]), 0) if block.lacking else found
+
+    def _places(self, asked: Kth, block: Block) -> tuple[Tensor, int | None]:
+        """Give k of each anchor, (N,), at most as many as it has; and the number, where it is one for all."""
+        key = ("k", asked.k if isinstance(asked.k, int) else id(asked.k))
+        own = isinstance(asked.k, int) or self.work.identity.owns(asked.k)
+        if own and key in block.places:
+            return block.places[key]
+        found = block.counted()
+        k = torch.minimum(torch.as_tensor(asked.k, device=found.device), found).clamp(min=1)
+        alike = int(k[0]) if len(k) and not block.lacking and bool((k == k[0]).all()) else None
+        if own and not block.lacking:
+            block.places[key] = k, alike
+        return k, alike
 
     def _relation(self, over: Relation) -> Tensor:
         """Give (N, M) bool: who stands in this relation; all relations come of two masks."""

@@ -44,10 +44,19 @@ def has_one(pairs: Pairs) -> bool:
 def known(pairs: Pairs) -> Tensor | None:
     """Give the similarities that a call about the same pairs has left, (N,) or (H, N); with history where it counts."""
     found: Tensor | None
-    found, once = pairs.__dict__.get("near", (None, None))
+    found, once = pairs.__dict__.get("near") or _in_matrix(pairs)
     if found is None or (torch.is_grad_enabled() and (once.used or not found.requires_grad)):
         return None
     return found if torch.is_grad_enabled() else found.detach()
+
+
+def _in_matrix(pairs: Pairs) -> tuple[Tensor | None, Any]:
+    """Give them of a matrix with history that a call about the same pairs has left, and whether that is used up."""
+    for key, (s, once) in pairs.__dict__.get("live", {}).items():
+        flat = pairs.identity.kept.get(("single", key))
+        if flat is not None and s.requires_grad:
+            return s.flatten(-2).index_select(-1, flat), once
+    return None, None
 
 
 def bare(pairs: Pairs) -> Pairs:

@@ -38,7 +38,7 @@ def reduce(pairs: Pairs, asked: Sequence[Reduction], size: int) -> tuple[Tensor,
     if torch._C._are_functorch_transforms_active() or len(pairs) * sum(part.shape[-2] for part in z[1:]) > 4 * size:
         return None
     with full_precision(z[0]):
-        wide = [part.to(torch.promote_types(part.dtype, torch.float32)) for part in z]
+        wide = [part if part.dtype in (torch.float32, torch.float64) else part.float() for part in z]
         work = Work(pairs, list(asked), wide[0], wide[1:], [part.requires_grad for part in wide], set())
         if not Ordinary.accepts(work):
             return None
