@@ -76,6 +76,8 @@ class Embeddings:
     """What is known of the identities without looking, which saves looking."""
     unit: bool = field(default=False, init=False, repr=False)
     """Whether no vector is longer than 1, but for rounding; known without looking."""
+    fixed: bool = field(default=False, init=False, repr=False)
+    """Whether nobody asks for the gradient of these vectors, though the tensor they are a slice of has one."""
     direct: Direct | None = field(default=None, init=False, repr=False)
     """The same vectors with a shorter way back, where they are many."""
 

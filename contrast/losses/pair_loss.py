@@ -195,8 +195,8 @@ class PairLoss(nn.Module):
                 of_view(z, sample, group, view, seen(view), fresh=fresh if distinct else None, unit=self.normalise)
                 for view, z in zip(views, _slices(whole, len(views)), strict=True)
             ]
-            for part in parts:
-                part.__dict__["direct"] = direct
+            for part, view in zip(parts, views.values(), strict=True):
+                part.__dict__.update(direct=direct, fixed=whole.requires_grad and not view.requires_grad)
             return parts
 
         kept = {view: z for view, z in enumerate(targets or ()) if z is not None}

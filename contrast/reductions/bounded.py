@@ -100,7 +100,9 @@ class Bounded:
         alone = len(self.asked) == 1 and isinstance(self.asked[0], LogSumExp)
         wanted = work.wants_anchor or (numbers[0], "scale") in work.wants_argument
         # The sum of dL/ds * s over all pairs is that of the anchors against their gradient, once or, mirrored, twice.
+        self.fixed = [part.fixed for part in work.pairs.candidates[: self.mirrored]]
         one_kind = self.mirrored in (0, len(work.parts)) and work.wants_anchor and all(work.wants_part)
+        one_kind = one_kind and not any(self.fixed)
         self.by_anchor = alone and not above and one_kind and (numbers[0], "scale") in work.wants_argument
         self.learns = any(number in numbers for number, _ in work.wants_argument) and not self.by_anchor
         # What the forward pass leaves to the backward pass: exponentials where they are all it takes, or similarities.
@@ -305,6 +307,10 @@ class Bounded:
         all_of_them = self.work.x.shape[-2] * self.work.starts[-1] * math.prod(self.work.heads)
         return KEPT if all_of_them <= WORTH_KEEPING * KEPT else 0
 
+    def _fixed(self, run: Run) -> bool:
+        """Say whether nobody asks for the gradient of these anchors."""
+        return any(self.fixed) and self.work.fixed(run.start, run.stop)
+
     def _place(self, buffers: _Buffers, spot: _Tile) -> Tensor:
         """Give room for a tile: of its own while there is room to keep it, else the one that all share."""
         rows, columns = self.rows[spot.i], self.columns[spot.j]
@@ -320,6 +326,8 @@ class Bounded:
     def _returns(self, spot: _Tile) -> bool:
         """Say whether the backward pass visits a tile."""
         part = self.columns[spot.j].part
+        if spot.mirror and self._fixed(self.rows[spot.i]) and self._fixed(self.columns[spot.j]) and not self.learns:
+            return False
         return not self.at_once[part] and (self.learns or self.work.wants_anchor or self.work.wants_part[part])
 
     def _exponential(
@@ -481,9 +489,9 @@ class Bounded:
     ) -> None:
         """Add what a tile of dL/ds gives its anchors and its candidates."""
         rows, columns = self.rows[spot.i], self.columns[spot.j]
-        if to_x is not None:
+        if to_x is not None and not self._fixed(rows):
             to_x[rows.start : rows.stop].addmm_(gradient, others)
-        if to_y is not None and not (spot.mirror and spot.i == spot.j):
+        if to_y is not None and not (spot.mirror and (spot.i == spot.j or self._fixed(columns))):
             own = slice(columns.start, columns.stop) if spot.mirror else self._within(columns)
             to_y[own].addmm_(gradient.T, anchors)
 

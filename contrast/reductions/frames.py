@@ -235,7 +235,9 @@ class Facing:
                 to_part += (share.mT @ self.work.x[..., rows, :]).sum_to_size(to_part.shape)
 
     def _half(self, view: int, product: Product) -> Tensor:
-        return product(self.work.x[..., self.halves[view], :], self.work.parts[self.met[view].part])
+        work, part = self.work, self.met[view].part
+        own = work.parts[1 - part] if work.mirrored == 2 else work.x[..., self.halves[view], :]
+        return product(own, work.parts[part])
 
 
 class Folded(Facing):
@@ -268,8 +270,10 @@ class Folded(Facing):
         """Add what dL/ds gives the anchors, which are the candidates."""
         if into.anchor is not None:
             first, second = self.halves
-            into.anchor[..., first, :] += total @ self.work.x[..., second, :]
-            into.anchor[..., second, :] += total.mT @ self.work.x[..., first, :]
+            if not self.work.fixed(0, self.count):
+                into.anchor[..., first, :] += total @ self.work.x[..., second, :]
+            if not self.work.fixed(self.count, 2 * self.count):
+                into.anchor[..., second, :] += total.mT @ self.work.x[..., first, :]
 
 
 Frame = Box | Facing

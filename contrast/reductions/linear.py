@@ -91,9 +91,10 @@ class Linear:
         g = upstream[0] / saved[0]
         for rows, columns in self._met():
             for sign, by_class in self._sums():
-                if into.anchor is not None:
+                wanted = [block for block in rows if not self.work.fixed(block.start, block.stop)]
+                if into.anchor is not None and wanted:
                     read = self._summed(columns, by_class)
-                    for block in rows:
+                    for block in wanted:
                         into.anchor[..., block, :] += sign * g[..., block].unsqueeze(-1) * read(block)
                 if any(into.parts[run.part] is not None for run in columns):
                     self._add_to_parts(rows, columns, sign * g, by_class, into)
@@ -178,7 +179,7 @@ class Linear:
                 outer = outer + self._u(block).mT @ weighted
         for run in columns:
             to_part = into.parts[run.part]
-            if to_part is None:
+            if to_part is None or (run.part < self.work.mirrored and self.work.fixed(run.start, run.stop)):
                 continue
             for z, u, places, within in self._blocks(run):
                 if by_class:

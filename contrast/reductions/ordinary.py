@@ -34,7 +34,7 @@ def reduce(pairs: Pairs, asked: Sequence[Reduction], size: int) -> tuple[Tensor,
         asked: the reductions.
         size: how many similarities at most.
     """
-    z = [pairs.anchor.z, *(part.z for part in pairs.candidates)]
+    z = [pairs.anchor.z, *(part.z.detach() if part.fixed else part.z for part in pairs.candidates)]
     if torch._C._are_functorch_transforms_active() or len(pairs) * sum(part.shape[-2] for part in z[1:]) > 4 * size:
         return None
     with full_precision(z[0]):

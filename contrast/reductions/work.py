@@ -74,6 +74,12 @@ class Work:
         """The parts without history."""
         return [part.holding(z, direct=None) for part, z in zip(self.pairs.candidates, self.parts, strict=True)]
 
+    def fixed(self, start: int, stop: int) -> bool:
+        """Say whether nobody asks for the gradient of these anchors, known where they are the candidates too."""
+        parts = zip(self.pairs.candidates[: self.mirrored], self.starts, strict=False)
+        met = [part.fixed for part, first in parts if first < stop and first + len(part) > start]
+        return bool(met) and all(met)
+
     def new_rows(self, *more: int) -> Tensor:
         """Give zeros, (*more, N) or (*more, H, N)."""
         return self.x.new_zeros(*more, *self.x.shape[:-1])

@@ -63,6 +63,28 @@ def test_no_road_changes_anything(case, asked, monkeypatch):
     torch.testing.assert_close(outcome(case, asked), expected, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_a_view_without_gradient_changes_nothing_for_the_others(case, monkeypatch):
+    def outcome():
+        views, given = case.inputs(samples=7)
+        loss = case.make().double()
+        views = [views[0].detach(), *(z.requires_grad_() for z in views[1:])]
+        leaves = [*views[1:], *loss.parameters()]
+        value = loss(*views, **given)
+        if not value.requires_grad:
+            return value
+        return value, torch.autograd.grad(value, leaves, allow_unused=True, materialize_grads=True)
+
+    with reductions.road("dense"):
+        expected = outcome()
+    torch.testing.assert_close(outcome(), expected, rtol=1e-10, atol=1e-12)
+    for size in (3, 512):
+        with reductions.road("tiles", size=size):
+            torch.testing.assert_close(outcome(), expected, rtol=1e-10, atol=1e-12)
+    monkeypatch.setattr(sweep, "ORDINARY", 0)
+    torch.testing.assert_close(outcome(), expected, rtol=1e-10, atol=1e-12)
+
+
 @pytest.mark.parametrize(("case", "asked"), SCENES)
 def test_many_vectors_have_the_gradient_of_few(case, asked, monkeypatch):
     """Where vectors are many their gradient takes a shorter way back to what they were made of."""
