@@ -155,6 +155,10 @@ class Box:
         """Give where pairs (anchor, candidate) stand in the flat matrix; None where one does not."""
         spot = self.spot
         inside = (rows >= spot.start) & (rows < spot.stop) & (columns >= spot.left) & (columns < spot.right)
+        if self.work.mirrored == len(self.work.parts):
+            # A similarity is that of the pair turned round, too.
+            rows, columns = torch.where(inside, rows, columns), torch.where(inside, columns, rows)
+            inside = (rows >= spot.start) & (rows < spot.stop) & (columns >= spot.left) & (columns < spot.right)
         width = spot.right - spot.left
         return (rows - spot.start) * width + columns - spot.left if bool(inside.all()) else None
 
