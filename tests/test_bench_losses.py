@@ -137,9 +137,8 @@ def test_a_contender_that_is_absent_decides_nothing_and_is_shown():
     cell, kept = timed("nt_xent", 32768, absent={"compiled": "does not fit"}, ours=[7])
     row = verdicts([(cell, kept)])["NT-Xent, CLIP, queue, from 4,096: time, of compiled dense"]
     assert row[2] == "-"
-    assert "| `nt_xent` | missing | missing | missing | missing | missing | missing | does not fit |" in page(
-        {cell: kept}, whole_plan(), "x"
-    )
+    text = page({cell: kept}, whole_plan(), "x")
+    assert "Ours / compiled dense:\n\n| loss | 32,768 |\n| --- | --- |\n| `nt_xent` | does not fit |\n" in text
 
 
 def test_the_page_of_made_up_cells_says_them_all():
@@ -165,8 +164,9 @@ def test_the_page_of_made_up_cells_says_them_all():
     assert "| 4,096 | float32 | ours | 30 [20-40] |  |  | 3 x 3 |" in on_cpu
     assert "| 4,096 | float32 | eager | 110 [100-120] | 0.273 | 0.182-0.333 | 3 x 3 |" in on_cpu
     assert "| 4,096 | float32 | lightly NTXentLoss | 210 [200-220] | 0.143 | 0.1-0.182 | 3 x 3 |" in on_cpu
-    assert "| 4,096 | bf16 | ours | missing |" in on_cpu
-    assert "| `nt_xent` | missing | +0.10 (0.5, 0.4) | missing |" in on_cpu
+    assert "### Time, bf16\n\n**missing**" in on_cpu
+    assert "| loss | 128 |\n| --- | --- |\n| `nt_xent` | +0.10 (0.5, 0.4) |" in on_cpu
+    assert "| loss | 4,096 |\n| --- | --- |\n| `nt_xent` | 0.273 |" in on_cpu
     assert "On a GPU" not in text
     for block in text.split("\n\n"):
         rows = [line for line in block.splitlines() if line.startswith("|")]
@@ -240,7 +240,7 @@ def test_cells_are_kept_one_by_one_and_only_missing_ones_are_measured(tmp_path, 
     assert measured[2:] == ["time-clip-1024-float32-cpu"]
     assert bench_losses.bench([*words, "--write"]) == 0
     assert len(measured) == 3
-    assert "| `clip` | 0.1 | missing |" in (tmp_path / "page.md").read_text()
+    assert "| loss | 512 |\n| --- | --- |\n| `clip` | 0.1 |" in (tmp_path / "page.md").read_text()
 
 
 def test_a_cell_that_would_take_too_long_is_left_out_and_missing(tmp_path, monkeypatch, capsys):

@@ -1006,6 +1006,24 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
     yield ""
 
 
+def measured(head: Sequence[str], rows: Sequence[Sequence[str]], labels: int = 1) -> Iterator[str]:
+    """Give the lines of a Markdown table without the rows and columns in which nothing has been measured.
+
+    Args:
+        head: of the columns.
+        rows: under it.
+        labels: how many columns name a row.
+    """
+
+    def some(entries: Sequence[str]) -> bool:
+        return any(entry not in ("missing", "-", "") for entry in entries)
+
+    rows = [row for row in rows if some(row[labels:])]
+    columns = [k for k in range(len(head)) if k < labels or some([row[k] for row in rows])]
+    if rows:
+        yield from table([head[k] for k in columns], [[row[k] for k in columns] for row in rows])
+
+
 def number(value: float) -> str:
     """Give three digits: 0.0123, 1.23, 12.3, 1,234."""
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
@@ -1045,7 +1063,7 @@ def ratio_table(found: Found, planned: Sequence[Cell], dtype: str, device: str, 
         for loss in dict.fromkeys(loss for loss, _ in cells)
     ]
     if rows:
-        yield from table(["loss", *(f"{size:,}" for size in sizes)], sorted(rows, key=order_of))
+        yield from measured(["loss", *(f"{size:,}" for size in sizes)], sorted(rows, key=order_of))
 
 
 def order_of(row: Sequence[str]) -> int:
@@ -1065,10 +1083,8 @@ def every_cell(found: Found, planned: Sequence[Cell], loss: str, device: str) ->
             continue
         size = f"{cell.size:,}"
         kept = found.get(cell)
-        for name in contenders(loss, cell.size, device):
-            if kept is None:
-                rows.append([size, cell.dtype, name, "missing", "", "", ""])
-            elif name not in kept["times"]:
+        for name in contenders(loss, cell.size, device) if kept else ():
+            if name not in kept["times"]:
                 rows.append([size, cell.dtype, name, str(kept["absent"].get(name, "missing")), "", "", ""])
             else:
                 times = kept["times"][name]
@@ -1079,7 +1095,10 @@ def every_cell(found: Found, planned: Sequence[Cell], loss: str, device: str) ->
                     compared = [number(ratio(kept, name) or 0), f"{number(least)}-{number(most)}"]
                 rows.append([size, cell.dtype, name, range_of(times), *compared, turns])
     head = ["embeddings", "dtype", "who", "ms: median [min-max]", "ours / it", "of single rounds", "rounds x calls"]
-    yield from table(head, rows)
+    if rows:
+        yield f"**`{loss}`**"
+        yield ""
+        yield from table(head, rows)
 
 
 def memory_table(found: Found, planned: Sequence[Cell], device: str) -> Iterator[str]:
@@ -1099,7 +1118,7 @@ def memory_table(found: Found, planned: Sequence[Cell], device: str) -> Iterator
         for dtype in DTYPES
         if any(cell.kind == "memory" and cell.loss == loss and cell.dtype == dtype for cell in planned)
     ]
-    yield from table(["loss", "dtype", *(f"{who}, {size:,}" for size, who in columns)], rows)
+    yield from measured(["loss", "dtype", *(f"{who}, {size:,}" for size, who in columns)], rows, labels=2)
 
 
 def small_table(found: Found, planned: Sequence[Cell], dtype: str, device: str) -> Iterator[str]:
@@ -1119,7 +1138,7 @@ def small_table(found: Found, planned: Sequence[Cell], dtype: str, device: str) 
                 row.append(f"{ours - eager:+.2f} ({number(ours)}, {number(eager)})")
         rows.append(row)
     if rows:
-        yield from table(["loss", *(f"{size}" for size in SMALL)], rows)
+        yield from measured(["loss", *(f"{size}" for size in SMALL)], rows)
 
 
 def matters(found: Found, planned: Sequence[Cell], device: str) -> Iterator[str]:
@@ -1202,7 +1221,8 @@ backward together from embeddings that are not normalised yet; {MOST} rounds or,
 faster. *Eager dense* is the same loss as one writes it in PyTorch today, with the whole matrix of similarities and
 autograd; the tests compare its value and gradient with ours. *Compiled dense* is `torch.compile` of that function, its
 compiling not counted. *Does not fit* is what takes more than {ROOM // 2**30} GiB. Above {EAGER:,} embeddings the eager
-form and other libraries are not timed. D = {DIMS}.
+form and other libraries are not timed. D = {DIMS}. Rows and columns without any measured cell are left out of the
+tables; how many cells are missing stands beside each demand above.
 
 M, the size, is a side of the similarity matrix:"""
 
@@ -1254,6 +1274,12 @@ def section(found: Found, planned: Sequence[Cell], device: str) -> Iterator[str]
     for dtype, meaning in DTYPES.items():
         if not any(cell.dtype == dtype and cell.loss for cell in planned):
             continue
+        if not any(cell.kind == "time" and (cell.dtype, cell.device) == (dtype, device) for cell in found):
+            yield f"### Time, {dtype}"
+            yield ""
+            yield "**missing**: no cell has been measured."
+            yield ""
+            continue
         yield f"### Time, {dtype}"
         yield ""
         yield f"{dtype}: {meaning}."
@@ -1280,8 +1306,6 @@ def section(found: Found, planned: Sequence[Cell], device: str) -> Iterator[str]
     yield ""
     for loss in SUBJECTS:
         if loss in used:
-            yield f"**`{loss}`**"
-            yield ""
             yield from every_cell(found, planned, loss, device)
 
 
