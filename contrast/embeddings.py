@@ -359,6 +359,10 @@ def concatenate(parts: Sequence[Embeddings]) -> Embeddings:
         return parts[0]
     sample = torch.cat([part.sample for part in parts])
     same = all(part.group is part.sample for part in parts)
+    references: dict[str, Any] = {"pieces": tuple(part.reference for part in parts)}
+    if torch.compiler.is_compiling():
+        found = [part.reference for part in parts if part.reference is not None]
+        references = {"reference": torch.cat(found) if len(found) == len(parts) else None}
     made = _made(
         _joined([part.z for part in parts]),
         sample,
@@ -366,7 +370,7 @@ def concatenate(parts: Sequence[Embeddings]) -> Embeddings:
         torch.cat([part.view for part in parts]),
         parts=tuple(parts),
         unit=all(part.unit for part in parts),
-        pieces=tuple(part.reference for part in parts),
+        **references,
     )
     direct = parts[0].direct
     if direct is not None and all(part.direct is direct for part in parts) and len(made) == direct.z.shape[-2]:

@@ -462,7 +462,13 @@ def _distinct(sample: Tensor) -> bool:
 
 def _slices(whole: Tensor, count: int) -> list[Tensor]:
     """Cut vectors into `count` neighbouring slices of one size, which `concatenate` puts together without a copy."""
-    return [whole] if count == 1 else list(torch.split(whole, [whole.shape[-2] // count] * count, dim=-2))
+    if count == 1:
+        return [whole]
+    size = whole.shape[-2] // count
+    if torch.compiler.is_compiling():
+        # A compiled graph cannot give back several views of one split.
+        return [whole[..., k * size : (k + 1) * size, :] for k in range(count)]
+    return list(torch.split(whole, [size] * count, dim=-2))
 
 
 def _detached(pairs: Pairs) -> Pairs:
