@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from contrast.reductions.asked import Count, Kth, LogSumExp, Mean, Reduction, SoftplusSum
+from contrast.reductions.asked import Count, Kth, LogSumExp, Mean, Reduction, SoftplusSum, arguments
 from contrast.reductions.shares import softplus
 from contrast.reductions.work import Once
 
@@ -72,6 +72,8 @@ def bare(pairs: Pairs) -> Pairs:
 def wanted(pairs: Pairs, asked: Sequence[Reduction], alone: Sequence[bool]) -> bool:
     """Say whether a call should find them too: another will ask, unless this one has what a loss asks of positives."""
     if not torch.is_grad_enabled() or not pairs.anchor.z.requires_grad or not has_one(pairs):
+        return False
+    if any(isinstance(value, nn.Module) for one in asked for value in arguments(one).values()):
         return False
     served = any(is_alone and not isinstance(one, LogSumExp) for one, is_alone in zip(asked, alone, strict=True))
     return (
