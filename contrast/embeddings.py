@@ -274,7 +274,7 @@ def turn_gradient(g: Tensor, direct: Direct) -> None:
     _unit_gradient(g, direct.z.detach(), direct.inverse, out=g)
 
 
-FEW = 2**15
+FEW = 2**16
 """Numbers in vectors of which Python would take longer than torch."""
 AT_ONCE = 8192
 """Vectors worked on at a time where there are many."""

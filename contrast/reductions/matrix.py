@@ -302,7 +302,7 @@ class Matrix:
         return Arguments(**given)
 
     def _weight(self, place: int) -> Any:
-        """Give the weights of a mean; those of references as the block."""
+        """Give the weights of a mean; twice those of references, as the block, which have the same mean."""
         asked, work = self.asked[place], self.work
         if not isinstance(asked.weight, str):
             return 1.0 if asked.weight is None else asked.weight
@@ -320,7 +320,7 @@ class Matrix:
 
 
 def _reference_weight(work: Work, rows: slice, columns: slice) -> Tensor:
-    """Give (n, m), (<u_i, u_j> + 1) / 2 of the reference vectors of some anchors and candidates."""
+    """Give (n, m), <u_i, u_j> + 1 of the reference vectors of some anchors and candidates."""
     u = work.pairs.anchor.references(rows)
     assert u is not None
     met = []
@@ -329,7 +329,7 @@ def _reference_weight(work: Work, rows: slice, columns: slice) -> Tensor:
             assert part.reference is not None
             met.append(part.reference[max(columns.start - start, 0) : columns.stop - start])
     together = met[0] if len(met) == 1 else torch.cat(met or [u[:0]])
-    return (u @ together.T).add_(1).div_(2).to(work.x.dtype)
+    return (u @ together.T).add_(1).to(work.x.dtype)
 
 
 def number(value: Any) -> float | None:

@@ -20,10 +20,14 @@ from contrast.reductions.asked import Count, Kth, LogSumExp, Mean, Reduction, So
 from contrast.reductions.frames import Block
 from contrast.reductions.matrix import ALONE, Matrix
 from contrast.reductions.shares import logits, softplus
-from contrast.reductions.work import Once, Work, first_only, nothing, saved
+from contrast.reductions.work import WIDEST, Once, Work, first_only, nothing, saved
 
 if TYPE_CHECKING:
     from contrast.pairs import Pairs
+
+
+PASSES = 4
+"""So many times fewer similarities where there are thresholds or weights."""
 
 
 def reduce(pairs: Pairs, asked: Sequence[Reduction], size: int) -> tuple[Tensor, ...] | None:
@@ -42,6 +46,8 @@ def reduce(pairs: Pairs, asked: Sequence[Reduction], size: int) -> tuple[Tensor,
         work = Work(pairs, list(asked), wide[0], wide[1:], [part.requires_grad for part in wide], set())
         if not Ordinary.accepts(work):
             return None
+        # Thresholds and weights go through the matrix more often, and less often by hand.
+        size //= PASSES if any(map(_passes_often, asked)) else 1
         made = Ordinary(work, list(range(len(asked))))
         return made.reduce() if made.size <= size else None
 
@@ -118,10 +124,17 @@ class Ordinary(Matrix):
         if isinstance(asked, Count | Kth):
             return self._ordered(place, s.detach(), block)
         if isinstance(asked, SoftplusSum):
-            each, ones = softplus(logits(s, self._given(asked))), block.ones(s)
+            given = self._given(asked)
+            if isinstance(given.scale, Tensor) and isinstance(given.bias, Tensor):
+                exponent = torch.addcmul(given.bias, s, given.scale)
+            else:
+                exponent = logits(s, given)
+            each, ones = softplus(exponent), block.ones(s)
             return block.sum(each if ones is None else each * ones)
         if isinstance(asked, Mean):
             return self._mean(place, asked, s, block)
+        if isinstance(asked, LogSumExp) and asked.above is not None and self._is_bounded(place):
+            return self._above(place, asked, s, block)
         exponent, empty = self._exponent(place, asked, s, block)
         if isinstance(asked, LogSumExp):
             value = torch.logsumexp(exponent, dim=-1)
@@ -130,6 +143,20 @@ class Ordinary(Matrix):
             return value if empty is None else value.masked_fill(empty, nothing(value.dtype))
         found = [self._soft_mean(asked, exponent, s, dim, empty) for dim in ((-1, -2) if block.both else (-1,))]
         return found[0] if len(found) == 1 else torch.cat(found, dim=-1)
+
+    def _is_bounded(self, place: int) -> bool:
+        """Say whether the scale is a number with which no exponential leaves the range."""
+        scale = self.scales[place]
+        plain = self._is_plain(place) and scale is not None
+        return plain and self.work.unit and abs(scale or 0.0) <= WIDEST[self.work.x.dtype]
+
+    def _above(self, place: int, asked: LogSumExp, s: Tensor, block: Block) -> Tensor:
+        """Give a log-sum-exp over what is above the thresholds: the mask multiplies, as none is kept for it."""
+        high = self._ones(place, s.detach(), block)
+        assert high is not None
+        mass = ((s * (self.scales[place] or 0.0)).exp() * high).sum(dim=-1)
+        value = mass.clamp(min=torch.finfo(s.dtype).tiny).log()
+        return value.masked_fill(mass.detach() == 0, nothing(s.dtype))
 
     @staticmethod
     def _soft_mean(asked: SoftMean, exponent: Tensor, s: Tensor, dim: int, empty: Tensor | None) -> Tensor:
@@ -162,11 +189,18 @@ class Ordinary(Matrix):
             ones = block.ones(s)
             total: Tensor = block.sum(s if ones is None else ones * s) * block.share(s)
             return total
-        counts, weight = self._counting(place, s.detach(), block), self._weight(place)
-        weight = torch.as_tensor(weight, dtype=s.dtype, device=s.device)
+        counts = self._counting(place, s.detach(), block)
+        if isinstance(asked.weight, str):
+            # They are never negative.
+            weight = self._weight(place)
+            weight = weight if counts is None else weight.mul_(counts)
+            mass = weight.sum(dim=-1).clamp_(min=torch.finfo(s.dtype).tiny)
+            of_references: Tensor = (weight * s).sum(dim=-1) / mass
+            return of_references
+        weight = torch.as_tensor(self._weight(place), dtype=s.dtype, device=s.device)
         weight = weight.expand(s.shape[-2:]) if counts is None else torch.where(counts, weight, 0)
-        mass = weight.sum(dim=-1, keepdim=True)
-        return (weight / mass.where(mass != 0, 1) * s).sum(dim=-1)
+        mass = weight.sum(dim=-1)
+        return (weight * s).sum(dim=-1) / mass.where(mass != 0, 1)
 
     def _widened(self, place: int, output: Tensor, block: Block) -> Tensor:
         """Give a reduction of some anchors for all of them."""
@@ -174,6 +208,11 @@ class Ordinary(Matrix):
             return output
         nobody = nothing(output.dtype) if isinstance(self.asked[place], LogSumExp) else 0.0
         return F.pad(output, (block.anchors.start, self.work.x.shape[-2] - block.anchors.stop), value=nobody)
+
+
+def _passes_often(asked: Any) -> bool:
+    weighed = getattr(asked, "weight", None) is not None
+    return weighed or isinstance(asked, Kth) or getattr(asked, "above", None) is not None
 
 
 def _far(block: Block, s: Tensor) -> Tensor | None:

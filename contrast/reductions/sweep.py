@@ -30,7 +30,7 @@ TILE = 512
 """Rows and columns of a tile: with its few copies it stays in the processor's cache."""
 
 
-ORDINARY = 2**14
+ORDINARY = 2**16
 """Up to this many similarities ordinary operations serve: starting them takes longer than they do."""
 ONE_TRIANGLE = 4
 """So many times more similarities may stand in one matrix where tiles would compute each pair's only once."""
