@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+_AVAILABLE = dist.is_available()
 _alone = ContextVar("contrast_alone", default=False)
 
 
@@ -31,7 +32,7 @@ def alone() -> bool:
 
 def world_size() -> int:
     """Count the processes that work together; 1 without a process group and inside `local()`."""
-    if alone() or not (dist.is_available() and dist.is_initialized()):
+    if not (_AVAILABLE and dist.is_initialized()) or alone():
         return 1
     return dist.get_world_size()
 

@@ -305,10 +305,13 @@ def _unit(z: Tensor) -> tuple[Tensor, Tensor]:
     return unit, torch.where(length > 0, 1 / (length * largest), 0)
 
 
+_NOTHING = nullcontext()
+
+
 def full_precision(z: Tensor) -> AbstractContextManager[Any]:
     """Switch autocast off inside the block, on the device of `z`, if it is on."""
     device = z.device.type
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else _NOTHING
 
 
 def of_view(

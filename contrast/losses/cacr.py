@@ -94,18 +94,20 @@ class CACR(PairLoss):
         far_positives = SoftMean(-2 * self.attraction_scale, "positive", detach=detach)
         near_negatives = [SoftMean(scale, "negative", among, detach, rows=rows) for among, rows in met]
         near, *nears = pairs.reduce(far_positives, *near_negatives)
-        repelled = self.repulsion_weight * self._repelled(pairs, met, nears)
-        return 2 * self.attraction_weight * (1 - near) - repelled
+        attracted, repelled = 1 - near, self._repelled(pairs, met, nears)
+        if self.attraction_weight != self.repulsion_weight:
+            return 2 * (self.attraction_weight * attracted - self.repulsion_weight * repelled)
+        return 2 * self.attraction_weight * (attracted - repelled)
 
     def _repelled(
         self, pairs: Pairs, met: Sequence[tuple[Tensor | None, Tensor | None]], nears: Sequence[Tensor]
     ) -> Tensor:
-        """Give the mean over the anchor's view pairs of the squared distance to its near negatives."""
+        """Give the mean over the anchor's view pairs of half the squared distance to its near negatives."""
         repulsion: Tensor | float = 0.0
         for number, ((among, rows), near) in enumerate(zip(met, nears, strict=True)):
-            far = 2 - 2 * near
+            far = 1 - near
             if self.positive_prior:
-                positive = 2 - 2 * pairs.mean("positive", among=among, rows=rows)
+                positive = 1 - pairs.mean("positive", among=among, rows=rows)
                 far = (far - self.positive_prior * positive) / (1 - self.positive_prior)
             share = pairs.once(("share", self.repulsion, number, near.dtype), partial(self._share, pairs, met, number))
             repulsion = repulsion + far * share if number else far * share

@@ -126,7 +126,8 @@ class PairLoss(nn.Module):
             )
             anchors = [pairs.anchor for pairs in prepared]
             rows = self.combine([self.rows(pairs) for pairs in prepared], anchors)
-            self._last = [_detached(pairs) for pairs in prepared]
+            # Not by setattr: torch's looks for parameters and modules, which takes longer than a small reduction.
+            self.__dict__["_last"] = [_detached(pairs) for pairs in prepared]
             row = _joined(rows)
             if all(self._all_valid(pairs) for pairs in prepared):
                 return _watched(row.mean() if reduction == "mean" else row, extras)
@@ -468,7 +469,7 @@ def _slices(whole: Tensor, count: int) -> list[Tensor]:
     if torch.compiler.is_compiling():
         # A compiled graph cannot give back several views of one split.
         return [whole[..., k * size : (k + 1) * size, :] for k in range(count)]
-    return list(torch.split(whole, [size] * count, dim=-2))
+    return list(torch.split_with_sizes(whole, [size] * count, dim=-2))
 
 
 def _detached(pairs: Pairs) -> Pairs:

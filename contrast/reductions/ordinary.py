@@ -133,8 +133,8 @@ class Ordinary(Matrix):
             return block.sum(each if ones is None else each * ones)
         if isinstance(asked, Mean):
             return self._mean(place, asked, s, block)
-        if isinstance(asked, LogSumExp) and asked.above is not None and self._is_bounded(place):
-            return self._above(place, asked, s, block)
+        if isinstance(asked, LogSumExp) and self._is_bounded(place):
+            return self._log_of_sum(asked, s, block)
         exponent, empty = self._exponent(place, asked, s, block)
         if isinstance(asked, LogSumExp):
             value = torch.logsumexp(exponent, dim=-1)
@@ -150,13 +150,24 @@ class Ordinary(Matrix):
         plain = self._is_plain(place) and scale is not None
         return plain and self.work.unit and abs(scale or 0.0) <= WIDEST[self.work.x.dtype]
 
-    def _above(self, place: int, asked: LogSumExp, s: Tensor, block: Block) -> Tensor:
-        """Give a log-sum-exp over what is above the thresholds: the mask multiplies, as none is kept for it."""
-        high = self._ones(place, s.detach(), block)
-        assert high is not None
-        mass = ((s * (self.scales[place] or 0.0)).exp() * high).sum(dim=-1)
+    def _log_of_sum(self, asked: LogSumExp, s: Tensor, block: Block) -> Tensor:
+        """Give a log-sum-exp whose exponentials need no maximum."""
+        e = self._scaled(asked, s, block).exp()
+        if asked.above is not None:
+            e = e * torch.ge(s.detach(), asked.above.unsqueeze(-1), out=torch.empty_like(s))
+        mass = block.sum(e)
+        if not block.lacking and asked.above is None:
+            return mass.log()
         value = mass.clamp(min=torch.finfo(s.dtype).tiny).log()
         return value.masked_fill(mass.detach() == 0, nothing(s.dtype))
+
+    def _scaled(self, asked: Any, s: Tensor, block: Block) -> Tensor:
+        """Give scale * s + log_weight, -inf where a pair does not count."""
+        far = _far(block, s)
+        if far is not None and isinstance(asked.scale, float) and getattr(asked, "log_weight", None) is None:
+            return torch.add(far, s, alpha=asked.scale)
+        exponent = logits(s, self._given(asked))
+        return exponent if far is None else exponent + far
 
     @staticmethod
     def _soft_mean(asked: SoftMean, exponent: Tensor, s: Tensor, dim: int, empty: Tensor | None) -> Tensor:
@@ -167,12 +178,7 @@ class Ordinary(Matrix):
     def _exponent(self, place: int, asked: Any, s: Tensor, block: Block) -> tuple[Tensor, Tensor | None]:
         """Give scale * s + log_weight, -inf where a pair does not count, and which rows are empty (theirs is 0)."""
         if getattr(asked, "above", None) is None:
-            far = _far(block, s)
-            if far is not None and isinstance(asked.scale, float) and self._is_plain(place):
-                exponent = torch.add(far, s, alpha=asked.scale)
-            else:
-                exponent = logits(s, self._given(asked))
-                exponent = exponent if far is None else exponent + far
+            exponent = self._scaled(asked, s, block)
             blank = None if block.counts is None else ~block.counts if block.lacking else None
         else:
             counts = self._counting(place, s.detach(), block)
@@ -190,13 +196,6 @@ class Ordinary(Matrix):
             total: Tensor = block.sum(s if ones is None else ones * s) * block.share(s)
             return total
         counts = self._counting(place, s.detach(), block)
-        if isinstance(asked.weight, str):
-            # They are never negative.
-            weight = self._weight(place)
-            weight = weight if counts is None else weight.mul_(counts)
-            mass = weight.sum(dim=-1).clamp_(min=torch.finfo(s.dtype).tiny)
-            of_references: Tensor = (weight * s).sum(dim=-1) / mass
-            return of_references
         weight = torch.as_tensor(self._weight(place), dtype=s.dtype, device=s.device)
         weight = weight.expand(s.shape[-2:]) if counts is None else torch.where(counts, weight, 0)
         mass = weight.sum(dim=-1)
