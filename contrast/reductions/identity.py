@@ -21,6 +21,8 @@ FEW = 24
 """Matches are listed pair by pair up to this many for each anchor and candidate."""
 GATHERED = 2048
 """Listed pairs whose vectors are put side by side at a time."""
+MANY = 2**16
+"""Lists of more pairs than this are not kept once what is asked of them is known."""
 RUNS = 64
 """More runs of one view than this are not told apart."""
 
@@ -202,14 +204,19 @@ class Identity:
     @cached_property
     def positive(self) -> Matches | None:
         """The positives one by one; None where they are too many (labels)."""
-        if self._same_group is None:
+        if self._same_group is None or self.excluded is None:
             return None
         eligible = ~self._itself(self._same_group)
         view, anchor_view = self.view[self._same_group.columns], self.anchor_view[self._same_group.rows]
         eligible &= (view != PADDING) & (anchor_view != PADDING)
         if self.across:
             eligible &= view != anchor_view
-        return self._same_group[eligible]
+        found = self._same_group[eligible]
+        if len(self._same_group) > MANY:
+            # Both lists are made of these, and nothing more.
+            for name in ("_same_group", "_same_sample"):
+                self.__dict__.pop(name, None)
+        return found
 
     @cached_property
     def strangers(self) -> Matches | None:

@@ -80,8 +80,8 @@ def _reduce(pairs: Pairs, asked: Sequence[Reduction], size: int, small: int, ker
             counts: list[Any] = list(asked)
             return tuple(identity.count(one.over, one.among, one.rows) for one in counts)
     alone = [near.only(one, pairs) for one in asked]
-    known = near.known(pairs)
-    if known is not None and all(alone):
+    known = near.known(pairs) if all(alone) else None
+    if known is not None:
         return tuple(near.of_one(one, known) for one in asked)
     if pairs.anchor.z.device.type == "cpu" and not kernels:
         found = ordinary.reduce(pairs, asked, min(4 * small, ORDINARY))
