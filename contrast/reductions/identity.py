@@ -109,7 +109,9 @@ def identify(anchor: Embeddings, candidates: Sequence[Embeddings], across: bool)
         layout.append((len(part), what.view, what.sample is first.sample))
     if any(view < 0 or not same for _, view, same in layout[: len(own)]):
         return Identity(anchor, candidates, across)
-    base = _known(tuple(layout), len(own), across)
+    # What inference mode makes may take part in no later training, so that it is not kept.
+    known_of = _known.__wrapped__ if torch.is_inference_mode_enabled() else _known
+    base = known_of(tuple(layout), len(own), across)
     return Identity(anchor, candidates, across, base) if any(what.grouped for what in known if what) else base
 
 

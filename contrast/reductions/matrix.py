@@ -78,7 +78,7 @@ class Matrix:
             rows, above = getattr(asked, "rows", None), getattr(asked, "above", None)
             if not (identity.owns(rows) and identity.owns(asked.among)):
                 return None
-            shapes = tuple(v.shape if isinstance(v, Tensor) else v is None for v in arguments(asked).values())
+            shapes = tuple(v.shape if isinstance(v, Tensor) else type(v).__name__ for v in arguments(asked).values())
             bounded = scale is not None and abs(scale) <= WIDEST[work.x.dtype]
             named += [type(asked).__name__, asked.over, id(rows), id(asked.among), above is None, shapes, bounded]
         return tuple(named)

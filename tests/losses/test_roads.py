@@ -7,7 +7,7 @@ import torch
 
 from contrast import embeddings, reductions
 from contrast.embeddings import REMEMBERED, Embeddings, normalise
-from contrast.reductions import sweep
+from contrast.reductions import identity, sweep
 from tests.losses.cases import CASES, DIMS
 
 LABELS = torch.tensor([0, 1, 0, 2, 1, 1, 0])
@@ -93,6 +93,21 @@ def test_many_vectors_have_the_gradient_of_few(case, asked, monkeypatch):
     torch.testing.assert_close(outcome(case, asked), expected, rtol=1e-10, atol=1e-12)
     with reductions.road("tiles", size=3):
         torch.testing.assert_close(outcome(case, asked), expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("ordinary", [True, False])
+@pytest.mark.parametrize("case", CASES)
+def test_a_call_in_inference_mode_spoils_none_in_training(case, ordinary, monkeypatch):
+    """What is kept from call to call must not come from inference mode, where validation may have been first."""
+    if not ordinary:
+        monkeypatch.setattr(sweep, "ORDINARY", 0)
+    identity._known.cache_clear()
+    views, given = case.inputs(samples=7)
+    loss = case.make().double()
+    with torch.inference_mode():
+        loss(*views, **given)
+    value = loss(*views, **given)
+    assert torch.isfinite(torch.autograd.grad(value, views[-1], allow_unused=True, materialize_grads=True)[0]).all()
 
 
 @pytest.mark.parametrize("ordinary", [True, False])
