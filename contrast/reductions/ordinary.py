@@ -85,7 +85,8 @@ class Ordinary(Matrix):
         kept: dict[Any, tuple[Tensor, Once]] = work.pairs.__dict__.setdefault("live", {})
         known, once = kept.get(self.frame.key, (None, None))
         if known is None or once is None or (history and (once.used or not known.requires_grad)):
-            once = Once()
+            # What is put together here is a copy: the numbers would stay right, but only in small calls.
+            once = Once(work.parts[work.mirrored :] if history else ())
             known = self.frame.similarities(partial(_similarity, once))
             kept[self.frame.key] = known, once
         return known if history or not known.requires_grad else known.detach()
@@ -246,7 +247,7 @@ class _Similarity(torch.autograd.Function):
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         a, b = saved(ctx)
         _, of_a, of_b = ctx.needs_input_grad
-        ctx.once.used = True
+        ctx.once.use()
 
         def gradients(g: Tensor) -> tuple[Tensor | None, ...]:
             with full_precision(g):
@@ -268,7 +269,7 @@ class _Square(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         (x,) = saved(ctx)
-        ctx.once.used = True
+        ctx.once.use()
 
         def gradients(g: Tensor) -> tuple[Tensor | None, ...]:
             with full_precision(g):

@@ -23,10 +23,31 @@ WIDEST = {torch.float32: 75.0, torch.float64: 650.0}
 """exp(x), and sums of a hundred thousand of them, are normal numbers for |x| up to this."""
 
 
-class Once:
-    """Whether a way back was gone, after which its history may be free."""
+CHANGED = (
+    "a candidate changed between the loss and its backward pass: call a memory's update(...) after loss.backward()."
+)
 
-    used = False
+
+class Once:
+    """Whether a way back was gone, after which its history may be free.
+
+    Args:
+        held: tensors that must not be written to before.
+    """
+
+    def __init__(self, held: Sequence[Tensor] = ()) -> None:
+        self.used = False
+        self._held = [(tensor, tensor._version) for tensor in held]
+
+    def use(self) -> None:
+        """Go back.
+
+        Raises:
+            RuntimeError: where a tensor was written to since.
+        """
+        self.used = True
+        if any(tensor._version != version for tensor, version in self._held):
+            raise RuntimeError(CHANGED)
 
 
 class Work:
@@ -163,10 +184,7 @@ def saved(ctx: Any) -> tuple[Tensor, ...]:
     except RuntimeError as error:
         if "modified by an inplace operation" not in str(error):
             raise
-        raise RuntimeError(
-            "a candidate changed between the loss and its backward pass: call a memory's update(...) after "
-            "loss.backward()."
-        ) from error
+        raise RuntimeError(CHANGED) from error
     return found
 
 
