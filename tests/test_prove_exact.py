@@ -94,6 +94,12 @@ def test_every_registered_loss_has_a_row():
     assert {"contrast"} == {case.library for case in cases}
 
 
+@pytest.mark.parametrize("case", prove_exact.ours(), ids=str)
+def test_every_row_of_ours_can_be_built(case):
+    loss, _ = prove_exact.build(case, 0, 1)
+    assert isinstance(loss, torch.nn.Module)
+
+
 def test_inputs_are_read_from_their_words():
     case = Case("contrast", "cacr", "3 views, 2 heads, labels, targets, queue, reference, samples, 1 epoch")
     once = dict.fromkeys(["label", "target", "queue", "reference", "sample", "epoch"], 1)

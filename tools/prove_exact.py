@@ -112,6 +112,10 @@ NEEDS: dict[str, Sequence[Form]] = {
     "cacr_queue": [("2 views, targets, queue", {}), ("3 views, labels, targets", {"constant_weights": "none"})],
     "cwcl": [("2 views, reference", {}), ("2 views, labels, reference", {"learn_temperature": True})],
     "decoupled": [("2 views", {}), ("3 views, queue", {"weighting": "von_mises_fisher"})],
+    "false_negatives": [
+        ("2 views", {"loss": {"name": "info_nce"}, "relative_margin": 0.3}),
+        ("3 views, labels, queue", {"loss": {"name": "decoupled"}, "top": 1}),
+    ],
     "hard_contrastive": [("2 views", {}), ("3 views, queue", {"form": "simple", "hardest": 5})],
     "info_nce": [
         ("2 views", {}),
