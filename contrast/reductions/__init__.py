@@ -1,8 +1,8 @@
 """The row reductions of `Pairs`, behind which stand three roads with the same numbers; here one is chosen.
 
-dense: the similarities as one matrix, for small sizes and as the reference; tiles: any device, memory O(N + M);
-kernels: Triton on CUDA. Whatever the road, a row without candidates gives 0 (a log-sum-exp: `finfo.min / 2`) and no
-gradient.
+dense: the similarities as one matrix, the reference; tiles: any device, memory O(N + M), but that a small call on the
+CPU holds one matrix, of the pairs it is about; kernels: Triton on CUDA. Whatever the road, a row without candidates
+gives 0 (a log-sum-exp: `finfo.min / 2`) and no gradient.
 """
 
 from __future__ import annotations

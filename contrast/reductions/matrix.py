@@ -74,13 +74,13 @@ class Matrix:
         if not identity.canonical:
             return None
         named: list[Hashable] = [type(self).__name__, work.mirrored, work.unit, work.x.dtype]
-        for asked, scale in zip(self.asked, self.scales, strict=True):
+        for place, asked in enumerate(self.asked):
             rows, above = getattr(asked, "rows", None), getattr(asked, "above", None)
             if not (identity.owns(rows) and identity.owns(asked.among)):
                 return None
             shapes = tuple(v.shape if isinstance(v, Tensor) else type(v).__name__ for v in arguments(asked).values())
-            bounded = scale is not None and abs(scale) <= WIDEST[work.x.dtype]
-            named += [type(asked).__name__, asked.over, id(rows), id(asked.among), above is None, shapes, bounded]
+            named += [type(asked).__name__, asked.over, id(rows), id(asked.among), above is None, shapes]
+            named.append(self._in_range(place))
         return tuple(named)
 
     def _plan(self) -> _Plan:
@@ -148,6 +148,11 @@ class Matrix:
             return asked.weight is None
         return self.scales[place] is not None and getattr(asked, "log_weight", None) is None
 
+    def _in_range(self, place: int, bias: float = 0.0) -> bool:
+        """Say whether the scale is a number with which no e^(scale * s + bias) leaves the range."""
+        scale = self.scales[place]
+        return scale is not None and self.work.unit and abs(scale) + abs(bias) <= WIDEST[self.work.x.dtype]
+
     def _spot(self, place: int) -> Spot:
         """Give the anchors and candidates that a reduction is about."""
         asked = self.asked[place]
@@ -187,7 +192,7 @@ class Matrix:
             return False
         if isinstance(asked, SoftplusSum) or self.any_exponent:
             return True
-        return self.work.unit and abs(scale) <= WIDEST[self.work.x.dtype]
+        return self._in_range(place)
 
     def _block(self, place: int) -> Block:
         """Give what a reduction reads; what the identities alone decide is kept."""

@@ -20,7 +20,7 @@ from contrast.reductions.asked import Count, Kth, LogSumExp, Mean, Reduction, So
 from contrast.reductions.frames import Block
 from contrast.reductions.matrix import ALONE, Matrix
 from contrast.reductions.shares import logits, softplus
-from contrast.reductions.work import WIDEST, Once, Work, first_only, nothing, saved
+from contrast.reductions.work import Once, Work, first_only, nothing, saved
 
 if TYPE_CHECKING:
     from contrast.pairs import Pairs
@@ -134,7 +134,7 @@ class Ordinary(Matrix):
             return block.sum(each if ones is None else each * ones)
         if isinstance(asked, Mean):
             return self._mean(place, asked, s, block)
-        if isinstance(asked, LogSumExp) and self._is_bounded(place):
+        if isinstance(asked, LogSumExp) and self._is_plain(place) and self._in_range(place):
             return self._log_of_sum(asked, s, block)
         exponent, empty = self._exponent(place, asked, s, block)
         if isinstance(asked, LogSumExp):
@@ -144,12 +144,6 @@ class Ordinary(Matrix):
             return value if empty is None else value.masked_fill(empty, nothing(value.dtype))
         found = [self._soft_mean(asked, exponent, s, dim, empty) for dim in ((-1, -2) if block.both else (-1,))]
         return found[0] if len(found) == 1 else torch.cat(found, dim=-1)
-
-    def _is_bounded(self, place: int) -> bool:
-        """Say whether the scale is a number with which no exponential leaves the range."""
-        scale = self.scales[place]
-        plain = self._is_plain(place) and scale is not None
-        return plain and self.work.unit and abs(scale or 0.0) <= WIDEST[self.work.x.dtype]
 
     def _log_of_sum(self, asked: LogSumExp, s: Tensor, block: Block) -> Tensor:
         """Give a log-sum-exp whose exponentials need no maximum."""

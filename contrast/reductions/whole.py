@@ -16,7 +16,7 @@ from contrast.reductions.frames import Block, Frame
 from contrast.reductions.listed import add_dots, dots
 from contrast.reductions.matrix import ALONE, Matrix, number
 from contrast.reductions.shares import Arguments, logits, shares, softplus, sum_of_log1p
-from contrast.reductions.work import WIDEST, Gradients, nothing
+from contrast.reductions.work import Gradients, nothing
 
 
 class Whole(Matrix):
@@ -132,10 +132,8 @@ class Whole(Matrix):
 
     def _is_bounded(self, place: int, block: Block) -> bool:
         """Say whether scale and bias of a softplus are numbers that keep e^(scale * s + bias) in range."""
-        scale, bias = self.scales[place], number(self.asked[place].bias)
-        if block is ALONE or not self.work.unit or scale is None or bias is None:
-            return False
-        return abs(scale) + abs(bias) <= WIDEST[self.work.x.dtype]
+        bias = number(self.asked[place].bias)
+        return block is not ALONE and bias is not None and self._in_range(place, bias)
 
     def _softplus(self, place: int, s: Tensor, block: Block) -> tuple[Tensor, Tensor, Tensor]:
         """Give sums of log(1 + e^(scale * s + bias)); kept are the exponentials."""
@@ -156,7 +154,7 @@ class Whole(Matrix):
         asked, scale = self.asked[place], self.scales[place]
         assert scale is not None
         shift = None
-        if self.work.unit and abs(scale) <= WIDEST[s.dtype]:
+        if self._in_range(place):
             e, ones = (s * scale).exp_(), self._ones(place, s, block)
             if ones is not None:
                 e.mul_(ones)
@@ -213,13 +211,11 @@ class Whole(Matrix):
         if isinstance(asked, SoftplusSum) and scale is not None:
             if self._is_bounded(place, block):
                 to_logit = (first / (first + 1)).mul_(block.spread(g))
-                self._learn(into, place, "scale", to_logit, s)
-                self._learn(into, place, "bias", to_logit)
-                return to_logit.mul_(scale)
-            to_logit = torch.sigmoid(first).mul_(block.spread(g))
-            counts = self._ones(place, s, block)
-            if counts is not None:
-                to_logit = torch.where(counts, to_logit, 0) if counts.dtype == torch.bool else to_logit.mul_(counts)
+            else:
+                to_logit = torch.sigmoid(first).mul_(block.spread(g))
+                counts = self._ones(place, s, block)
+                if counts is not None:
+                    to_logit = torch.where(counts, to_logit, 0) if counts.dtype == torch.bool else to_logit.mul_(counts)
             self._learn(into, place, "scale", to_logit, s)
             self._learn(into, place, "bias", to_logit)
             return to_logit.mul_(scale)

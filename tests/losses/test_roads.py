@@ -7,7 +7,8 @@ import torch
 
 from contrast import embeddings, reductions
 from contrast.embeddings import REMEMBERED, Embeddings, normalise
-from contrast.reductions import identity, sweep
+from contrast.losses import InfoNCE
+from contrast.reductions import LogSumExp, SoftplusSum, identity, sweep
 from tests.losses.cases import CASES, DIMS
 
 LABELS = torch.tensor([0, 1, 0, 2, 1, 1, 0])
@@ -128,3 +129,21 @@ def test_what_a_loss_held_is_free_with_it(case, ordinary, monkeypatch):
         assert gc.collect() < calls
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize("ordinary", [True, False])
+def test_reductions_of_the_same_pairs_may_go_back_one_after_the_other(ordinary, monkeypatch):
+    """What the first leaves for the second has lost its history once the first has gone back."""
+    if not ordinary:
+        monkeypatch.setattr(sweep, "ORDINARY", 0)
+    z = torch.randn(2, 5, DIMS, dtype=torch.float64, requires_grad=True)
+    asked = LogSumExp(3.0, "negative"), SoftplusSum(2.0, 0.5, "positive")
+
+    def gradient(pairs, one):
+        return torch.autograd.grad(pairs.reduce(one)[0].sum(), pairs.anchor.z)[0]
+
+    (pairs,) = InfoNCE().pairs(*z)
+    found = [gradient(pairs, one) for one in asked]
+    with reductions.road("dense"):
+        expected = [gradient(InfoNCE().pairs(*z)[0], one) for one in asked]
+    torch.testing.assert_close(found, expected)
