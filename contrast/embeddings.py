@@ -140,20 +140,60 @@ class Embeddings:
         return gather_all([self])[0]
 
 
-class _Joined(Embeddings):
-    """Embeddings put after one another, whose references are put together only when somebody asks for all."""
+class _OfView(Embeddings):
+    """Embeddings of one view, which is written out only when somebody asks for it."""
 
-    pieces: tuple[Tensor | None, ...]
+    number: int
+
+    @cached_property
+    def view(self) -> Tensor:
+        """The view of each."""
+        return torch.full_like(self.sample, self.number)
+
+
+class _Piece(NamedTuple):
+    """What embeddings are but for their vectors; the view is a number where it is that of all."""
+
+    sample: Tensor
+    group: Tensor
+    view: Tensor | int
+    reference: Tensor | None
+
+
+class _Joined(Embeddings):
+    """Embeddings put after one another, what they are being put together only when somebody asks for all."""
+
+    pieces: tuple[_Piece, ...]
+
+    @cached_property
+    def sample(self) -> Tensor:
+        """The samples of all parts."""
+        return torch.cat([piece.sample for piece in self.pieces])
+
+    @cached_property
+    def group(self) -> Tensor:
+        """The groups of all parts; the very samples where each sample is its own."""
+        if all(piece.group is piece.sample for piece in self.pieces):
+            return self.sample
+        return torch.cat([piece.group for piece in self.pieces])
+
+    @cached_property
+    def view(self) -> Tensor:
+        """The views of all parts."""
+        written = [
+            piece.view if isinstance(piece.view, Tensor) else torch.full_like(piece.sample, piece.view)
+            for piece in self.pieces
+        ]
+        return torch.cat(written)
 
     @cached_property
     def reference(self) -> Tensor | None:
         """The references of all parts, if each has some."""
-        found = [piece for piece in self.pieces if piece is not None]
-        return torch.cat(found) if len(found) == len(self.pieces) else None
+        return _if_all([piece.reference for piece in self.pieces])
 
     @property
     def refers(self) -> bool:
-        return all(piece is not None for piece in self.pieces)
+        return all(piece.reference is not None for piece in self.pieces)
 
     def references(self, index: slice | Tensor) -> Tensor | None:
         if not self.refers or not isinstance(index, slice):
@@ -161,10 +201,10 @@ class _Joined(Embeddings):
         start, stop, step = index.indices(len(self))
         before = 0
         for piece in self.pieces:
-            assert piece is not None
-            if before <= start and stop <= before + len(piece):
-                return piece[start - before : stop - before : step]
-            before += len(piece)
+            assert piece.reference is not None
+            if before <= start and stop <= before + len(piece.reference):
+                return piece.reference[start - before : stop - before : step]
+            before += len(piece.reference)
         return super().references(index)
 
 
@@ -337,44 +377,38 @@ def of_view(
         unit: whether the vectors are of unit length, or 0.
     """
     known = None if fresh is None else Known(sample, view, fresh, grouped=group is not sample)
-    return _made(z, sample, group, torch.full_like(sample, view), known=known, unit=unit, reference=reference)
+    given = {"z": z, "sample": sample, "group": group, "reference": reference, "known": known, "unit": unit}
+    # The compiler does not know of what is made later.
+    if torch.compiler.is_compiling():
+        return _made(Embeddings, view=torch.full_like(sample, view), **given)
+    return _made(_OfView, number=view, **given)
 
 
-def _made(
-    z: Tensor,
-    sample: Tensor,
-    group: Tensor,
-    view: Tensor,
-    parts: tuple[Embeddings, ...] = (),
-    known: Known | None = None,
-    unit: bool = False,
-    **references: Any,
-) -> Embeddings:
-    """Give embeddings of tensors that are known to fit together, with their `reference` or with `pieces` of it."""
-    made = object.__new__(_Joined if "pieces" in references else Embeddings)
-    made.__dict__.update(z=z, sample=sample, group=group, view=view, parts=parts, known=known, unit=unit, **references)
+def _made(kind: type[Embeddings], **fields: Any) -> Embeddings:
+    """Give embeddings of tensors that are known to fit together."""
+    made = object.__new__(kind)
+    made.__dict__.update(fields)
     return made
+
+
+def _view_of(part: Embeddings) -> Tensor | int:
+    """Give the views, or the number while they are not written out."""
+    return part.number if isinstance(part, _OfView) and "view" not in part.__dict__ else part.view
 
 
 def concatenate(parts: Sequence[Embeddings]) -> Embeddings:
     """Put embeddings after one another, in the order given."""
     if len(parts) == 1:
         return parts[0]
-    sample = torch.cat([part.sample for part in parts])
-    same = all(part.group is part.sample for part in parts)
-    references: dict[str, Any] = {"pieces": tuple(part.reference for part in parts)}
+    given = {"z": _joined([part.z for part in parts]), "parts": tuple(parts), "unit": all(part.unit for part in parts)}
     if torch.compiler.is_compiling():
-        found = [part.reference for part in parts if part.reference is not None]
-        references = {"reference": torch.cat(found) if len(found) == len(parts) else None}
-    made = _made(
-        _joined([part.z for part in parts]),
-        sample,
-        sample if same else torch.cat([part.group for part in parts]),
-        torch.cat([part.view for part in parts]),
-        parts=tuple(parts),
-        unit=all(part.unit for part in parts),
-        **references,
-    )
+        sample = torch.cat([part.sample for part in parts])
+        same = all(part.group is part.sample for part in parts)
+        given |= {"sample": sample, "group": sample if same else torch.cat([part.group for part in parts])}
+        given |= {"view": torch.cat([part.view for part in parts]), "reference": _if_all([p.reference for p in parts])}
+        return _made(Embeddings, **given)
+    pieces = tuple(_Piece(part.sample, part.group, _view_of(part), part.reference) for part in parts)
+    made = _made(_Joined, pieces=pieces, **given)
     direct = parts[0].direct
     if direct is not None and all(part.direct is direct for part in parts) and len(made) == direct.z.shape[-2]:
         made.__dict__["direct"] = direct
@@ -391,6 +425,12 @@ def _joined(vectors: Sequence[Tensor]) -> Tensor:
             return torch.cat(list(vectors), dim=-2)
         start += z.shape[-2]
     return base if start == base.shape[-2] else torch.cat(list(vectors), dim=-2)
+
+
+def _if_all(references: Sequence[Tensor | None]) -> Tensor | None:
+    """Put references after one another; None where some have none."""
+    found = [reference for reference in references if reference is not None]
+    return torch.cat(found) if len(found) == len(references) else None
 
 
 def gather_all(parts: Sequence[Embeddings]) -> list[Embeddings]:
