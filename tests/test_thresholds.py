@@ -60,6 +60,19 @@ def test_what_lies_above_thresholds_is_the_same_from_either_side(queued, same_bi
     torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.parametrize("dims", [5, 17, 33, 128])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_nobody_loses_its_hardest_negative(dims, dtype):
+    """Vectors that start anywhere in a line of the cache may have products with another last digit."""
+    for seed in range(4):
+        generator = torch.Generator().manual_seed(seed)
+        z = torch.randn(4, 140 + 13 * seed, dims, dtype=dtype, generator=generator)
+        (pairs,) = HardContrastive(hardest=1).pairs(*z)
+        assert bool((pairs.count("negative", above=pairs.kth(1, "negative")) > 0).all())
+        above = pairs.logsumexp(10.0, "negative", above=pairs.kth(1, "negative"))
+        assert bool((above > -100).all())
+
+
 def test_bits_are_told_apart(monkeypatch):
     """Sums in another order are noticed."""
     product = torch.Tensor.__matmul__

@@ -87,7 +87,7 @@ class Aligned:
             together = together.clamp(min=0)
         if work.heads:
             heads, count = work.x.shape[:2]
-            together = together + torch.arange(0, heads * count, count).unsqueeze(-1)
+            together = together + (torch.arange(heads) * count).unsqueeze(-1)
         self.positions = together.flatten(1)
         self.at_once = len(self.x) <= ROWS
 

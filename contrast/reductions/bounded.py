@@ -272,7 +272,9 @@ class Bounded:
             i, j = spot.i, spot.j
             rows, columns = self.rows[i], self.columns[j]
             if i != block:
-                scaled, block = x[rows.start : rows.stop] * (fold or 1.0), i
+                scaled, block = x[rows.start : rows.stop], i
+                # Without a scale these very numbers, where they stand: a copy elsewhere may give another last digit.
+                scaled = scaled if fold is None else scaled * fold
             others = self._others(x, parts, spot)
             tile = torch.mm(scaled, others.T, out=self._place(buffers, spot))
             for place, (term, (row, column)) in enumerate(zip(terms, spot.serves, strict=True)):
@@ -459,7 +461,7 @@ class Bounded:
                 tile = next(kept)
             else:
                 if i != block:
-                    scaled, block = anchors * (fold or 1.0), i
+                    scaled, block = anchors if fold is None else anchors * fold, i
                 tile = torch.mm(scaled, others.T, out=buffers.tile(0, rows, columns))
             total: Tensor | None = None
             diagonal = spot.mirror and i == j

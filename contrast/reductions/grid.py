@@ -10,6 +10,8 @@ import torch
 from contrast.reductions.identity import Run, cut
 from contrast.reductions.work import Work
 
+LINE = 64
+"""Bytes of a line of the processor's cache."""
 STRIP = 2**21
 """Numbers in a strip of whole rows, for what must see a row at once."""
 
@@ -44,8 +46,11 @@ def blocks(work: Work, height: int, width: int) -> tuple[list[Run], list[Run]]:
 def alike(work: Work, shapes: Iterable[tuple[int, int]], size: int) -> bool:
     """Say whether a similarity has the same bits in tiles of all these shapes, and seen from its candidate's side.
 
-    It is tried out once with random vectors: whether sums are formed in the same order depends on shapes alone.
+    It is tried out once with random vectors: whether sums are formed in the same order depends on shapes alone, where
+    every vector starts at the beginning of a line of the processor's cache.
     """
+    if any(z.data_ptr() % LINE or z.shape[-1] * z.element_size() % LINE for z in (work.x, *work.parts)):
+        return False
     made = (frozenset(shapes), size, work.x.shape[-1], work.x.dtype)
     return _alike(*made, torch.get_num_threads(), torch.get_float32_matmul_precision())
 

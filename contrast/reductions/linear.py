@@ -65,8 +65,10 @@ class Linear:
             kept &= view == REMEMBERED
         if asked.among is not None:
             kept &= asked.among[pairs.columns]
-        if self.by_class:
-            kept &= identity.group[pairs.columns] == identity.anchor_group[pairs.rows]
+        if self.by_class or self.less_classes:
+            # What is taken away with its class is not taken away again.
+            same = identity.group[pairs.columns] == identity.anchor_group[pairs.rows]
+            kept &= same if self.by_class else ~same
         return pairs[kept]
 
     def forward(self) -> tuple[list[Tensor], list[Tensor]]:

@@ -165,7 +165,10 @@ class Matrix:
         """Give what makes the smallest matrix that holds these spots."""
         work = self.work
         start, stop = min(one.start for one in spots.values()), max(one.stop for one in spots.values())
-        if stop - start == work.identity.rows and not any(self._spans_columns(place) for place in spots):
+        # Where each view's anchors meet their own candidates, nothing tells a part of them from the others.
+        everyone = [one for one in spots.values() if one.stop - one.start == work.identity.rows]
+        apart = any(one.exact and one.right - one.left < work.identity.columns for one in everyone)
+        if stop - start == work.identity.rows and not apart and not any(map(self._spans_columns, spots)):
             met = facing(work.identity)
             if met is not None:
                 folded = work.mirrored == len(work.parts) == 2 and all(map(self._may_fold, spots, spots.values()))

@@ -97,5 +97,10 @@ def of_one(asked: Reduction, near: Tensor) -> Tensor:
     if isinstance(asked, Mean):
         return near
     assert isinstance(asked, LogSumExp | SoftplusSum)
-    value: Tensor = near * asked.scale  # type: ignore[operator]
-    return value if isinstance(asked, LogSumExp) else softplus(value + asked.bias)
+    value: Tensor = near * scalar(asked.scale)
+    return value if isinstance(asked, LogSumExp) else softplus(value + scalar(asked.bias))
+
+
+def scalar(value: Any) -> Any:
+    """Give a tensor of one number without dimensions, so that it takes part in any shape."""
+    return value.reshape(()) if isinstance(value, Tensor) and value.numel() == 1 else value

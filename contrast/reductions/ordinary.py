@@ -19,6 +19,7 @@ from contrast.embeddings import full_precision
 from contrast.reductions.asked import Count, Kth, LogSumExp, Mean, Reduction, SoftMean, SoftplusSum
 from contrast.reductions.frames import Block
 from contrast.reductions.matrix import ALONE, Matrix
+from contrast.reductions.near import scalar
 from contrast.reductions.shares import logits, softplus
 from contrast.reductions.work import Once, Work, first_only, nothing, saved
 
@@ -112,9 +113,9 @@ class Ordinary(Matrix):
         if isinstance(asked, Mean):
             value = near
         elif isinstance(asked, SoftMean):
-            value = near + 0 * asked.scale if isinstance(asked.scale, Tensor) else near
+            value = near + 0 * scalar(asked.scale) if isinstance(asked.scale, Tensor) else near
         else:
-            value = near * asked.scale
+            value = near * scalar(asked.scale)
         if isinstance(asked, SoftplusSum):
             value = softplus(value + asked.bias)
         if asked.rows is None:
@@ -192,7 +193,7 @@ class Ordinary(Matrix):
             return total
         counts = self._counting(place, s.detach(), block)
         weight = torch.as_tensor(self._weight(place), dtype=s.dtype, device=s.device)
-        weight = weight.expand(s.shape[-2:]) if counts is None else torch.where(counts, weight, 0)
+        weight = weight + s.new_zeros(s.shape[-2:]) if counts is None else torch.where(counts, weight, 0)
         mass = weight.sum(dim=-1)
         return (weight * s).sum(dim=-1) / mass.where(mass != 0, 1)
 

@@ -51,7 +51,8 @@ class Whole(Matrix):
             first, second = saved[1 + 2 * place : 3 + 2 * place]
             g, output = self._rows_of(upstream[place], block), self._rows_of(outputs[place], block)
             if alone:
-                if near is None and not self._is_itself(asked):
+                learned = (self.numbers[place], "scale") in into.arguments
+                if near is None and (learned or not self._is_itself(asked)):
                     near = self._near(s)
                 to_s = self._differentiate(place, s if near is None else near, block, output, g, first, second, into)
                 to_near = to_s if to_near is None else to_near + to_s
@@ -117,12 +118,13 @@ class Whole(Matrix):
             return block.sum(each if counts is None else torch.where(counts, each, 0)), exponent, none
         if isinstance(asked, Mean):
             weight = torch.as_tensor(self._weight(place), dtype=s.dtype, device=s.device)
-            weight = weight.expand(s.shape[-2:]) if counts is None else torch.where(counts, weight, 0)
+            weight = weight + s.new_zeros(s.shape[-2:]) if counts is None else torch.where(counts, weight, 0)
             mass = weight.sum(dim=-1)
             mass = mass.where(mass != 0, 1)
             return (weight * s).sum(dim=-1) / mass, weight, mass
-        assert counts is not None
-        exponent = torch.where(counts, logits(s, self._given(asked)), -torch.inf)
+        exponent = logits(s, self._given(asked))
+        if counts is not None:
+            exponent = torch.where(counts, exponent, -torch.inf)
         value = torch.logsumexp(exponent, dim=-1) if s.shape[-1] else exponent.sum(dim=-1) - torch.inf
         normaliser = torch.where(value == -torch.inf, torch.inf, value)
         if isinstance(asked, SoftMean):
@@ -167,7 +169,7 @@ class Whole(Matrix):
                 shift = e.amax(dim=-1, keepdim=True).clamp_(min=torch.finfo(s.dtype).min)
                 e = e.sub_(shift).exp_()
         mass, empty = block.sum(e), None
-        if block.lacking or (block is ALONE and asked.rows is not None):
+        if block.lacking or asked.above is not None or (block is ALONE and asked.rows is not None):
             empty = mass == 0
             mass.masked_fill_(empty, torch.inf)
         inverse = mass.reciprocal()

@@ -317,3 +317,10 @@ def test_it_is_built_by_name():
     assert LOSSES.build({"name": "amcl", "form": "logsumexp"}, dim=8).temperatures.dim == 8
     with pytest.raises(ValueError, match="is called 'amcl' here"):
         LOSSES["adaptive_multi_head"]
+
+
+def test_heads_without_samples_have_a_loss_of_zero():
+    nobody = torch.zeros(3, 0, 4, requires_grad=True)
+    value = AMCL(dim=4)(nobody, nobody)
+    assert value == 0
+    value.backward()

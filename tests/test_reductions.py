@@ -1,0 +1,143 @@
+"""Every reduction has one value and one gradient, whichever way it goes, whoever the candidates are."""
+
+import random
+
+import pytest
+import torch
+
+from contrast import reductions
+from contrast.embeddings import REMEMBERED, Embeddings, normalise
+from contrast.losses import InfoNCE
+from contrast.reductions import Count, Kth, LogSumExp, Mean, SoftMean, SoftplusSum, identity, sweep
+
+DIMS = 3
+WAYS = {
+    "ordinary operations": ("tiles", 512, 2**14, 2**16),
+    "written derivatives": ("tiles", 512, 2**14, 0),
+    "a tile": ("tiles", 512, 0, 0),
+    "small tiles": ("tiles", 3, 0, 0),
+}
+
+
+class Scene:
+    """Random anchors and candidates, and random reductions of them; the same for the same seed."""
+
+    def __init__(self, seed):
+        self.choose = random.Random(seed)
+        self.generator = torch.Generator().manual_seed(seed)
+        choose = self.choose
+        self.leaves = []
+        samples, views = choose.randint(1, 13), choose.choice([1, 2, 2, 2, 3])
+        heads = choose.choice([(), (), (), (1,), (2,)])
+        own = [self.leaf(*heads, samples, DIMS) for _ in range(views)]
+        given = {}
+        across = choose.random() < 0.5
+        if views == 1 or choose.random() < 0.3:
+            given["targets"] = [None, *(self.leaf(*heads, samples, DIMS) for _ in range(max(views - 1, 1)))]
+        if choose.random() < 0.4:
+            given["group"] = self.whole_numbers(choose.randint(1, 4), samples)
+        if choose.random() < 0.4:
+            given["sample"] = torch.arange(samples) if choose.random() < 0.6 else self.whole_numbers(6, samples)
+        if choose.random() < 0.4:
+            count = choose.randint(1, 8)
+            z, sample = self.leaf(count, DIMS), self.whole_numbers(12, count)
+            group = self.whole_numbers(4, count) if "group" in given else sample
+            given["extra"] = z, sample, group, torch.full_like(sample, REMEMBERED)
+        self.call = InfoNCE(candidates="across" if across else "all").pairs, own, given
+        (first, *_) = self.pairs()
+        self.rows, self.heads, self.sizes = len(first), heads, [len(part) for part in first.candidates]
+        self.asked = [self.reduction() for _ in range(choose.randint(1, 3))]
+
+    def leaf(self, *shape):
+        made = torch.randn(shape, generator=self.generator, dtype=torch.float64)
+        if self.choose.random() < 0.8:
+            self.leaves.append(made.requires_grad_())
+        return made
+
+    def whole_numbers(self, below, count):
+        return torch.randint(below, (count,), generator=self.generator)
+
+    def pairs(self):
+        pairs, own, given = self.call
+        if "extra" in given:
+            z, *identities = given["extra"]
+            given = {**given, "extra": [Embeddings(normalise(z), *identities)]}
+        return pairs(*own, **given)
+
+    def value(self, low=0.2):
+        """Give a number, or a tensor that spans at most one of N and M, perhaps learned."""
+        rows, columns = self.rows, sum(self.sizes)
+        shapes = [(), (rows, 1), (1, columns), *([(*self.heads, 1, 1)] if self.heads else [])]
+        shape = self.choose.choice([None, None, *shapes])
+        if shape is None:
+            return self.choose.choice([1.5, 4.0, -2.0]) if low < 1 else self.choose.random() + low
+        made = torch.rand(shape, generator=self.generator, dtype=torch.float64) + low
+        if self.choose.random() < 0.5:
+            self.leaves.append(made.requires_grad_())
+        return made
+
+    def among(self):
+        """Give nobody, everybody of one part, or anybody."""
+        kind, columns = self.choose.choice([None, None, "part", "any"]), sum(self.sizes)
+        if kind == "part":
+            part = self.choose.randrange(len(self.sizes))
+            return torch.repeat_interleave(torch.arange(len(self.sizes)) == part, torch.tensor(self.sizes))
+        return kind if kind is None else self.whole_numbers(2, columns).bool()
+
+    def reduction(self):
+        choose = self.choose
+        over = choose.choice(["positive", "negative", "remembered", "all"])
+        given = {"over": over, "among": self.among()}
+        rows = choose.choice([None, None, None, self.whole_numbers(2, self.rows).bool()])
+        kind = choose.choice([LogSumExp, LogSumExp, Mean, Mean, SoftMean, SoftplusSum, Kth, Count])
+        if kind is Kth:
+            return Kth(choose.randint(1, 4), **given)
+        given["rows"] = rows
+        if kind is SoftplusSum:
+            bias = choose.choice([0.5, -1.0, torch.rand(self.rows, generator=self.generator, dtype=torch.float64)])
+            return SoftplusSum(self.value(), bias, **given)
+        if choose.random() < 0.2:
+            given["above"] = torch.rand(self.rows, generator=self.generator, dtype=torch.float64) - 0.5
+        if kind is Count:
+            return Count(**given)
+        if kind is Mean:
+            return Mean(weight=choose.choice([None, None, self.value(low=1.0)]), **given)
+        if kind is SoftMean:
+            return SoftMean(self.value(), detach=choose.random() < 0.3, **given)
+        return LogSumExp(self.value(), log_weight=choose.choice([None, None, self.value()]), **given)
+
+    def outcome(self):
+        """Give the reductions of all pairs, and the gradient of all that has one."""
+        found = [output for pairs in self.pairs() for output in pairs.reduce(*self.asked)] if self.fits() else []
+        generator = torch.Generator().manual_seed(1)
+        total = torch.zeros((), dtype=torch.float64)
+        for output in found:
+            weight = torch.rand(output.shape, generator=generator, dtype=torch.float64)
+            counted = output > torch.finfo(torch.float64).min / 4
+            total = total + torch.where(counted, weight * output, 0).sum()
+        if not total.requires_grad:
+            return found, [torch.zeros_like(leaf) for leaf in self.leaves]
+        return found, list(torch.autograd.grad(total, self.leaves, allow_unused=True, materialize_grads=True))
+
+    def fits(self):
+        """Say whether all pairs have the shape that the arguments were made for."""
+        return all([len(part) for part in pairs.candidates] == self.sizes for pairs in self.pairs())
+
+
+@pytest.mark.parametrize("few", [identity.FEW, 2], ids=["listed", "too many to list"])
+@pytest.mark.parametrize("start", range(0, 200, 100))
+def test_no_way_changes_a_reduction(start, few, monkeypatch):
+    monkeypatch.setattr(identity, "FEW", few)
+    for seed in range(start, start + 100):
+        scene = Scene(seed)
+        with reductions.road("dense"):
+            expected = scene.outcome()
+        for way, (name, size, small, ordinary) in WAYS.items():
+            identity._known.cache_clear()
+            monkeypatch.setattr(sweep, "ORDINARY", ordinary)
+            with reductions.road(name, size=size, small=small):
+                found = scene.outcome()
+            torch.testing.assert_close(
+                found, expected, rtol=1e-9, atol=1e-11, msg=lambda text, s=seed, w=way: f"seed {s}, {w}: {text}"
+            )
+    identity._known.cache_clear()
