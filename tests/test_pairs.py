@@ -540,6 +540,9 @@ def test_two_sided_and_cross_pairs_leave_out_the_anchors_own_view():
         (lambda pairs: pairs.mean("all", weight="cosine"), "weight is 'reference', a number.*'cosine'"),
         (lambda pairs: pairs.mean("all", weight="reference"), r"give the loss reference=\(N, R\)"),
         (lambda pairs: pairs.logsumexp(torch.ones(2, 2), "all"), r"spans at most one of N and M.*\(2, 2\)"),
+        (lambda pairs: pairs.kth(0, "all"), "k is 1 or more; got 0"),
+        (lambda pairs: pairs.mean("all", among=torch.ones(3).bool()), r"among is \(2,\) bool; got .* shape \(3,\)"),
+        (lambda pairs: pairs.count("all", rows=torch.ones(2)), r"rows is \(2,\) bool; got torch.float32"),
     ],
 )
 def test_what_cannot_be_asked_is_refused_in_a_sentence(ask, words):

@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from contrast.losses.checks import not_negative
 from contrast.losses.pair_loss import LOSSES, PairLoss
 from contrast.losses.temperatures import (
     Network,
@@ -63,6 +64,8 @@ class AMCL(PairLoss):
     authors' repository LeiWangR/cl at 3318352.
     """
 
+    traced = False
+
     needs_negative = True
 
     def __init__(
@@ -81,8 +84,7 @@ class AMCL(PairLoss):
         super().__init__()
         if form not in ("max", "logsumexp"):
             raise ValueError(f"form is 'max' or 'logsumexp'; got {form!r}.")
-        if not 0 <= regulariser_weight < float("inf"):
-            raise ValueError(f"regulariser_weight must be a number of 0 or more; got {regulariser_weight}.")
+        not_negative(regulariser_weight=regulariser_weight)
         self.temperatures = PairTemperature(
             dim, network, hidden, lowest_temperature, highest_temperature, temperature, seed
         )

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from contrast import distributed
 from contrast.embeddings import Embeddings
+from contrast.losses.checks import not_negative
 from contrast.losses.pair_loss import LOSSES
 from contrast.losses.temperatures import Network, PairTemperature, omega
 from contrast.pairs import product
@@ -61,12 +62,7 @@ class AMCLBarlow(nn.Module):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        for name, number in {
-            "off_diagonal_weight": off_diagonal_weight,
-            "regulariser_weight": regulariser_weight,
-        }.items():
-            if not 0 <= number < float("inf"):
-                raise ValueError(f"{name} must be a number of 0 or more; got {number}.")
+        not_negative(off_diagonal_weight=off_diagonal_weight, regulariser_weight=regulariser_weight)
         self.temperatures = PairTemperature(
             dim, network, hidden, lowest_temperature, highest_temperature, temperature, seed
         )
@@ -80,7 +76,7 @@ class AMCLBarlow(nn.Module):
         targets: Sequence[Tensor | None] | None = None,
         sample: Tensor | None = None,  # noqa: ARG002
         group: Tensor | None = None,  # noqa: ARG002
-        extra: Sequence[object] = (),
+        extra: Sequence[object] | None = (),
     ) -> Tensor:
         """Give the loss of two views, (N, D) or (H, N, D) each, over the samples of all processes: ().
 
@@ -92,7 +88,7 @@ class AMCLBarlow(nn.Module):
                 "AMCLBarlow takes two views of one shape, (N, D) or (H, N, D); "
                 f"got {', '.join(str(tuple(view.shape)) for view in views) or 'none'}."
             )
-        if len(extra) or any(target is not None for target in targets or ()):
+        if (extra is not None and len(extra)) or any(target is not None for target in targets or ()):
             raise ValueError("AMCLBarlow correlates two views; it takes neither targets nor extra candidates.")
         for number, view in enumerate(views):
             if view.device.type == "cpu" and not torch.isfinite(view).all():

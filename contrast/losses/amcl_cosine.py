@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from contrast.losses.checks import not_negative
 from contrast.losses.pair_loss import LOSSES, Extra, PairLoss
 from contrast.losses.temperatures import Network, PairTemperature, attracted, mean_temperatures
 from contrast.pairs import Pairs
@@ -39,6 +40,8 @@ class AMCLCosine(PairLoss):
     Source: Wang et al. 2023, Adaptive Multi-head Contrastive Learning, ECCV 2024, arXiv:2310.05615, table 2.
     """
 
+    traced = False
+
     def __init__(
         self,
         dim: int | None = None,
@@ -51,8 +54,7 @@ class AMCLCosine(PairLoss):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        if not 0 <= regulariser_weight < float("inf"):
-            raise ValueError(f"regulariser_weight must be a number of 0 or more; got {regulariser_weight}.")
+        not_negative(regulariser_weight=regulariser_weight)
         self.temperatures = PairTemperature(
             dim, network, hidden, lowest_temperature, highest_temperature, temperature, seed
         )

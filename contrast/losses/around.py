@@ -37,6 +37,7 @@ class Around(PairLoss):
         self.loss = loss
         for wish in ("needs_positive", "needs_negative", "normalise", "reads_similarity", "reference_of"):
             setattr(self, wish, getattr(loss, wish))
+        self.traced = self.traced and loss.traced
 
     def pairs(
         self,

@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from contrast.losses.checks import not_negative
 from contrast.losses.pair_loss import LOSSES, PairLoss
 from contrast.pairs import Pairs
 from contrast.reductions import SoftMean
@@ -68,7 +69,7 @@ class CACR(PairLoss):
         positive_prior: float = 0.0,
     ) -> None:
         super().__init__()
-        refuse_negative(
+        not_negative(
             attraction_scale=attraction_scale,
             repulsion_scale=repulsion_scale,
             attraction_weight=attraction_weight,
@@ -122,13 +123,6 @@ class CACR(PairLoss):
             return there / torch.as_tensor(partners).clamp(min=1)
         # The mean over all V n anchors becomes the mean over the V (V - 1) / 2 view pairs and their n anchors.
         return there * (2 / max(views_of(pairs) - 1, 1))
-
-
-def refuse_negative(**numbers: float) -> None:
-    """Raise a ValueError for a number that is negative or not finite."""
-    for name, number in numbers.items():
-        if not 0 <= number < float("inf"):
-            raise ValueError(f"{name} must be a number of 0 or more; got {number}.")
 
 
 def views_of(pairs: Pairs) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Literal
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 
 from contrast.embeddings import Embeddings, gather_all
+from contrast.losses.checks import positive
 from contrast.losses.pair_loss import LOSSES, Extra, PairLoss
 from contrast.pairs import Pairs
 
@@ -49,8 +49,7 @@ class CACRMultiCrop(PairLoss):
 
     def __init__(self, temperature: float = 1.0, cost: Literal["rbf", "euclidean"] = "rbf") -> None:
         super().__init__()
-        if not (temperature > 0 and math.isfinite(temperature)):
-            raise ValueError(f"temperature must be a positive number; got {temperature}.")
+        positive(temperature=temperature)
         if cost not in ("rbf", "euclidean"):
             raise ValueError(f"cost is 'rbf' or 'euclidean'; got {cost!r}.")
         self.temperature = temperature

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from contrast.embeddings import gather_all
-from contrast.losses.cacr import among_parts, refuse_negative, views_of
+from contrast.losses.cacr import among_parts, views_of
+from contrast.losses.checks import not_negative
 from contrast.losses.pair_loss import LOSSES, Extra, PairLoss
 from contrast.pairs import Pairs
 from contrast.reductions import LogSumExp, SoftMean
@@ -56,7 +57,7 @@ class CACRQueue(PairLoss):
         constant_weights: Literal["published", "all", "none"] = "published",
     ) -> None:
         super().__init__()
-        refuse_negative(
+        not_negative(
             attraction_scale=attraction_scale,
             repulsion_scale=repulsion_scale,
             attraction_weight=attraction_weight,

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from contrast import distributed
-from contrast.embeddings import Embeddings
-from contrast.losses.cacr import meetings, refuse_negative
-from contrast.losses.pair_loss import LOSSES, Extra, PairLoss, Source, global_mean
+from contrast.losses.cacr import meetings
+from contrast.losses.checks import not_negative
+from contrast.losses.pair_loss import LOSSES, Extra, PairLoss, global_mean
 from contrast.pairs import Pairs
 from contrast.reductions import LogSumExp
 
@@ -59,7 +59,7 @@ class CACRRBF(PairLoss):
         cost_scale: float = 2.0,
     ) -> None:
         super().__init__()
-        refuse_negative(
+        not_negative(
             attraction_scale=attraction_scale,
             repulsion_scale=repulsion_scale,
             attraction_weight=attraction_weight,
@@ -79,14 +79,14 @@ class CACRRBF(PairLoss):
         sample: Tensor | None = None,
         group: Tensor | None = None,
         reference: Tensor | Sequence[Tensor] | None = None,
-        extra: Extra | Sequence[Extra] = (),
+        extra: Extra | Sequence[Extra] | None = (),
         reduction: Literal["mean", "none"] = "mean",
     ) -> Tensor:
         """Give the loss of these views over all processes, (); the arguments are those of every `PairLoss`."""
         if reduction != "mean":
             raise ValueError(_NO_ROWS)
         self._check(views, targets)
-        extras = [extra] if isinstance(extra, Tensor | Embeddings | Source) else list(extra)
+        extras = self._listed(extra)
         with torch.autocast(views[0].device.type, enabled=False):
             (pairs,) = self.pairs(
                 *views,

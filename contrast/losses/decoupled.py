@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from contrast import distributed
+from contrast.losses.checks import positive
 from contrast.losses.pair_loss import LOSSES, PairLoss
 from contrast.pairs import Pairs
 from contrast.reductions import LogSumExp, Mean
@@ -50,9 +51,7 @@ class DecoupledInfoNCE(PairLoss):
         sigma: float = 0.5,
     ) -> None:
         super().__init__()
-        for name, number in {"temperature": temperature, "sigma": sigma}.items():
-            if not (number > 0 and math.isfinite(number)):
-                raise ValueError(f"{name} must be a positive number; got {number}.")
+        positive(temperature=temperature, sigma=sigma)
         if weighting not in ("none", "von_mises_fisher"):
             raise ValueError(f"weighting is 'none' or 'von_mises_fisher'; got {weighting!r}.")
         self.temperature = temperature

@@ -59,6 +59,8 @@ class FalseNegatives(Around):
     Source: Solatorio 2024 (GISTEmbed), arXiv:2402.16829, for `guide`.
     """
 
+    traced = False
+
     does = "leaves negatives of a PairLoss out"
 
     def __init__(

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from functools import partial
 from typing import Literal
 
 from torch import Tensor
 
+from contrast.losses.checks import not_negative, positive
 from contrast.losses.pair_loss import LOSSES, PairLoss
 from contrast.pairs import Pairs
 from contrast.reductions import Count, Mean
@@ -51,16 +51,14 @@ class HardContrastive(PairLoss):
         negative_weight: float = 1.0,
     ) -> None:
         super().__init__()
-        if not (temperature > 0 and math.isfinite(temperature)):
-            raise ValueError(f"temperature must be a positive number; got {temperature}.")
+        positive(temperature=temperature)
         if isinstance(hardest, bool) or not (hardest >= 1 if isinstance(hardest, int) else 0 < hardest <= 1):
             raise ValueError(
                 f"hardest is a number of negatives, 1 or more, or a share of them in (0, 1]; got {hardest}."
             )
         if form not in ("softmax", "simple"):
             raise ValueError(f"form is 'softmax' or 'simple'; got {form!r}.")
-        if not 0 <= negative_weight < math.inf:
-            raise ValueError(f"negative_weight must be a number of 0 or more; got {negative_weight}.")
+        not_negative(negative_weight=negative_weight)
         self.temperature = temperature
         self.hardest = hardest
         self.form = form

@@ -8,6 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from contrast.losses.checks import not_negative, positive
 from contrast.losses.pair_loss import LOSSES, PairLoss
 from contrast.pairs import Pairs
 from contrast.reductions import LogSumExp, Relation
@@ -48,10 +49,8 @@ class HardNegative(PairLoss):
 
     def __init__(self, temperature: float = 0.5, hardness: float = 1.0, positive_prior: float = 0.1) -> None:
         super().__init__()
-        if not (temperature > 0 and math.isfinite(temperature)):
-            raise ValueError(f"temperature must be a positive number; got {temperature}.")
-        if not 0 <= hardness < math.inf:
-            raise ValueError(f"hardness must be a number of 0 or more; got {hardness}.")
+        positive(temperature=temperature)
+        not_negative(hardness=hardness)
         if not 0 <= positive_prior < 1:
             raise ValueError(f"positive_prior is a share of the negatives, in [0, 1); got {positive_prior}.")
         self.temperature = temperature

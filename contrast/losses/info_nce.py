@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from contrast import distributed
 from contrast.embeddings import concatenate, gather_all
+from contrast.losses.checks import positive
 from contrast.losses.pair_loss import LOSSES, Extra, PairLoss
 from contrast.pairs import Pairs, two_sided
 from contrast.reductions import LogSumExp, Mean
@@ -66,8 +67,7 @@ class InfoNCE(PairLoss):
         positives: Literal["outside", "inside", "alone"] = "outside",
     ) -> None:
         super().__init__()
-        if not (temperature > 0 and math.isfinite(temperature)):
-            raise ValueError(f"temperature must be a positive number; got {temperature}.")
+        positive(temperature=temperature)
         if learn_temperature and temperature < 1 / LARGEST_SCALE:
             raise ValueError(f"a learned temperature starts at {1 / LARGEST_SCALE} or above; got {temperature}.")
         if candidates not in ("all", "across", "memory"):

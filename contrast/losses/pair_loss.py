@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
@@ -61,6 +61,8 @@ class PairLoss(nn.Module):
             again in the backward pass.
         reference_of: what a training loop hands over as `reference`: a frozen tower's vectors of each "sample", or of
             each "view".
+        traced: whether torch.compile looks inside; else it calls the loss as it is, as it must where a PairFunction or
+            a rule is asked about pairs.
     """
 
     needs_positive: ClassVar[bool] = True
@@ -68,6 +70,7 @@ class PairLoss(nn.Module):
     normalise: ClassVar[bool] = True
     reads_similarity: ClassVar[bool] = False
     reference_of: Literal["sample", "view"] = "sample"
+    traced: bool = True
 
     def __init__(self) -> None:
         super().__init__()
@@ -87,7 +90,7 @@ class PairLoss(nn.Module):
         sample: Tensor | None = None,
         group: Tensor | None = None,
         reference: Tensor | Sequence[Tensor] | None = None,
-        extra: Extra | Sequence[Extra] = (),
+        extra: Extra | Sequence[Extra] | None = (),
         reduction: Literal["mean", "none"] = "mean",
     ) -> Tensor:
         """Give the loss of these views.
@@ -111,6 +114,9 @@ class PairLoss(nn.Module):
             ValueError: where shapes or lengths do not fit, or (on the CPU) an embedding is not finite.
             RuntimeError: by the backward pass, where a memory in `extra` was updated since.
         """
+        if not self.traced and torch.compiler.is_compiling():
+            given = {"targets": targets, "sample": sample, "group": group, "reference": reference, "extra": extra}
+            return _untraced(self, *views, **given, reduction=reduction)
         if reduction not in ("mean", "none"):
             raise ValueError(f"reduction is 'mean' or 'none'; got {reduction!r}.")
         self._check(views, targets)
@@ -176,7 +182,12 @@ class PairLoss(nn.Module):
         sample = unknown_samples(count, device) if sample is None else _identity("sample", sample, count, device)
         group = sample if group is None else _identity("group", group, count, device)
         if reference is not None:
-            reference = normalise(reference.detach())
+            reference = normalise(reference.detach()).to(torch.promote_types(views[0].dtype, torch.float32))
+            if reference.device.type == "cpu" and not _finite(reference):
+                raise ValueError(
+                    f"{type(self).__name__}: reference holds values that are not finite (NaN or inf); look at the "
+                    "frozen tower."
+                )
 
         def seen(view: int) -> Tensor | None:
             return reference if reference is None or reference.ndim == 2 else reference[view]
@@ -229,7 +240,15 @@ class PairLoss(nn.Module):
             )
         if made.z.device.type == "cpu" and not _finite(made.z):
             raise ValueError("extra candidates hold values that are not finite (NaN or inf).")
-        return made if made.z.dtype == own[0].z.dtype else replace(made, z=made.z.to(own[0].z.dtype))
+        dtype, heads = own[0].z.dtype, own[0].z.shape[:-2]
+        if made.z.ndim == 3 and made.z.shape[:-2] != heads:
+            raise ValueError(
+                f"extra candidates of heads have as many as the views, {heads[0] if heads else 'which have none'}; "
+                f"got {_described(made.z)}."
+            )
+        if made.z.dtype == dtype and (made.reference is None or made.reference.dtype == dtype):
+            return made
+        return replace(made, z=made.z.to(dtype), reference=None if made.reference is None else made.reference.to(dtype))
 
     def rows(self, pairs: Pairs) -> Tensor:
         """Give each anchor's loss, (N,): `per_anchor` once, or block by block where it reads similarities."""
@@ -318,7 +337,11 @@ class PairLoss(nn.Module):
 
     @staticmethod
     def _listed(extra: Any) -> list[Extra]:
-        return [extra] if isinstance(extra, Tensor | Embeddings | Source) else list(extra)
+        if extra is None:
+            return []
+        # What is nothing of the kind is refused where candidates are made of it.
+        alone = isinstance(extra, Tensor | Embeddings | Source) or not isinstance(extra, Iterable)
+        return [extra] if alone else list(extra)
 
     def _all_valid(self, pairs: Pairs) -> bool:
         """Say whether every anchor is known to be valid, on this process that works alone."""
@@ -375,6 +398,12 @@ class PairLoss(nn.Module):
                     f"{name}: every view and target has the same shape, row i the same sample; "
                     f"{named[0][0]} is {tuple(views[0].shape)} and {what} is {tuple(z.shape)}."
                 )
+
+
+def _untraced(loss: PairLoss, *views: Tensor, **given: Any) -> Tensor:
+    """Call a loss behind the compiler's back; the compiler is imported only where it is at work."""
+    call: Callable[..., Tensor] = torch.compiler.disable(loss.forward)  # type: ignore[no-untyped-call]
+    return call(*views, **given)
 
 
 def global_mean(rows: Tensor, valid: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from contrast import distributed
 from contrast.embeddings import concatenate, gather_all
+from contrast.losses.checks import positive
 from contrast.losses.pair_loss import LOSSES, Extra, PairLoss
 from contrast.pairs import Pairs, two_sided
 from contrast.reductions import SoftplusSum
@@ -40,8 +41,7 @@ class SigLIP(PairLoss):
 
     def __init__(self, scale: float = 10.0, bias: float = -10.0, learn: bool = True) -> None:
         super().__init__()
-        if not (scale > 0 and math.isfinite(scale)):
-            raise ValueError(f"scale must be a positive number; got {scale}.")
+        positive(scale=scale)
         if not math.isfinite(bias):
             raise ValueError(f"bias must be a finite number; got {bias}.")
         self.scale = scale

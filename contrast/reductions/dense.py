@@ -150,6 +150,14 @@ def check(asked: Reduction, pairs: Pairs) -> None:
     """Refuse a relation that is none, references that are missing, an argument that spans both N and M."""
     if asked.over not in ("positive", "negative", "remembered", "all"):
         raise ValueError(f"over is 'positive', 'negative', 'remembered' or 'all'; got {asked.over!r}.")
+    for name in ("among", "rows"):
+        which = getattr(asked, name, None)
+        if which is not None:
+            size = len(pairs) if name == "rows" else sum(map(len, pairs.candidates))
+            if which.dtype != torch.bool or which.shape != (size,):
+                raise ValueError(f"{name} is ({size},) bool; got {which.dtype} of shape {tuple(which.shape)}.")
+    if isinstance(asked, Kth) and isinstance(asked.k, int) and asked.k < 1:
+        raise ValueError(f"k is 1 or more; got {asked.k}.")
     for name, value in arguments(asked).items():
         if isinstance(value, Tensor):
             if name != "bias" and value.ndim >= 2 and value.shape[-2] > 1 and value.shape[-1] > 1:

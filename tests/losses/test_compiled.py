@@ -1,9 +1,12 @@
 """torch.compile of a training step: the same numbers, and the tiles are one operator of its graph."""
 
+import operator
+
 import pytest
 import torch
 from torch import nn
 
+from contrast.losses import AMCL, FalseNegatives, InfoNCE
 from tests.losses.cases import CASES, DIMS, Case
 
 ONE_GRAPH = ["info_nce", "cacr", "decoupled", "hard_negative", "siglip", "cwcl"]
@@ -69,6 +72,30 @@ def test_the_forward_pass_is_one_graph_with_the_sweep_as_one_operator(case):
     assert any("contrast.reduce" in name for name in called)
     assert len(called) < 150
     assert not any("mm" in name for name in called)
+
+
+@pytest.mark.parametrize("name", ["amcl", "false_negatives"])
+def test_what_the_compiler_cannot_trace_it_calls_as_it_is(name):
+    """Batches of changing sizes, with and without labels and extras, compile nothing of the loss."""
+    loss = AMCL(dim=DIMS, hidden=3) if name == "amcl" else FalseNegatives(InfoNCE(), above=0.9)
+    loss, graphs = loss.double(), []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    def run(a, b, group, extra):
+        return loss(2 * a, b, group=group, extra=extra)
+
+    step = torch.compile(run, backend=backend)
+    for samples, labels, more in ((6, False, 4), (9, True, 0), (1, False, 0), (70, True, 5), (30, False, 0)):
+        a, b = torch.randn(2, samples, DIMS, dtype=torch.float64)
+        group = torch.arange(samples) % 3 if labels else None
+        extra = [torch.randn(more, DIMS, dtype=torch.float64)] if more else []
+        torch.testing.assert_close(step(a, b, group, extra), run(a, b, group, extra))
+    torch._dynamo.reset()
+    assert all(len(graph.graph.find_nodes(op="call_function", target=operator.mul)) == 1 for graph in graphs)
+    assert all(len(list(graph.graph.nodes)) < 8 for graph in graphs)
 
 
 @pytest.mark.parametrize("given", [{}, {"extra": torch.randn(6, DIMS, dtype=torch.float64)}], ids=["views", "extra"])

@@ -204,6 +204,14 @@ def test_odd_references_stay_finite(reference, temperature):
     assert all(math.isfinite(metric) for metric in loss.metrics.values())
 
 
+@pytest.mark.parametrize("samples", [5, 600])
+def test_the_frozen_tower_may_be_of_another_float_type(samples):
+    p, q, u = (random(samples, 3, seed=seed) for seed in range(3))
+    exact = CWCL()(p, q, reference=u)
+    torch.testing.assert_close(CWCL()(p, q, reference=u.float()), exact, rtol=1e-6, atol=0)
+    torch.testing.assert_close(CWCL()(p.float(), q.float(), reference=u), exact.float())
+
+
 Z = torch.ones(4, 3)
 INDEX = torch.arange(4)
 

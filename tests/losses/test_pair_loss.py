@@ -558,6 +558,10 @@ Z = torch.ones(4, 3)
         ),
         ((Z, Z), {"extra": torch.ones(5, 2)}, r"as many dimensions as the views, 3; got 2"),
         ((Z, Z), {"extra": [torch.ones(3)]}, r"a plain extra is a floating \(K, D\) tensor.*\(3,\)"),
+        ((Z, Z), {"extra": 3}, r"extra takes \(K, D\) tensors, Embeddings and memories.*got int"),
+        ((Z, Z), {"extra": [torch.ones(2, 5, 3)]}, r"as many as the views, which have none; got .*\(2, 5, 3\)"),
+        ((Z.expand(3, 4, 3),) * 2, {"extra": [torch.ones(2, 5, 3)]}, r"as many as the views, 3; got .*\(2, 5, 3\)"),
+        ((Z, Z), {"reference": Z * torch.nan}, r"reference holds values that are not finite"),
         ((Z, Z), {"extra": ["queue"]}, r"extra takes \(K, D\) tensors, Embeddings and memories.*got str"),
         ((Z, Z), {"reduction": "sum"}, "reduction is 'mean' or 'none'; got 'sum'"),
     ],
@@ -588,12 +592,20 @@ def test_wrong_arguments_are_answered_in_a_sentence(name, arguments, words):
         LOSSES.build({"name": name, **arguments})
 
 
+def test_none_is_no_extra():
+    assert InfoNCE()(Z, Z, extra=None) == InfoNCE()(Z, Z)
+
+
 def test_wrong_words_are_refused_by_the_constructors_too():
     for wrong in ({"candidates": "some"}, {"positives": "some"}):
         with pytest.raises(ValueError, match="got 'some'"):
             InfoNCE(**wrong)
     with pytest.raises(ValueError, match="repulsion is 'view_pairs' or 'all'"):
         CACR(repulsion="some")
+    with pytest.raises(ValueError, match=r"temperature must be a positive number; got '0.1'"):
+        InfoNCE("0.1")
+    with pytest.raises(ValueError, match="attraction_scale must be a number of 0 or more; got None"):
+        CACR(None)
     with pytest.raises(ValueError, match="NegativeCosine needs targets"):
         NegativeCosine()(Z, Z)
 
