@@ -4,6 +4,7 @@ import random
 
 import pytest
 import torch
+from torch import nn
 
 from contrast import reductions
 from contrast.embeddings import REMEMBERED, Embeddings, normalise
@@ -17,6 +18,17 @@ WAYS = {
     "a tile": ("tiles", 512, 0, 0),
     "small tiles": ("tiles", 3, 0, 0),
 }
+
+
+class OfPair(nn.Module):
+    """A function of a pair, with a slope that is learned."""
+
+    def __init__(self, slope):
+        super().__init__()
+        self.slope = nn.Parameter(torch.tensor(slope, dtype=torch.float64))
+
+    def forward(self, anchor, candidate):
+        return self.slope * (2 + anchor.z[..., :1] * candidate.z[..., :1].mT)
 
 
 class Scene:
@@ -34,6 +46,7 @@ class Scene:
         across = choose.random() < 0.5
         if views == 1 or choose.random() < 0.3:
             given["targets"] = [None, *(self.leaf(*heads, samples, DIMS) for _ in range(max(views - 1, 1)))]
+        given["reference"] = torch.randn(samples, 2, generator=self.generator, dtype=torch.float64)
         if choose.random() < 0.4:
             given["group"] = self.whole_numbers(choose.randint(1, 4), samples)
         if choose.random() < 0.4:
@@ -42,7 +55,8 @@ class Scene:
             count = choose.randint(1, 8)
             z, sample = self.leaf(count, DIMS), self.whole_numbers(12, count)
             group = self.whole_numbers(4, count) if "group" in given else sample
-            given["extra"] = z, sample, group, torch.full_like(sample, REMEMBERED)
+            reference = normalise(torch.randn(count, 2, generator=self.generator, dtype=torch.float64))
+            given["extra"] = z, sample, group, torch.full_like(sample, REMEMBERED), reference
         self.call = InfoNCE(candidates="across" if across else "all").pairs, own, given
         (first, *_) = self.pairs()
         self.rows, self.heads, self.sizes = len(first), heads, [len(part) for part in first.candidates]
@@ -67,8 +81,14 @@ class Scene:
     def value(self, low=0.2):
         """Give a number, or a tensor that spans at most one of N and M, perhaps learned."""
         rows, columns = self.rows, sum(self.sizes)
-        shapes = [(), (rows, 1), (1, columns), *([(*self.heads, 1, 1)] if self.heads else [])]
-        shape = self.choose.choice([None, None, *shapes])
+        shapes = [(), (rows, 1), (1, columns)]
+        if self.heads:
+            shapes += [(*self.heads, 1, 1), (*self.heads, rows, 1), (*self.heads, 1, columns)]
+        shape = self.choose.choice([None, None, *shapes, "function"])
+        if shape == "function":
+            made = OfPair(self.choose.random() + low)
+            self.leaves.append(made.slope)
+            return made
         if shape is None:
             return self.choose.choice([1.5, 4.0, -2.0]) if low < 1 else self.choose.random() + low
         made = torch.rand(shape, generator=self.generator, dtype=torch.float64) + low
@@ -101,7 +121,7 @@ class Scene:
         if kind is Count:
             return Count(**given)
         if kind is Mean:
-            return Mean(weight=choose.choice([None, None, self.value(low=1.0)]), **given)
+            return Mean(weight=choose.choice([None, None, "reference", self.value(low=1.0)]), **given)
         if kind is SoftMean:
             return SoftMean(self.value(), detach=choose.random() < 0.3, **given)
         return LogSumExp(self.value(), log_weight=choose.choice([None, None, self.value()]), **given)
