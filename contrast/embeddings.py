@@ -309,9 +309,11 @@ def _unit_gradient(g: Tensor, unit: Tensor, inverse: Tensor, out: Tensor | None 
     return found
 
 
-def turn_gradient(g: Tensor, direct: Direct) -> None:
-    """Turn the gradient of unit vectors into that of what they were made of, in place."""
-    _unit_gradient(g, direct.z.detach(), direct.inverse, out=g)
+def turn_gradient(g: Tensor, direct: Direct, asked_for: Sequence[slice]) -> None:
+    """Turn the gradient of unit vectors into that of what they were made of, in place, of those rows."""
+    for rows in asked_for:
+        share = g[..., rows, :]
+        _unit_gradient(share, direct.z.detach()[..., rows, :], direct.inverse[..., rows, :], out=share)
 
 
 FEW = 2**16

@@ -181,7 +181,7 @@ class Linear:
                 outer = outer + self._u(block).mT @ weighted
         for run in columns:
             to_part = into.parts[run.part]
-            if to_part is None or (run.part < self.work.mirrored and self.work.fixed(run.start, run.stop)):
+            if to_part is None:
                 continue
             for z, u, places, within in self._blocks(run):
                 if by_class:

@@ -27,7 +27,8 @@ def add_dots(work: Work, pairs: Matches, gradient: Tensor, into: Gradients) -> N
     """Add what the gradient of listed similarities, (P,) or (H, P), gives the vectors."""
     for where, rows, part, columns in pairs.pieces(work.starts):
         g = gradient[..., where].unsqueeze(-1)
-        if into.anchor is not None:
+        asked_for = not (isinstance(rows, slice) and work.fixed(rows.start, rows.stop))
+        if into.anchor is not None and asked_for:
             _add_product(into.anchor, rows, g, work.parts[part][..., columns, :])
         to_part = into.parts[part]
         if to_part is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
@@ -174,6 +175,12 @@ class _Call:
                 kept += saved
         return [outputs[number] for number in range(len(outputs))], kept
 
+    def _asked_for(self) -> list[slice]:
+        """Give the anchors whose gradient somebody asks for."""
+        parts = self.pairs.anchor.parts or (self.pairs.anchor,)
+        starts = list(itertools.accumulate(map(len, parts), initial=0))
+        return [slice(*rows) for part, *rows in zip(parts, starts, starts[1:], strict=False) if not part.fixed]
+
     def whole(self, outputs: Sequence[Tensor]) -> list[Tensor]:
         """Give those of the outputs that have no gradient."""
         return [output for output, asked in zip(outputs, self.asked, strict=False) if isinstance(asked, Count | Kth)]
@@ -187,7 +194,7 @@ class _Call:
                 saved, kept = kept[:count], kept[count:]
                 way.backward([outputs[n] for n in way.numbers], saved, [upstream[n] for n in way.numbers], into)
             if self.direct is not None and into.anchor is not None:
-                turn_gradient(into.anchor, self.direct)
+                turn_gradient(into.anchor, self.direct, self._asked_for())
         # Candidates that are anchors have their gradient there.
         apart = into.parts[self.mirrored :] if self.mirrored < len(self.pairs.candidates) else []
         found = [into.anchor, *[None] * self.mirrored, *apart]

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -115,7 +116,11 @@ class Gradients:
 
     def __init__(self, work: Work) -> None:
         self._work = work
-        self.anchor: Tensor | None = torch.zeros_like(work.x) if work.wants_anchor else None
+        self.anchor: Tensor | None = None
+        if work.wants_anchor:
+            # What nobody asks for is not written to; of these zeros only what is takes memory.
+            sparse = work.x.device.type == "cpu" and any(part.fixed for part in work.pairs.candidates[: work.mirrored])
+            self.anchor = untouched_zeros(work.x) if sparse else torch.zeros_like(work.x)
         self.arguments: dict[tuple[int, str], Tensor] = {
             (number, name): torch.zeros_like(getattr(work.asked[number], name)) for number, name in work.wants_argument
         }
@@ -123,12 +128,13 @@ class Gradients:
 
     @cached_property
     def parts(self) -> list[Tensor | None]:
-        """The gradients of the parts; those of candidates that are anchors are views of the anchors' own."""
+        """The gradients of the parts that somebody asks for; anchors' that are candidates are views of their own."""
         work = self._work
         made: list[Tensor | None] = []
         for k, (part, wanted) in enumerate(zip(work.parts, work.wants_part, strict=True)):
             if k < work.mirrored and self.anchor is not None:
-                made.append(self.anchor[..., work.starts[k] : work.starts[k + 1], :])
+                own = self.anchor[..., work.starts[k] : work.starts[k + 1], :]
+                made.append(None if work.pairs.candidates[k].fixed else own)
             else:
                 made.append(torch.zeros_like(part) if wanted else None)
         return made
@@ -151,6 +157,11 @@ class Gradients:
         """Add the gradient of a parameter of a PairFunction."""
         known = self.parameters.get(id(parameter))
         self.parameters[id(parameter)] = gradient if known is None else known + gradient
+
+
+def untouched_zeros(like: Tensor) -> Tensor:
+    """Give zeros, as `like`, that the system provides where they are first read or written."""
+    return torch.from_numpy(np.zeros(like.shape, torch.empty(0, dtype=like.dtype).numpy().dtype))
 
 
 def spanned(value: Tensor, rows: slice, columns: slice) -> Tensor:
