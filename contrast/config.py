@@ -8,6 +8,7 @@ import importlib.util
 import inspect
 import re
 import sys
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -175,6 +176,8 @@ def load(config: str | None = None, words: Sequence[str] = (), *, by: str = "com
     if config is not None:
         file = find(config)
         written = _read_yaml(file)
+        if isinstance(written.get("plugins"), list):
+            written["plugins"] = [_beside(file, plugin) for plugin in written["plugins"]]
         for key, value in written.items():
             _lay(tree, [str(key)], value, origins, str(config))
         try:
@@ -455,21 +458,38 @@ def _plugins(files: Any) -> None:
     if not isinstance(files, list | tuple):
         raise InputError(f"plugins must be a list of .py files or module names; got {files!r}.")
     for file in files:
-        name = f"contrast_plugin_{Path(str(file)).stem}" if str(file).endswith(".py") else str(file)
+        name, path = str(file), Path(str(file)).resolve()
+        is_file = name.endswith(".py")
+        if is_file:
+            # Files in two folders may have one name.
+            name = f"contrast_plugin_{path.stem}_{zlib.crc32(str(path).encode()):08x}"
         if name in sys.modules:
             continue
         try:
-            if str(file).endswith(".py"):
-                spec = importlib.util.spec_from_file_location(name, file)
-                assert spec is not None
-                assert spec.loader is not None
-                module = importlib.util.module_from_spec(spec)
-                spec.loader.exec_module(module)
-                sys.modules[name] = module
+            if is_file:
+                _import_file(name, path)
             else:
                 importlib.import_module(name)
         except (FileNotFoundError, ModuleNotFoundError) as error:
             raise InputError(f"plugins: {file} cannot be imported: {error}.") from None
+
+
+def _import_file(name: str, path: Path) -> None:
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+
+
+def _beside(config: Path, plugin: Any) -> Any:
+    """Give the path of a plugin that stands beside the config that names it; all else as it is."""
+    beside = config.parent / str(plugin)
+    return str(beside.resolve()) if str(plugin).endswith(".py") and beside.is_file() else plugin
 
 
 def _flatten(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:

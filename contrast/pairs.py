@@ -153,7 +153,7 @@ class Pairs:
         return reductions.topk(self, k, over, among)
 
     def kth(self, k: int | Tensor, over: Relation, *, among: Tensor | None = None) -> Tensor:
-        """Give the k-th largest similarity as a threshold, without gradient; k: a number or (N,)."""
+        """Give the k-th largest similarity as a threshold, without gradient; k: a number, (N,) or (H, N)."""
         return self.reduce(Kth(k, over, among))[0]
 
     def count(

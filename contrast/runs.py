@@ -359,7 +359,8 @@ def _with_whole_path(config: Config) -> Config:
     reference = config.encoder.reference
     if reference is not None and Path(reference).exists():
         config = replace(config, encoder=replace(config.encoder, reference=str(Path(reference).resolve())))
-    return config
+    plugins = [str(Path(file).resolve()) if str(file).endswith(".py") else file for file in config.plugins]
+    return replace(config, plugins=plugins)
 
 
 def _about(budget: Budget, seconds_per_step: float) -> str:

@@ -214,6 +214,37 @@ def test_a_word_reaches_into_a_part_inside_a_plugins_part(tmp_path):
         LOSSES._parts.pop("around_from_a_plugin", None)
 
 
+LATER = """
+from __future__ import annotations
+from dataclasses import dataclass
+from contrast import LOSSES, PairLoss
+
+@dataclass
+class Settings:
+    weight: float = 1.0
+
+@LOSSES.register("NAME")
+class Own(PairLoss):
+    def per_anchor(self, pairs):
+        return Settings().weight * pairs.mean("negative")
+"""
+
+
+def test_plugins_of_one_name_stand_beside_their_configs(tmp_path, monkeypatch):
+    monkeypatch.chdir("/")
+    names = ["first_from_a_plugin", "second_from_a_plugin"]
+    try:
+        for name in names:
+            (tmp_path / name).mkdir()
+            (tmp_path / name / "own.py").write_text(LATER.replace("NAME", name))
+            loaded = configuration.load(written(tmp_path / name, f"plugins: [own.py]\nloss: {name}\n"))
+            assert loaded.config.loss == {"name": name}
+            assert list(loaded.config.plugins) == [str(tmp_path / name / "own.py")]
+    finally:
+        for name in names:
+            LOSSES._parts.pop(name, None)
+
+
 def test_a_plugin_that_cannot_be_imported_is_named(tmp_path):
     with pytest.raises(InputError, match=r"mine\.yaml: plugins: elsewhere\.py cannot be imported"):
         configuration.load(written(tmp_path, "plugins: [elsewhere.py]\n"))

@@ -85,6 +85,6 @@ class HardContrastive(PairLoss):
         return pairs.kth(pairs.once(("hardest", self.hardest), partial(self._kept, pairs)), over="negative")
 
     def _kept(self, pairs: Pairs) -> Tensor:
-        """Give how many of its negatives each anchor keeps, (N,) int64."""
+        """Give how many of its negatives each anchor keeps, (N,) or (H, N) int64."""
         share = pairs.count("negative") * self.hardest
         return share.round().clamp(min=1).long()

@@ -63,7 +63,7 @@ class SoftplusSum:
 
 @dataclass(frozen=True, eq=False)
 class Kth:
-    """The k-th largest s_ij (the smallest where there are fewer), without gradient; k: a number or (N,)."""
+    """The k-th largest s_ij (the smallest where there are fewer), without gradient; k: a number, (N,) or (H, N)."""
 
     k: int | Tensor
     over: Relation

@@ -284,7 +284,8 @@ class Matrix:
             return block.places[key]
         found = block.counted()
         k = torch.minimum(torch.as_tensor(asked.k, device=found.device), found).clamp(min=1)
-        alike = int(k[0]) if len(k) and not block.lacking and bool((k == k[0]).all()) else None
+        least, most = k.aminmax() if k.numel() else (k.new_zeros(()), k.new_ones(()))
+        alike = int(least) if not block.lacking and bool(least == most) else None
         if own and not block.lacking:
             block.places[key] = k, alike
         return k, alike

@@ -41,7 +41,8 @@ def reduce(pairs: Pairs, asked: Sequence[Reduction], size: int, small: int, kern
     mirrored = bool(parts) and len(parts) <= len(pairs.candidates)
     mirrored = mirrored and all(one is other for one, other in zip(parts, pairs.candidates, strict=False))
     units = [one.unit for one in everyone]
-    facts = f"({pairs.across}, {len(parts) if mirrored else 0}, {units}, {size}, {small}, {kernels})"
+    refer = [one.reference is not None for one in everyone]
+    facts = f"({pairs.across}, {len(parts) if mirrored else 0}, {units}, {refer}, {size}, {small}, {kernels})"
     found = torch.ops.contrast.reduce(
         [one.z for one in everyone],
         [torch.stack([one.sample, one.group, one.view]) for one in everyone],
@@ -79,7 +80,7 @@ class _Text:
 
     def __post_init__(self) -> None:
         facts, *asked = map(ast.literal_eval, self.text.split(SEPARATOR))
-        self.across, self.mirrored, self.unit, self.size, self.small, self.kernels = facts
+        self.across, self.mirrored, self.unit, self.refer, self.size, self.small, self.kernels = facts
         self.asked: list[tuple[str, dict[str, Any]]] = asked
 
     def reductions(self, tensors: Sequence[Tensor]) -> list[Reduction]:
@@ -96,10 +97,9 @@ def _embeddings(
     vectors: Sequence[Tensor], identities: Sequence[Tensor], references: Sequence[Tensor], text: _Text
 ) -> tuple[Embeddings, list[Embeddings]]:
     """Give the anchors and the parts of the candidates."""
-    known = references if references else [None] * len(vectors)
-    made = []
-    for z, identity, reference, unit in zip(vectors, identities, known, text.unit, strict=True):
-        made.append(Embeddings(z, identity[0], identity[1], identity[2], reference))
+    known, made = iter(references), []
+    for z, identity, refers, unit in zip(vectors, identities, text.refer, text.unit, strict=True):
+        made.append(Embeddings(z, identity[0], identity[1], identity[2], next(known) if refers else None))
         made[-1].__dict__["unit"] = unit
     anchor, *parts = made
     anchor.__dict__["parts"] = tuple(parts[: text.mirrored])

@@ -143,7 +143,7 @@ class Tiles:
     def _kth(self, asked: Kth, rows: slice, strip: Tensor) -> Tensor:
         found = (strip > -torch.inf).sum(dim=-1)
         k = torch.as_tensor(asked.k, device=strip.device)
-        k = torch.minimum(k[rows] if k.ndim else k, found).clamp(min=1)
+        k = torch.minimum(k[..., rows] if k.ndim else k, found).clamp(min=1)
         return kth_largest(strip, k).masked_fill(found == 0, 0)
 
     def topk(self, k: int, over: Relation, among: Tensor | None) -> Tensor:

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from contrast.losses import AMCL, FalseNegatives, InfoNCE
+from contrast.memory import Queue
 from tests.losses.cases import CASES, DIMS, Case
 
 ONE_GRAPH = ["info_nce", "cacr", "decoupled", "hard_negative", "siglip", "cwcl"]
@@ -72,6 +73,17 @@ def test_the_forward_pass_is_one_graph_with_the_sweep_as_one_operator(case):
     assert any("contrast.reduce" in name for name in called)
     assert len(called) < 150
     assert not any("mm" in name for name in called)
+
+
+def test_references_that_only_some_embeddings_have_are_told_apart():
+    a, b = torch.randn(2, 6, DIMS)
+    queue = Queue(8, dim=DIMS, reference_dim=3)
+    queue.update(b, sample=torch.arange(6), reference=torch.randn(6, 3))
+    loss = InfoNCE()
+    for given in ({"sample": torch.arange(6), "extra": [queue]}, {"reference": torch.ones(6, 3), "extra": [b]}):
+        step = torch.compile(lambda a, b, given=given: loss(a, b, **given), backend="eager")
+        torch.testing.assert_close(step(a, b), loss(a, b, **given))
+    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize("name", ["amcl", "false_negatives"])

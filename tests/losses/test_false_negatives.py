@@ -10,7 +10,7 @@ from torch import nn
 
 from contrast import reductions
 from contrast.embeddings import REMEMBERED, Embeddings, normalise
-from contrast.losses import CACRRBF, CWCL, LOSSES, BadPairs, DecoupledInfoNCE, FalseNegatives, InfoNCE
+from contrast.losses import CACRRBF, CWCL, LOSSES, BadPairs, DecoupledInfoNCE, FalseNegatives, HardContrastive, InfoNCE
 from contrast.memory import Queue
 from tests.losses.cases import CASES
 
@@ -298,6 +298,13 @@ def test_the_rates_of_false_negatives_equal_plain_loops(seed, labels, extra, gro
     inside = InfoNCE(0.3)
     inside(*batch.views, **batch.given)
     assert [float(inside.false_negative_rates(torch.tensor(labels))[n]) for n in names] == [*expected[:1], 0, 0]
+
+
+def test_a_share_of_the_negatives_is_that_of_each_head():
+    views = torch.randn(2, 3, 20, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    loss = FalseNegatives(HardContrastive(hardest=0.5), relative_margin=0.5)
+    heads = [loss(*views[:, h]) for h in range(3)]
+    torch.testing.assert_close(loss(*views), sum(heads) / 3, rtol=1e-9, atol=0)
 
 
 def test_the_rates_of_heads_are_the_mean_of_each_alone():
