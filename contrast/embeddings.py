@@ -161,7 +161,7 @@ class _Piece(NamedTuple):
 
 
 class _Joined(Embeddings):
-    """Embeddings put after one another, what they are being put together only when somebody asks for all."""
+    """Embeddings put after one another; identities and references are put together only when somebody asks for all."""
 
     pieces: tuple[_Piece, ...]
 

@@ -383,10 +383,9 @@ class PairLoss(nn.Module):
                 f"{name}: targets[v] is the twin of view v and never its candidate; the only view needs the target of "
                 "another one: targets=(None, k_b)."
             )
-        shape, given = getattr(views[0], "shape", None), [*views, *(z for z in targets or () if z is not None)]
-        if all(isinstance(z, Tensor) and z.shape == shape and z.is_floating_point() for z in given) and (
-            views[0].ndim in (2, 3)
-        ):
+        shape, given = getattr(views[0], "shape", ()), [*views, *(z for z in targets or () if z is not None)]
+        alike = all(isinstance(z, Tensor) and z.shape == shape and z.is_floating_point() for z in given)
+        if alike and len(shape) in (2, 3):
             return
         named = [(f"view {index}", z) for index, z in enumerate(views)]
         named += [(f"target {index}", z) for index, z in enumerate(targets or ()) if z is not None]

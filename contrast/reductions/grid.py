@@ -49,7 +49,7 @@ def alike(work: Work, shapes: Iterable[tuple[int, int]], size: int) -> bool:
     It is tried out once with random vectors: whether sums are formed in the same order depends on shapes alone, where
     every vector starts at the beginning of a line of the processor's cache.
     """
-    if any(z.data_ptr() % LINE or z.shape[-1] * z.element_size() % LINE for z in (work.x, *work.parts)):
+    if any(z.data_ptr() % LINE or z.stride(-2) * z.element_size() % LINE for z in (work.x, *work.parts)):
         return False
     made = (frozenset(shapes), size, work.x.shape[-1], work.x.dtype)
     return _alike(*made, torch.get_num_threads(), torch.get_float32_matmul_precision())
