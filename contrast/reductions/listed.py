@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from contrast.embeddings import Embeddings
 from contrast.reductions.asked import Count, Kth, LogSumExp, Mean, Reduction, SoftMean, SoftplusSum, arguments
 from contrast.reductions.identity import Matches
-from contrast.reductions.shares import Arguments, logits, shares, softplus
+from contrast.reductions.shares import Arguments, logits, scalar, shares, softplus
 from contrast.reductions.work import Gradients, Work, learned, nothing
 
 
@@ -129,7 +129,7 @@ class Listed:
         if isinstance(value, nn.Module):
             return self._evaluate(value)
         if not isinstance(value, Tensor) or value.numel() == 1:
-            return value if not isinstance(value, Tensor) else value.reshape(())
+            return scalar(value)
         if not len(self.pairs):
             return value.new_zeros(0)
         if value.ndim == 1:

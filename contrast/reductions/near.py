@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from contrast.reductions.asked import Count, Kth, LogSumExp, Mean, Reduction, SoftplusSum, arguments
-from contrast.reductions.shares import softplus
+from contrast.reductions.shares import scalar, softplus
 from contrast.reductions.work import Once
 
 if TYPE_CHECKING:
@@ -99,8 +99,3 @@ def of_one(asked: Reduction, near: Tensor) -> Tensor:
     assert isinstance(asked, LogSumExp | SoftplusSum)
     value: Tensor = near * scalar(asked.scale)
     return value if isinstance(asked, LogSumExp) else softplus(value + scalar(asked.bias))
-
-
-def scalar(value: Any) -> Any:
-    """Give a tensor of one number without dimensions, so that it takes part in any shape."""
-    return value.reshape(()) if isinstance(value, Tensor) and value.numel() == 1 else value

@@ -19,8 +19,7 @@ from contrast.embeddings import full_precision
 from contrast.reductions.asked import Count, Kth, LogSumExp, Mean, Reduction, SoftMean, SoftplusSum
 from contrast.reductions.frames import Block
 from contrast.reductions.matrix import ALONE, Matrix
-from contrast.reductions.near import scalar
-from contrast.reductions.shares import logits, softplus
+from contrast.reductions.shares import logits, scalar, softplus
 from contrast.reductions.work import Once, Work, first_only, nothing, saved
 
 if TYPE_CHECKING:

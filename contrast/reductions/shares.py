@@ -75,6 +75,11 @@ def shares(
     return direct + to_logit * given.scale, {"scale": to_logit * s}
 
 
+def scalar(value: float | Tensor) -> float | Tensor:
+    """Give a tensor of one number without dimensions, so that it takes part in any shape; all else as it is."""
+    return value.reshape(()) if isinstance(value, Tensor) and value.numel() == 1 else value
+
+
 def softplus(x: Tensor) -> Tensor:
     """Give log(1 + e^x); torch calls it x above a threshold whose default of 20 loses digits in float64."""
     return F.softplus(x, threshold=40)
