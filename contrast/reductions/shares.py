@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -75,7 +76,7 @@ def shares(
     return direct + to_logit * given.scale, {"scale": to_logit * s}
 
 
-def scalar(value: float | Tensor) -> float | Tensor:
+def scalar(value: Any) -> Any:
     """Give a tensor of one number without dimensions, so that it takes part in any shape; all else as it is."""
     return value.reshape(()) if isinstance(value, Tensor) and value.numel() == 1 else value
 
