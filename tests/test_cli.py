@@ -276,16 +276,18 @@ def test_a_frozen_network_weighs_the_pairs(tmp_path, contrast_says):
     assert "loss: guide compares what a frozen network sees in every view" in err
 
 
-def test_resume_goes_beyond_a_finished_budget_and_changes_nothing_else(tmp_path, contrast_says):
+def test_resume_goes_beyond_a_finished_budget_and_changes_nothing_else(tmp_path, contrast_says, monkeypatch):
     images(tmp_path / "bars.npz")
-    assert contrast_says("pretrain", "bars.npz", "budget=3 steps", *QUICK, "--out", "run")[0] == 0
+    (tmp_path / "own.py").touch()
+    assert contrast_says("pretrain", "bars.npz", "budget=3 steps", "plugins=[own.py]", *QUICK, "--out", "run")[0] == 0
     status, _, err = contrast_says("resume", "run", "loss.temperature=1")
     assert status == 2
     assert "loss.temperature: a resumed run goes on as it was" in err
     status, _, err = contrast_says("resume", "run", "budget=2 steps")
     assert status == 2
     assert "run has 3 steps behind it" in err
-    assert contrast_says("resume", "run", "budget=5 steps")[0] == 0
+    monkeypatch.chdir("/")  # data and plugins are found from any folder
+    assert contrast_says("resume", tmp_path / "run", "budget=5 steps")[0] == 0
     assert json.loads((tmp_path / "run/state.json").read_text())["step"] == 5
 
 
