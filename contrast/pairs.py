@@ -53,7 +53,7 @@ class Pairs:
       (H, 1, 1); or a PairFunction, a module `(anchor, candidate) -> (n, m)` or `(H, n, m)`. They may be learnable.
     * `over`: "positive", "negative", "remembered" (negatives that come from a memory) or "all" (positive + negative).
     * `among`: (M,) bool, only these candidates.
-    * `above`: (N,) or (H, N), only similarities >= it.
+    * `above`: (N,) or (H, N), only similarities >= it; or a `Kth` of these pairs, which is found on the way.
     * `rows`: (N,) bool, only these anchors; the others have no candidates.
 
     Args:
@@ -103,7 +103,7 @@ class Pairs:
         *,
         among: Tensor | None = None,
         log_weight: PairValue | None = None,
-        above: Tensor | None = None,
+        above: Tensor | Kth | None = None,
         rows: Tensor | None = None,
     ) -> Tensor:
         """Give log sum_j exp(scale * s_ij + log_weight_ij)."""
@@ -115,7 +115,7 @@ class Pairs:
         *,
         among: Tensor | None = None,
         weight: PairValue | str | None = None,
-        above: Tensor | None = None,
+        above: Tensor | Kth | None = None,
         rows: Tensor | None = None,
     ) -> Tensor:
         """Give sum_j w_ij s_ij / sum_j w_ij; `weight="reference"` stands for (<u_i, u_j> + 1) / 2."""
@@ -130,7 +130,7 @@ class Pairs:
         *,
         among: Tensor | None = None,
         detach: bool = False,
-        above: Tensor | None = None,
+        above: Tensor | Kth | None = None,
         rows: Tensor | None = None,
     ) -> Tensor:
         """Give sum_j p_ij s_ij with p = softmax_j(scale * s_ij); `detach` takes the gradient out of p."""
@@ -161,7 +161,7 @@ class Pairs:
         over: Relation,
         *,
         among: Tensor | None = None,
-        above: Tensor | None = None,
+        above: Tensor | Kth | None = None,
         rows: Tensor | None = None,
     ) -> Tensor:
         """Count the candidates, int64."""

@@ -118,12 +118,16 @@ class Scene:
             return SoftplusSum(self.value(), bias, **given)
         if choose.random() < 0.2:
             given["above"] = torch.rand(self.rows, generator=self.generator, dtype=torch.float64) - 0.5
+        elif choose.random() < 0.2:
+            given["above"] = Kth(choose.randint(1, 4), over, choose.choice([None, given["among"]]))
         if kind is Count:
             return Count(**given)
         if kind is Mean:
             return Mean(weight=choose.choice([None, None, "reference", self.value(low=1.0)]), **given)
         if kind is SoftMean:
             return SoftMean(self.value(), detach=choose.random() < 0.3, **given)
+        if "above" in given and choose.random() < 0.5:
+            return LogSumExp(choose.choice([1.5, 4.0, -2.0]), over, above=given["above"])
         return LogSumExp(self.value(), log_weight=choose.choice([None, None, self.value()]), **given)
 
     def outcome(self):

@@ -5,7 +5,7 @@ import torch
 
 from contrast import reductions
 from contrast.losses.hard_contrastive import HardContrastive
-from contrast.reductions import bounded, grid, thresholds
+from contrast.reductions import Kth, bounded, grid, thresholds
 
 
 def sorted_kth(rows, k):
@@ -58,6 +58,30 @@ def test_what_lies_above_thresholds_is_the_same_from_either_side(queued, same_bi
     with reductions.road("tiles", size=64):
         found = outcome(z, queue)
     torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("scale", [3.0, 900.0, 20000.0, -4.0, 0.0])
+@pytest.mark.parametrize("size", [16, 64])
+@pytest.mark.parametrize("labelled", [False, True])
+def test_a_log_sum_exp_finds_its_own_thresholds(scale, size, labelled):
+    """Whatever the exponents: bounded, shifted, out of range, falling, all alike."""
+    generator = torch.Generator().manual_seed(3)
+    own, queue = (torch.randn(*shape, 16, generator=generator).double() for shape in [(2, 75), (40,)])
+    group = torch.arange(75) % 30 if labelled else None
+
+    def outcome():
+        a, b = (part.clone().requires_grad_() for part in own)
+        (pairs,) = HardContrastive().pairs(a, b, group=group, extra=[queue])
+        k = torch.arange(1, len(pairs) + 1) % 50 + 1
+        rows = pairs.logsumexp(scale, "negative", above=Kth(k, "negative"))
+        near = pairs.logsumexp(scale, "positive", above=Kth(1, "positive"))
+        total = (rows * torch.linspace(0, 1, len(rows), dtype=rows.dtype)).sum() + near.sum()
+        return rows.detach(), near.detach(), *torch.autograd.grad(total, [a, b])
+
+    with reductions.road("dense"):
+        expected = outcome()
+    with reductions.road("tiles", size=size):
+        torch.testing.assert_close(outcome(), expected)
 
 
 @pytest.mark.parametrize("dims", [5, 17, 33, 128])

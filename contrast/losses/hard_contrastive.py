@@ -10,7 +10,7 @@ from torch import Tensor
 from contrast.losses.checks import not_negative, positive
 from contrast.losses.pair_loss import LOSSES, PairLoss
 from contrast.pairs import Pairs
-from contrast.reductions import Count, Mean
+from contrast.reductions import Count, Kth, Mean
 
 
 @LOSSES.register("hard_contrastive", aliases=("wang_liu", "hard_simple"))
@@ -76,13 +76,13 @@ class HardContrastive(PairLoss):
         total = pairs.softplus_sum(-1 / self.temperature, repel, over="positive")
         return total / pairs.count("positive").clamp(min=1)
 
-    def _threshold(self, pairs: Pairs) -> Tensor | None:
-        """Give s_alpha, (N,); None where all negatives are kept."""
+    def _threshold(self, pairs: Pairs) -> Kth | None:
+        """Give s_alpha; None where all negatives are kept."""
         if isinstance(self.hardest, int):
-            return pairs.kth(self.hardest, over="negative")
+            return Kth(self.hardest, over="negative")
         if self.hardest == 1:
             return None
-        return pairs.kth(pairs.once(("hardest", self.hardest), partial(self._kept, pairs)), over="negative")
+        return Kth(pairs.once(("hardest", self.hardest), partial(self._kept, pairs)), over="negative")
 
     def _kept(self, pairs: Pairs) -> Tensor:
         """Give how many of its negatives each anchor keeps, (N,) or (H, N) int64."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -23,7 +24,7 @@ class LogSumExp:
     over: Relation
     among: Tensor | None = None
     log_weight: PairValue | None = None
-    above: Tensor | None = None
+    above: Tensor | Kth | None = None
     rows: Tensor | None = None
 
 
@@ -34,7 +35,7 @@ class Mean:
     over: Relation
     among: Tensor | None = None
     weight: PairValue | Literal["reference"] | None = None
-    above: Tensor | None = None
+    above: Tensor | Kth | None = None
     rows: Tensor | None = None
 
 
@@ -46,7 +47,7 @@ class SoftMean:
     over: Relation
     among: Tensor | None = None
     detach: bool = False
-    above: Tensor | None = None
+    above: Tensor | Kth | None = None
     rows: Tensor | None = None
 
 
@@ -76,7 +77,7 @@ class Count:
 
     over: Relation
     among: Tensor | None = None
-    above: Tensor | None = None
+    above: Tensor | Kth | None = None
     rows: Tensor | None = None
 
 
@@ -96,3 +97,25 @@ _LEARNABLE: dict[type, tuple[str, ...]] = {
 def arguments(asked: Reduction) -> dict[str, Any]:
     """Give the arguments of a reduction that may be learned, by name."""
     return {name: getattr(asked, name) for name in _LEARNABLE[type(asked)]}
+
+
+def thresholds(asked: Sequence[Reduction]) -> list[Kth]:
+    """Give the thresholds that reductions ask for themselves, each once."""
+    found = {id(above): above for one in asked if isinstance(above := getattr(one, "above", None), Kth)}
+    return list(found.values())
+
+
+def settled(asked: Sequence[Reduction], find: Callable[[list[Kth]], Sequence[Tensor]]) -> list[Reduction]:
+    """Give the same reductions with numbers for the thresholds that they ask for.
+
+    Args:
+        asked: the reductions.
+        find: gives the thresholds.
+    """
+    wanted = thresholds(asked)
+    known = dict(zip(map(id, wanted), find(wanted) if wanted else (), strict=True))
+    made: list[Reduction] = []
+    for one in asked:
+        above = known.get(id(getattr(one, "above", None)))
+        made.append(one if above is None else replace(one, above=above))  # type: ignore[arg-type]
+    return made

@@ -107,6 +107,8 @@ class Bounded:
         self.learns = any(number in numbers for number, _ in work.wants_argument) and not self.by_anchor
         # What the forward pass leaves to the backward pass: exponentials where they are all it takes, or similarities.
         self.keeps_exponentials = alone and not self.learns and not above
+        similarities = work.x.shape[-2] * work.starts[-1] * math.prod(work.heads)
+        self.most_kept = KEPT if similarities <= WORTH_KEEPING * KEPT else 0
         self.at_once = [
             alone and wanted and not wants and part >= self.mirrored for part, wants in enumerate(work.wants_part)
         ]
@@ -224,18 +226,13 @@ class Bounded:
             NotBoundedError: where an exponent may have left the range.
         """
         work = self.work
-        pairs = work.pairs
-        longest = [
-            1.001 if known.unit else _longest(z)
-            for known, z in zip((pairs.anchor, *pairs.candidates), (work.x, *work.parts), strict=True)
-        ]
-        self.reach = longest[0] * max(longest[1:], default=0.0)
+        self._measure()
         heads = work.heads[0] if work.heads else 1
         sums = work.x.new_zeros(len(self.asked), heads, work.x.shape[-2])
         moments = torch.zeros_like(sums) if any(isinstance(asked, SoftMean) for asked in self.asked) else None
         weighted = work.x.new_zeros(heads, *work.x.shape[-2:]) if any(self.at_once) else None
         self.kept: list[Tensor] = []
-        self.room = self._room()
+        self.room = self.most_kept
         for head in range(heads):
             self._forward(head, sums[:, head], moments if moments is None else moments[:, head], weighted)
         outputs, saved = [], []
@@ -244,24 +241,71 @@ class Bounded:
             if isinstance(asked, SoftplusSum):
                 outputs.append(total)
                 continue
-            shift = total.new_tensor([self._terms(head)[place].shift for head in range(heads)]).unsqueeze(-1)
-            faint = (total < math.exp(FAINT)) & (shift > 0)
-            if bool(faint.any()) and bool(
-                (faint & (work.identity.count(asked.over, asked.among, asked.rows) > 0)).any()
-            ):
-                raise NotBoundedError
-            empty = total == 0
-            value = total.masked_fill(empty, 1).log_().add_(shift)
-            saved.append(value.masked_fill(empty, math.inf))
+            value, normaliser = self.finish(place, total)
+            saved.append(normaliser)
             if isinstance(asked, SoftMean):
                 assert moments is not None
-                outputs.append(moments[place] / total.masked_fill(empty, 1))
-            else:
-                outputs.append(value.masked_fill(empty, nothing(value.dtype)))
+                value = moments[place] / total.masked_fill(total == 0, 1)
+            outputs.append(value)
         if weighted is not None:
             saved.append(weighted)
         saved += self.kept
         return [output if work.heads else output[0] for output in outputs], saved
+
+    def _measure(self) -> None:
+        """Find how large a similarity can be."""
+        pairs = self.work.pairs
+        longest = [
+            1.001 if known.unit else _longest(z)
+            for known, z in zip((pairs.anchor, *pairs.candidates), (self.work.x, *self.work.parts), strict=True)
+        ]
+        self.reach = longest[0] * max(longest[1:], default=0.0)
+
+    def finish(self, place: int, total: Tensor) -> tuple[Tensor, Tensor]:
+        """Give the log-sum-exp that shifted sums of exponentials stand for, and the same for the backward pass.
+
+        Args:
+            place: which of the reductions.
+            total: the sums, (H, N) or (1, N).
+
+        Raises:
+            NotBoundedError: where a sum may have lost terms.
+        """
+        asked, heads = self.asked[place], range(len(total))
+        shift = total.new_tensor([self._terms(head)[place].shift for head in heads]).unsqueeze(-1)
+        faint = (total < math.exp(FAINT)) & (shift > 0)
+        counts = self.work.identity.count
+        if bool(faint.any()) and bool((faint & (counts(asked.over, asked.among, asked.rows) > 0)).any()):
+            raise NotBoundedError
+        empty = total == 0
+        value = total.masked_fill(empty, 1).log_().add_(shift)
+        return value.masked_fill(empty, nothing(value.dtype)), value.masked_fill(empty, math.inf)
+
+    def leave(self, rows: list[Run]) -> None:
+        """Leave the forward pass of a single log-sum-exp to somebody who goes by strips of whole rows."""
+        self.at_once = [False] * len(self.at_once)
+        self.kept = []
+        seen = self.rows == rows and not self.learns and all(spot.serves[0][0] for spot in self.tiles)
+        self.room = self.most_kept = self.most_kept if seen else 0
+
+    def keep(self, i: int, strip: Tensor) -> None:
+        """Keep what there is room for of a strip, of which the backward pass would compute the similarities again."""
+        for spot in self.tiles if self.room > 0 else ():
+            if spot.i == i and self._returns(spot):
+                columns = self.columns[spot.j]
+                self.room -= len(strip) * (columns.stop - columns.start)
+                if self.room >= 0:
+                    self.kept.append(strip[:, columns.start : columns.stop].clone())
+
+    def exponent(self) -> tuple[float, float]:
+        """Give the scale and the shift of a single log-sum-exp.
+
+        Raises:
+            NotBoundedError: where exponents have no bound.
+        """
+        self._measure()
+        (term,) = self._terms(0)
+        return term.scale, term.shift
 
     def _forward(self, head: int, sums: Tensor, moments: Tensor | None, weighted: Tensor | None) -> None:
         terms, x, parts = self._terms(head), _head(self.work.x, head), self._parts(head)
@@ -303,11 +347,6 @@ class Bounded:
                     if fold is not None:
                         e.div_(fold)
                     self._add(moments[place], e, i, j, row, column)
-
-    def _room(self) -> int:
-        """Say how many exponentials or similarities the forward pass leaves to the backward pass."""
-        all_of_them = self.work.x.shape[-2] * self.work.starts[-1] * math.prod(self.work.heads)
-        return KEPT if all_of_them <= WORTH_KEEPING * KEPT else 0
 
     def _fixed(self, run: Run) -> bool:
         """Say whether nobody asks for the gradient of these anchors."""
@@ -397,7 +436,7 @@ class Bounded:
         count = sum(not isinstance(asked, SoftplusSum) for asked in self.asked)
         weighted = saved[count] if any(self.at_once) else None
         kept = iter(saved[count + (weighted is not None) :])
-        self.room = self._room()
+        self.room = self.most_kept
         for head in range(work.heads[0] if work.heads else 1):
             terms, normalisers = self._terms(head), iter(saved)
             factors: list[tuple[Tensor, Tensor | None]] = []

@@ -22,6 +22,7 @@ from contrast.reductions.asked import (
     SoftMean,
     SoftplusSum,
     arguments,
+    settled,
 )
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ def reduce(pairs: Pairs, reductions: Sequence[Reduction]) -> tuple[Tensor, ...]:
     for reduction in reductions:
         check(reduction, pairs)
     similarity = pairs.similarity
+    reductions = settled(reductions, lambda wanted: [_kth(pairs, similarity, one) for one in wanted])
     return tuple(_DENSE[type(reduction)](pairs, similarity, reduction) for reduction in reductions)
 
 
@@ -124,7 +126,7 @@ def _counting(
     over: Relation,
     among: Tensor | None,
     similarity: Tensor | None = None,
-    above: Tensor | None = None,
+    above: Tensor | Kth | None = None,
     rows: Tensor | None = None,
 ) -> Tensor:
     """Give (N, M) or (H, N, M) bool: the candidates that count."""
@@ -133,7 +135,7 @@ def _counting(
         counts = counts & among
     if rows is not None:
         counts = counts & rows.unsqueeze(-1)
-    if above is not None and similarity is not None:
+    if isinstance(above, Tensor) and similarity is not None:
         counts = counts & (similarity >= above.unsqueeze(-1))
     return counts
 
@@ -158,6 +160,9 @@ def check(asked: Reduction, pairs: Pairs) -> None:
                 raise ValueError(f"{name} is ({size},) bool; got {which.dtype} of shape {tuple(which.shape)}.")
     if isinstance(asked, Kth) and isinstance(asked.k, int) and asked.k < 1:
         raise ValueError(f"k is 1 or more; got {asked.k}.")
+    above = getattr(asked, "above", None)
+    if isinstance(above, Kth):
+        check(above, pairs)
     for name, value in arguments(asked).items():
         if isinstance(value, Tensor):
             if name != "bias" and value.ndim >= 2 and value.shape[-2] > 1 and value.shape[-1] > 1:

@@ -12,7 +12,18 @@ import torch
 from torch import Tensor, nn
 
 from contrast.embeddings import PADDING, REMEMBERED
-from contrast.reductions.asked import Count, Kth, LogSumExp, Mean, Relation, SoftMean, SoftplusSum, arguments
+from contrast.reductions.asked import (
+    Count,
+    Kth,
+    LogSumExp,
+    Mean,
+    Relation,
+    SoftMean,
+    SoftplusSum,
+    arguments,
+    settled,
+    thresholds,
+)
 from contrast.reductions.frames import Block, Box, Facing, Folded, Frame, Spot, facing, spot
 from contrast.reductions.identity import Identity, Matches
 from contrast.reductions.shares import Arguments
@@ -58,6 +69,8 @@ class Matrix:
     def __init__(self, work: Work, numbers: list[int]) -> None:
         self.work, self.numbers = work, numbers
         self.asked: list[Any] = [work.asked[number] for number in numbers]
+        # Thresholds that these ask for themselves come last, so that all meet one matrix.
+        self.asked += thresholds(self.asked)
         self.scales = [number(getattr(asked, "scale", 1.0)) for asked in self.asked]
         kept, key = work.identity.kept, self._signature()
         plan: _Plan | None = None if key is None else kept.get(key)
@@ -79,7 +92,8 @@ class Matrix:
             if not (identity.owns(rows) and identity.owns(asked.among)):
                 return None
             shapes = tuple(v.shape if isinstance(v, Tensor) else type(v).__name__ for v in arguments(asked).values())
-            named += [type(asked).__name__, asked.over, id(rows), id(asked.among), above is None, shapes]
+            above = above is None if not isinstance(above, Kth) else self.asked.index(above)
+            named += [type(asked).__name__, asked.over, id(rows), id(asked.among), above, shapes]
             named.append(self._in_range(place))
         return tuple(named)
 
@@ -115,6 +129,14 @@ class Matrix:
             plan.flat = self._flat(positive) if positive is not None and any(self.alone) else None
             plan.blocks = [self._block(place) if place in plan.spots else ALONE for place in range(len(self.asked))]
         self.flat, self.blocks = plan.flat, plan.blocks
+
+    def _settle(self, s: Tensor) -> None:
+        """Find the thresholds that reductions ask for themselves, in the whole matrix."""
+        count = len(self.numbers)
+        if len(self.asked) > count:
+            blocks = self.blocks[count:]
+            found = [self._ordered(place, block.of(s), block) for place, block in enumerate(blocks, start=count)]
+            self.asked = settled(self.asked[:count], lambda _: found)
 
     def _positive(self) -> Matches | None:
         """Give the positives if each anchor is known to have exactly one."""

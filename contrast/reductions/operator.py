@@ -61,6 +61,8 @@ def _written(asked: Reduction, tensors: list[Tensor]) -> str:
         if isinstance(value, Tensor):
             made.append(f"'{field.name}': ({len(tensors)},)")
             tensors.append(value)
+        elif isinstance(value, Kth):
+            made.append(f"'{field.name}': {_written(value, tensors)}")
         elif isinstance(value, str):
             made.append(f"'{field.name}': '{value}'")
         else:
@@ -85,12 +87,16 @@ class _Text:
 
     def reductions(self, tensors: Sequence[Tensor]) -> list[Reduction]:
         """Give what is asked."""
-        return [
-            getattr(kinds, kind)(
-                **{name: tensors[value[0]] if isinstance(value, tuple) else value for name, value in given.items()}
-            )
-            for kind, given in self.asked
-        ]
+        return [_read(kind, given, tensors) for kind, given in self.asked]
+
+
+def _read(kind: str, given: dict[str, Any], tensors: Sequence[Tensor]) -> Any:
+    """Give a reduction; an argument is the place of a tensor, a threshold's kind and arguments, or itself."""
+    made = dict(given)
+    for name, value in given.items():
+        if isinstance(value, tuple):
+            made[name] = tensors[value[0]] if len(value) == 1 else _read(value[0], value[1], tensors)
+    return getattr(kinds, kind)(**made)
 
 
 def _embeddings(

@@ -69,8 +69,9 @@ class Ordinary(Matrix):
             return None
         s = self._similarities() if self.frame is not None else self.work.x
         near = self._near(s) if any(self.alone) else s
+        self._settle(s.detach())
         found = []
-        for place, (asked, block) in enumerate(zip(self.asked, self.blocks, strict=True)):
+        for place, (asked, block) in enumerate(zip(self.asked, self.blocks, strict=False)):
             if block is ALONE:
                 found.append(self._of_one(asked, near))
             else:
@@ -148,7 +149,7 @@ class Ordinary(Matrix):
     def _log_of_sum(self, asked: LogSumExp, s: Tensor, block: Block) -> Tensor:
         """Give a log-sum-exp whose exponentials need no maximum."""
         e = self._scaled(asked, s, block).exp()
-        if asked.above is not None:
+        if isinstance(asked.above, Tensor):
             e = e * torch.ge(s.detach(), asked.above.unsqueeze(-1), out=torch.empty_like(s))
         mass = block.sum(e)
         if not block.lacking and asked.above is None:

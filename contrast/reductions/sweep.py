@@ -17,6 +17,7 @@ from contrast.reductions import dense, near, operator, ordinary
 from contrast.reductions.asked import Count, Kth, Reduction, Relation, arguments
 from contrast.reductions.bounded import Bounded, NotBoundedError
 from contrast.reductions.closed import Functions
+from contrast.reductions.hardest import Hardest
 from contrast.reductions.linear import Linear
 from contrast.reductions.listed import Listed, Places, RowByRow
 from contrast.reductions.thresholds import Thresholds
@@ -38,7 +39,7 @@ ONE_TRIANGLE = 4
 LOOKED_UP = 16
 """So many times more elsewhere: where nothing is known of identities, masks are had sooner than lists, and a row that
 is ordered would be needed a third time."""
-PARTLY = 4
+LARGE = 4 * LOOKED_UP
 """So many times more anchors times candidates, of which only some similarities may be asked."""
 
 
@@ -221,21 +222,23 @@ def _quiet(z: Tensor) -> AbstractContextManager[Any]:
 def _ways(work: Work, size: int, small: int, kernels: bool) -> list[Way]:
     """Send each reduction its way."""
     kernels = kernels or work.x.device.type == "cuda"
-    if not kernels and work.x.shape[-2] * work.starts[-1] <= PARTLY * LOOKED_UP * small and Whole.accepts(work):
+    if not kernels and work.x.shape[-2] * work.starts[-1] <= LARGE * small and Whole.accepts(work):
         whole = Whole(work, list(range(len(work.asked))))
         if whole.size <= small * _patience(work, whole.triangle):
             return [whole]
     ways: list[Way] = []
     counted, listed, tiled = [], [], []
     plain = work.x.device.type == "cpu" and not kernels and work.identity.plain
+    by_tiles = _settle(work, size, plain)
     for number, asked in enumerate(work.asked):
-        functions = any(_must_meet_tiles(value) for value in arguments(asked).values())
-        if not plain:
+        if not plain or number in by_tiles:
             tiled.append(number)
         elif _by_identity(asked, work.pairs):
             counted.append(number)
-        elif asked.over == "positive" and work.identity.positive is not None and not functions:
+        elif _is_listed(work, asked):
             listed.append(number)
+        elif isinstance(getattr(asked, "above", None), Kth):
+            ways.append(Hardest(work, number, size))
         elif Linear.accepts(work, number):
             ways.append(Linear(work, number))
         elif Functions.accepts(work, number):
@@ -260,6 +263,35 @@ def _ways(work: Work, size: int, small: int, kernels: bool) -> list[Way]:
         bounded = plain and all(Bounded.accepts(work, number) for number in tiled)
         ways.append(Bounded(work, tiled, size) if bounded else Tiles(work, tiled, size))
     return ways
+
+
+def _settle(work: Work, size: int, plain: bool) -> set[int]:
+    """Find the thresholds that reductions ask for themselves, but those found on the way; say who must go by tiles.
+
+    A similarity has the same bits where it is computed the same way: in tiles, or pair by pair.
+    """
+    found: dict[tuple[int, bool], Tensor] = {}
+    by_tiles = set()
+    for number, asked in enumerate(work.asked):
+        above: Any = getattr(asked, "above", None)
+        if not isinstance(above, Kth) or (plain and Hardest.accepts(work, number)):
+            continue
+        listed = plain and above.over == "positive" and _is_listed(work, asked)
+        if (id(above), listed) not in found:
+            alone = Work(work.pairs, [above], work.x, work.parts, [False] * (1 + len(work.parts)), set())
+            tiles = Thresholds if plain and Thresholds.accepts(alone, 0) else Tiles
+            way = Listed(alone, [0]) if listed else tiles(alone, [0], size)
+            found[id(above), listed] = way.forward()[0][0]
+        work.asked[number] = replace(asked, above=found[id(above), listed])  # type: ignore[arg-type]
+        if not listed:
+            by_tiles.add(number)
+    return by_tiles
+
+
+def _is_listed(work: Work, asked: Reduction) -> bool:
+    """Say whether a reduction is over positives that are listed, with arguments that can be had of them."""
+    functions = any(_must_meet_tiles(value) for value in arguments(asked).values())
+    return asked.over == "positive" and work.identity.positive is not None and not functions
 
 
 def _patience(work: Work, triangle: bool) -> int:
