@@ -92,6 +92,15 @@ class Block:
             self.made[s.dtype] = self.counts.to(s.dtype)
         return self.made[s.dtype]
 
+    def far(self, s: Tensor) -> Tensor | None:
+        """Give 0 where a pair counts and -inf where not; None where all do."""
+        if self.counts is None:
+            return None
+        key = ("far", s.dtype)
+        if key not in self.made:
+            self.made[key] = s.new_zeros(self.counts.shape).masked_fill_(~self.counts, -torch.inf)
+        return self.made[key]
+
     def counted(self) -> Tensor:
         """Give how many pairs of each anchor count, where some do not."""
         assert self.counts is not None

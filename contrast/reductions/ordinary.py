@@ -159,7 +159,7 @@ class Ordinary(Matrix):
 
     def _scaled(self, asked: Any, s: Tensor, block: Block) -> Tensor:
         """Give scale * s + log_weight, -inf where a pair does not count."""
-        far = _far(block, s)
+        far = block.far(s)
         if far is not None and isinstance(asked.scale, float) and getattr(asked, "log_weight", None) is None:
             return torch.add(far, s, alpha=asked.scale)
         exponent = logits(s, self._given(asked))
@@ -208,16 +208,6 @@ class Ordinary(Matrix):
 def _passes_often(asked: Any) -> bool:
     weighed = getattr(asked, "weight", None) is not None
     return weighed or isinstance(asked, Kth) or getattr(asked, "above", None) is not None
-
-
-def _far(block: Block, s: Tensor) -> Tensor | None:
-    """Give 0 where a pair counts and -inf where not; None where all do."""
-    if block.counts is None:
-        return None
-    key = ("far", s.dtype)
-    if key not in block.made:
-        block.made[key] = s.new_zeros(block.counts.shape).masked_fill_(~block.counts, -torch.inf)
-    return block.made[key]
 
 
 def _dots(a: Tensor, b: Tensor) -> Tensor:
