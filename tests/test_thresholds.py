@@ -1,11 +1,15 @@
 """Thresholds: the k-th largest of long rows, and what lies at or above it, tile by tile."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
 from contrast import reductions
+from contrast.losses import InfoNCE
 from contrast.losses.hard_contrastive import HardContrastive
-from contrast.reductions import Kth, bounded, grid, thresholds
+from contrast.reductions import Kth, Mean, bounded, grid, thresholds
 
 
 def sorted_kth(rows, k):
@@ -82,6 +86,38 @@ def test_a_log_sum_exp_finds_its_own_thresholds(scale, size, labelled):
         expected = outcome()
     with reductions.road("tiles", size=size):
         torch.testing.assert_close(outcome(), expected)
+
+
+def test_a_call_with_thresholds_is_not_taken_for_one_beside_them():
+    """What is kept of one call serves only those that are like it."""
+    (pairs,) = InfoNCE().pairs(*torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0)))
+    hard = Mean("positive", above=Kth(1, "negative"))
+    with reductions.road("dense"):
+        (expected,) = pairs.reduce(hard)
+    pairs.reduce(Mean("positive"), Kth(1, "negative"))
+    torch.testing.assert_close(pairs.reduce(hard)[0], expected)
+
+
+FEW_CLASSES = """
+import resource, torch
+from contrast.losses import HardContrastive
+
+def step(n):
+    z = torch.randn(2, n, 4, requires_grad=True)
+    HardContrastive(hardest=5)(*z, group=torch.arange(n) % 5).backward()
+
+step(100)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+step(4000)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the largest resident size has another unit")
+def test_thresholds_among_many_positives_hold_no_matrix():
+    """64 million similarities take 244 MiB; strips are written again and again."""
+    run = subprocess.run([sys.executable, "-c", FEW_CLASSES], capture_output=True, text=True, check=True)
+    assert int(run.stdout) < 120 * 1024
 
 
 @pytest.mark.parametrize("dims", [5, 17, 33, 128])

@@ -158,11 +158,13 @@ def check(asked: Reduction, pairs: Pairs) -> None:
             size = len(pairs) if name == "rows" else sum(map(len, pairs.candidates))
             if which.dtype != torch.bool or which.shape != (size,):
                 raise ValueError(f"{name} is ({size},) bool; got {which.dtype} of shape {tuple(which.shape)}.")
-    if isinstance(asked, Kth) and isinstance(asked.k, int) and asked.k < 1:
-        raise ValueError(f"k is 1 or more; got {asked.k}.")
+    if isinstance(asked, Kth):
+        _check_places(asked.k, pairs)
     above = getattr(asked, "above", None)
     if isinstance(above, Kth):
         check(above, pairs)
+    elif above is not None and not isinstance(above, Tensor):
+        raise ValueError(f"above is a tensor of thresholds, (N,) or (H, N), or a Kth; got {above!r}.")
     for name, value in arguments(asked).items():
         if isinstance(value, Tensor):
             if name != "bias" and value.ndim >= 2 and value.shape[-2] > 1 and value.shape[-1] > 1:
@@ -173,3 +175,13 @@ def check(asked: Reduction, pairs: Pairs) -> None:
                 )
         elif value == "reference" and not all(part.refers for part in (pairs.anchor, *pairs.candidates)):
             raise ValueError("weight 'reference' needs the vectors of a frozen tower: give the loss reference=(N, R).")
+
+
+def _check_places(k: int | Tensor, pairs: Pairs) -> None:
+    """Refuse a k that is no number of candidates, of all anchors or of each."""
+    if isinstance(k, Tensor):
+        shape = pairs.anchor.z.shape[:-1]
+        if k.dtype != torch.int64 or k.shape not in ((), shape, shape[-1:]):
+            raise ValueError(f"k is a number, or {tuple(shape)} int64; got {k.dtype} of shape {tuple(k.shape)}.")
+    elif not isinstance(k, int) or isinstance(k, bool) or k < 1:
+        raise ValueError(f"k is a whole number, 1 or more; got {k!r}.")

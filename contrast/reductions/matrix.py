@@ -92,8 +92,8 @@ class Matrix:
             if not (identity.owns(rows) and identity.owns(asked.among)):
                 return None
             shapes = tuple(v.shape if isinstance(v, Tensor) else type(v).__name__ for v in arguments(asked).values())
-            above = above is None if not isinstance(above, Kth) else self.asked.index(above)
-            named += [type(asked).__name__, asked.over, id(rows), id(asked.among), above, shapes]
+            reaches = ("kth", self.asked.index(above)) if isinstance(above, Kth) else above is not None
+            named += [type(asked).__name__, asked.over, id(rows), id(asked.among), reaches, shapes]
             named.append(self._in_range(place))
         return tuple(named)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -105,12 +106,13 @@ class Tiles:
 
     def forward(self) -> tuple[list[Tensor], list[Tensor]]:
         """Give the reductions, (N,) or (H, N) each, and a normaliser of each for the backward pass."""
-        whole = [place for place, asked in enumerate(self.asked) if isinstance(asked, Kth)]
+        kept = {place: self._room() for place, asked in enumerate(self.asked) if isinstance(asked, Kth)}
+        found = {place: self.work.new_rows() for place in kept}
         outputs: list[list[Tensor]] = [[] for _ in self.asked]
         saved: list[list[Tensor]] = [[] for _ in self.asked]
         for rows in self.rows():
             states = [State(asked, self.work.x, rows) for asked in self.asked]
-            strips = {place: self._strip(rows) for place in whole}
+            strips = {place: self._strip(room, rows) for place, room in kept.items()}
             for part, within, columns in self.columns():
                 wanted = self._asked_of(rows, columns)
                 if not wanted:
@@ -126,19 +128,29 @@ class Tiles:
                         states[place].add(s, counts, self.given(asked, rows, part, within, columns, known))
             for place, (state, asked) in enumerate(zip(states, self.asked, strict=True)):
                 if isinstance(asked, Kth):
-                    output, normaliser = self._kth(asked, rows, strips.pop(place)), s_like(self.work.x)
-                else:
-                    output, normaliser = state.close()
+                    found[place][..., rows] = self._kth(asked, rows, strips[place])
+                    continue
+                output, normaliser = state.close()
                 outputs[place].append(output)
                 saved[place].append(normaliser)
         if not self.work.x.shape[-2]:
             kinds = [torch.int64 if isinstance(asked, Count) else self.work.x.dtype for asked in self.asked]
             return [self.work.new_rows().to(kind) for kind in kinds], [s_like(self.work.x) for _ in self.asked]
-        return [torch.cat(rows, dim=-1) for rows in outputs], [torch.cat(rows, dim=-1) for rows in saved]
+        made = [found[place] if place in found else torch.cat(rows, dim=-1) for place, rows in enumerate(outputs)]
+        return made, [torch.cat(rows, dim=-1) if rows else s_like(self.work.x) for rows in saved]
 
-    def _strip(self, rows: slice) -> Tensor:
-        """Give room for whole rows, (n, M) or (H, n, M)."""
-        return self.work.x.new_full((*self.work.heads, rows.stop - rows.start, self.work.starts[-1]), -torch.inf)
+    def _room(self) -> Tensor:
+        """Give room for the whole rows of a block, which is written again and again.
+
+        Made anew for each block, with what is kept of every block between, it would be found nowhere but further on.
+        """
+        most = max((rows.stop - rows.start for rows in self.rows()), default=0)
+        return self.work.x.new_empty(math.prod(self.work.heads) * most * self.work.starts[-1])
+
+    def _strip(self, room: Tensor, rows: slice) -> Tensor:
+        """Give whole rows of -inf in this room, (n, M) or (H, n, M)."""
+        shape = (*self.work.heads, rows.stop - rows.start, self.work.starts[-1])
+        return room[: math.prod(shape)].view(shape).fill_(-torch.inf)
 
     def _kth(self, asked: Kth, rows: slice, strip: Tensor) -> Tensor:
         found = (strip > -torch.inf).sum(dim=-1)
@@ -148,9 +160,9 @@ class Tiles:
 
     def topk(self, k: int, over: Relation, among: Tensor | None) -> Tensor:
         """Give the places of the k largest similarities, (N, k) or (H, N, k), -1 where there are fewer."""
-        asked, made = Count(over, among), []
+        asked, made, room = Count(over, among), [], self._room()
         for rows in self.rows():
-            strip = self._strip(rows)
+            strip = self._strip(room, rows)
             for part, within, columns in self.columns():
                 s = self.similarity(rows, part, within)
                 counts = self.counting(asked, s, rows, part, within, columns, {})
