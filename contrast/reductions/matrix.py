@@ -137,6 +137,7 @@ class Matrix:
             blocks = self.blocks[count:]
             found = [self._ordered(place, block.of(s), block) for place, block in enumerate(blocks, start=count)]
             self.asked = settled(self.asked[:count], lambda _: found)
+            self.blocks, self.alone = self.blocks[:count], self.alone[:count]
 
     def _positive(self) -> Matches | None:
         """Give the positives if each anchor is known to have exactly one."""

@@ -71,7 +71,7 @@ class Ordinary(Matrix):
         near = self._near(s) if any(self.alone) else s
         self._settle(s.detach())
         found = []
-        for place, (asked, block) in enumerate(zip(self.asked, self.blocks, strict=False)):
+        for place, (asked, block) in enumerate(zip(self.asked, self.blocks, strict=True)):
             if block is ALONE:
                 found.append(self._of_one(asked, near))
             else:

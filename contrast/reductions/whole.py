@@ -34,7 +34,7 @@ class Whole(Matrix):
         near = self._near(s) if any(self.alone) else None
         self._settle(s)
         outputs, saved = [], [s]
-        for place, (_, block, alone) in enumerate(zip(self.asked, self.blocks, self.alone, strict=False)):
+        for place, (block, alone) in enumerate(zip(self.blocks, self.alone, strict=True)):
             output, *kept = self._reduce(place, near if alone and near is not None else block.of(s), block)
             outputs.append(self._widened(place, output, block))
             saved += kept
@@ -46,7 +46,7 @@ class Whole(Matrix):
         near: Tensor | None = None
         total: Tensor | None = None
         to_near: Tensor | None = None
-        for place, (asked, block, alone) in enumerate(zip(self.asked, self.blocks, self.alone, strict=False)):
+        for place, (asked, block, alone) in enumerate(zip(self.asked, self.blocks, self.alone, strict=True)):
             if isinstance(asked, Count | Kth):
                 continue
             first, second = saved[1 + 2 * place : 3 + 2 * place]
