@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from contrast.api import evaluate, load, pretrain
-    from contrast.distributed import local
-    from contrast.embeddings import Embeddings
+    from contrast.core.distributed import local
+    from contrast.core.embeddings import Embeddings
+    from contrast.core.pairs import Pairs, all_pairs, cross_pairs, two_sided
+    from contrast.core.registry import InputError, Registry
     from contrast.losses import LOSSES, PairLoss
-    from contrast.pairs import Pairs, all_pairs, cross_pairs, two_sided
-    from contrast.registry import InputError, Registry
 
 __version__ = "0.1.0"
 
@@ -37,11 +37,11 @@ __all__ = [
 
 _HOMES = {
     "contrast.api": ("evaluate", "load", "pretrain"),
-    "contrast.distributed": ("local",),
-    "contrast.embeddings": ("Embeddings",),
+    "contrast.core.distributed": ("local",),
+    "contrast.core.embeddings": ("Embeddings",),
     "contrast.losses": ("LOSSES", "PairLoss"),
-    "contrast.pairs": ("Pairs", "all_pairs", "cross_pairs", "two_sided"),
-    "contrast.registry": ("InputError", "Registry"),
+    "contrast.core.pairs": ("Pairs", "all_pairs", "cross_pairs", "two_sided"),
+    "contrast.core.registry": ("InputError", "Registry"),
 }
 
 

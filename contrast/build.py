@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 
 from contrast.config import Config
+from contrast.core.registry import InputError, schema
+from contrast.core.seeding import derived
 from contrast.data import Data, open_data
 from contrast.data.loader import SAMPLERS, Neighbours, Order, StepSampler
 from contrast.losses import LOSSES, PairLoss
 from contrast.memory import MEMORIES, Bank, HardNegatives, Memory, NearestPositives, NeighbourTables
 from contrast.models import Encoder, ImageInputs, SeriesInputs, build_encoder
 from contrast.models.backbones import dry_run
-from contrast.registry import InputError, schema
-from contrast.seeding import derived
 from contrast.train.budget import Budget
 from contrast.train.optimizers import OPTIMIZERS, Optimizer
 from contrast.train.step import Step

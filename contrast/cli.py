@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from contrast.registry import InputError, nearest
+from contrast.core.registry import InputError, nearest
 
 # OpenMP's threads wait for each other by spinning; beside another busy process that makes every step several times
 # slower. It is read when torch is loaded, which no import above does.

@@ -19,13 +19,13 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from contrast.core.registry import InputError, Registry, check_arguments, nearest, schema
 from contrast.data.loader import SAMPLERS
 from contrast.evaluation.protocols import PROTOCOLS
 from contrast.losses import LOSSES
 from contrast.memory import MEMORIES
 from contrast.models.backbones import BACKBONES
 from contrast.models.heads import HEADS
-from contrast.registry import InputError, Registry, check_arguments, nearest, schema
 from contrast.train.optimizers import OPTIMIZERS
 from contrast.views.views import RECIPES, VIEWS
 

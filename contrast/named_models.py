@@ -13,10 +13,10 @@ from torch import Tensor
 
 from contrast.build import inputs_of
 from contrast.config import Config
+from contrast.core.registry import InputError
 from contrast.data import Data
 from contrast.models import Encoder, build_backbone, load_backbone
 from contrast.models.weights import read_description
-from contrast.registry import InputError
 
 Encode = Callable[[Tensor], Tensor]
 

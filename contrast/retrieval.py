@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from contrast.registry import InputError
+from contrast.core.registry import InputError
 
 Strangers = Sequence[tuple[Tensor, Tensor]]
 """Pairs (number of each query (Q,), number of each stored vector (M,)): of equal numbers, the vector is left out."""

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from contrast import config as configuration
 from contrast.build import Experiment, build, build_encoder_for, pick_size, pick_steps, read_data
 from contrast.config import Config, Loaded
+from contrast.core.registry import InputError
 from contrast.data import Data
 from contrast.data.dataset import Samples
 from contrast.evaluation.compare import table
@@ -29,7 +30,6 @@ from contrast.evaluation.protocols import Evaluation, evaluate
 from contrast.losses import BadPairs
 from contrast.models import save_backbone
 from contrast.named_models import Encode, encode_with, reference_of
-from contrast.registry import InputError
 from contrast.report import save_samples, views_picture, write_report
 from contrast.train.budget import Budget
 from contrast.train.fit import Outcome, check_trainer, fit

@@ -3,8 +3,8 @@
 import pytest
 
 from contrast import config as configuration
+from contrast.core.registry import InputError
 from contrast.losses import LOSSES
-from contrast.registry import InputError
 
 
 def written(tmp_path, text):

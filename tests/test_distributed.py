@@ -4,9 +4,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from contrast import distributed
-from contrast.embeddings import Embeddings, concatenate, gather_all, unknown_samples
-from contrast.pairs import all_pairs, cross_pairs
+from contrast.core import distributed
+from contrast.core.embeddings import Embeddings, concatenate, gather_all, unknown_samples
+from contrast.core.pairs import all_pairs, cross_pairs
 
 
 def test_without_processes_everything_is_the_identity():

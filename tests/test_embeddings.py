@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from contrast.embeddings import REMEMBERED, Embeddings, concatenate, gather_all, normalise, unknown_samples
+from contrast.core.embeddings import REMEMBERED, Embeddings, concatenate, gather_all, normalise, unknown_samples
 
 
 def embeddings(count=4, dims=3, heads=None, start=0, reference=False):

@@ -14,11 +14,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from contrast import reductions
-from contrast.embeddings import PADDING, REMEMBERED, Embeddings
-from contrast.pairs import Pairs, all_pairs, two_sided
-from contrast.reductions import Count, Kth, LogSumExp, Mean, SoftMean, SoftplusSum, kernels, sweep
-from contrast.reductions.tiles import Tiles
+from contrast.core import reductions
+from contrast.core.embeddings import PADDING, REMEMBERED, Embeddings
+from contrast.core.pairs import Pairs, all_pairs, two_sided
+from contrast.core.reductions import Count, Kth, LogSumExp, Mean, SoftMean, SoftplusSum, kernels, sweep
+from contrast.core.reductions.tiles import Tiles
 
 pytest.importorskip("triton", reason="Triton is not installed")
 OVER = ("positive", "negative", "remembered", "all")
@@ -265,10 +265,10 @@ import sys
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
-from contrast import reductions
-from contrast.embeddings import Embeddings
-from contrast.pairs import all_pairs, two_sided
-from contrast.reductions import Count, LogSumExp, Mean, SoftMean, SoftplusSum, kernels, sweep
+from contrast.core import reductions
+from contrast.core.embeddings import Embeddings
+from contrast.core.pairs import all_pairs, two_sided
+from contrast.core.reductions import Count, LogSumExp, Mean, SoftMean, SoftplusSum, kernels, sweep
 
 class Absent:
     def get_current_target(self): return GPUTarget("cuda", 90, 32)

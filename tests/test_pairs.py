@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from contrast import reductions
-from contrast.embeddings import PADDING, REMEMBERED, Embeddings
-from contrast.pairs import Pairs, all_pairs, cross_pairs, two_sided
-from contrast.reductions import Count, Kth, LogSumExp, Mean, SoftMean, SoftplusSum
+from contrast.core import reductions
+from contrast.core.embeddings import PADDING, REMEMBERED, Embeddings
+from contrast.core.pairs import Pairs, all_pairs, cross_pairs, two_sided
+from contrast.core.reductions import Count, Kth, LogSumExp, Mean, SoftMean, SoftplusSum
 
 NOTHING = torch.finfo(torch.float64).min / 2
 OVER = ("positive", "negative", "remembered", "all")

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from contrast import reductions
-from contrast.embeddings import REMEMBERED, Embeddings, normalise
+from contrast.core import reductions
+from contrast.core.embeddings import REMEMBERED, Embeddings, normalise
+from contrast.core.reductions import Count, Kth, LogSumExp, Mean, SoftMean, SoftplusSum, identity, sweep
 from contrast.losses import InfoNCE
-from contrast.reductions import Count, Kth, LogSumExp, Mean, SoftMean, SoftplusSum, identity, sweep
 
 DIMS = 3
 WAYS = {

@@ -5,7 +5,7 @@ from typing import Literal
 
 import pytest
 
-from contrast.registry import InputError, Registry, check_arguments, nearest
+from contrast.core.registry import InputError, Registry, check_arguments, nearest
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from contrast import retrieval
-from contrast.registry import InputError
+from contrast.core.registry import InputError
 from contrast.retrieval import Found, auto_index, build_index, kmeans, merge, nearest
 
 

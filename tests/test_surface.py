@@ -11,9 +11,9 @@ import torch
 
 import contrast
 from contrast import losses
+from contrast.core.registry import InputError, schema
 from contrast.losses import CACR, LOSSES, BadPairs, FalseNegatives, HardNegative, InfoNCE, PairLoss
 from contrast.memory import MEMORIES, Bank, HardNegatives, NearestPositives, Queue, nearest_views
-from contrast.registry import InputError, schema
 
 ROOT = Path(__file__).parents[1]
 HEAVY = [

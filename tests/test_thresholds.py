@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from contrast import reductions
+from contrast.core import reductions
+from contrast.core.reductions import Kth, Mean, bounded, grid, thresholds, tiles
 from contrast.losses import InfoNCE
 from contrast.losses.hard_contrastive import HardContrastive
-from contrast.reductions import Kth, Mean, bounded, grid, thresholds, tiles
 
 
 def sorted_kth(rows, k):

@@ -17,12 +17,12 @@ from torch import Tensor
 
 from contrast import config as configuration
 from contrast.build import Experiment, build, read_data
+from contrast.core.seeding import derived
 from contrast.data import Data
 from contrast.data.dataset import Batch
 from contrast.evaluation.compare import Difference
 from contrast.losses import BadPairs
 from contrast.models import Encoder
-from contrast.seeding import derived
 from contrast.views.views import Views
 from tools import cells
 from tools.cells import ROOT, SETS, Cells

@@ -19,11 +19,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from contrast.core.registry import InputError
 from contrast.data import Data
 from contrast.evaluation.compare import Difference
 from contrast.evaluation.features import Encode, extract
 from contrast.evaluation.protocols import evaluate
-from contrast.registry import InputError
 from contrast.retrieval import nearest
 from contrast.train.run_folder import environment
 

@@ -9,11 +9,11 @@ from typing import Literal
 
 import numpy as np
 
+from contrast.core.registry import InputError
 from contrast.data.collection import SPLIT_WORDS, Collection, as_text
 from contrast.data.dataset import Array, ArrayItems
 from contrast.data.images import arrange_array
 from contrast.data.series import arrange_series, check_series, describe_gaps, pad_series
-from contrast.registry import InputError
 
 INPUT_WORDS = ("x", "data", "images", "image", "series", "inputs", "features")
 TARGET_WORDS = ("y", "label", "labels", "target", "targets")

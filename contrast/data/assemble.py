@@ -10,11 +10,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from contrast.core.registry import InputError, nearest
 from contrast.data.collection import Collection, number_labels, number_members, official_split, pick_column
 from contrast.data.dataset import Array, ArrayItems, Data, Samples
 from contrast.data.images import value_range
 from contrast.data.splitting import Mask, hold_out, refuse_leak
-from contrast.registry import InputError, nearest
 
 TEST_SHARE, VALIDATION_SHARE = 0.2, 0.2
 MEASURED_ITEMS = 2_000

@@ -8,8 +8,8 @@ from typing import Literal
 
 import numpy as np
 
+from contrast.core.registry import InputError, nearest
 from contrast.data.dataset import Array, Items
-from contrast.registry import InputError, nearest
 
 SPLIT_WORDS = {
     "train": "train",

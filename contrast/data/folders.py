@@ -8,11 +8,11 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
+from contrast.core.registry import InputError, nearest
 from contrast.data.collection import SPLIT_WORDS, Collection
 from contrast.data.dataset import Array
 from contrast.data.images import IMAGE_ENDINGS, open_files
 from contrast.data.tables import attach
-from contrast.registry import InputError, nearest
 
 TABLE_NAMES = ("labels.csv", "labels.tsv", "labels.txt")
 

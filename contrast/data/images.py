@@ -16,8 +16,8 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
+from contrast.core.registry import InputError
 from contrast.data.dataset import Array, ArrayItems, Items, file_identity
-from contrast.registry import InputError
 
 IMAGE_ENDINGS = (
     ".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".pgm", ".ppm", ".pbm", ".pnm", ".jp2",

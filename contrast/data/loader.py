@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
-from contrast import distributed
+from contrast.core import distributed
+from contrast.core.registry import InputError, Registry
+from contrast.core.seeding import derived
 from contrast.data.dataset import Batch, Samples
-from contrast.registry import InputError, Registry
-from contrast.seeding import derived
 
 SAMPLERS = Registry("sampler")
 """The orders of items by name."""

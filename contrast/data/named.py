@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 
+from contrast.core.registry import InputError, nearest
 from contrast.data.collection import Collection
 from contrast.data.dataset import ArrayItems
 from contrast.data.images import arrange_array, open_images
 from contrast.data.series_files import join_ts
-from contrast.registry import InputError, nearest
 
 
 def data_root() -> Path:

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from contrast.core.registry import InputError
 from contrast.data.dataset import Array
-from contrast.registry import InputError
 
 
 def stack_series(series: Sequence[Array], names: Sequence[str], *, where: str) -> Array:

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import numpy as np
 
+from contrast.core.registry import InputError
 from contrast.data.collection import LABEL_WORDS, SPLIT_WORDS, Collection, as_text, number_members
 from contrast.data.dataset import Array, ArrayItems
 from contrast.data.series import describe_gaps, stack_series
 from contrast.data.tables import read_values
-from contrast.registry import InputError
 
 ID_WORDS = (
     "id", "item", "series", "series_id", "case", "case_id", "unique_id", "uid", "sample", "sample_id", "instance",

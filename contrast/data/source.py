@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
+from contrast.core.registry import InputError, nearest
 from contrast.data.arrays import read_arrays
 from contrast.data.assemble import assemble
 from contrast.data.collection import Collection
@@ -14,7 +15,6 @@ from contrast.data.folders import TABLE_NAMES, list_images, read_folder
 from contrast.data.images import IMAGE_ENDINGS
 from contrast.data.named import read_aeon, read_digits, read_torchvision
 from contrast.data.series_files import find_parts, read_csv, read_ts
-from contrast.registry import InputError, nearest
 
 SOURCES = {
     "digits": "scikit-learn's 1,797 handwritten digits",

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from contrast.core.registry import InputError
 from contrast.data.dataset import Array
-from contrast.registry import InputError
 
 Mask = NDArray[np.bool_]
 

@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from contrast.core.registry import InputError, nearest
 from contrast.data.collection import LABEL_WORDS, as_text
 from contrast.data.dataset import Array
-from contrast.registry import InputError, nearest
 
 MISSING_WORDS = ("", "nan", "NaN", "NAN", "NA", "N/A", "null", "NULL", "?", "-nan")
 ITEM_WORDS = (

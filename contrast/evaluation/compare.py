@@ -6,8 +6,8 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from contrast.core.registry import InputError
 from contrast.evaluation.results import TITLES, Result, title
-from contrast.registry import InputError
 
 Column = tuple[str, str]
 

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from contrast.core.registry import InputError
 from contrast.evaluation.threads import threads_for
-from contrast.registry import InputError
 
 if TYPE_CHECKING:
     from contrast.data.dataset import Data, Samples

@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from contrast.core.registry import InputError, Registry
 from contrast.evaluation.features import Encode, Health, extract, health
 from contrast.evaluation.knn import fit_neighbours
 from contrast.evaluation.linear import (
@@ -26,7 +27,6 @@ from contrast.evaluation.linear import (
 )
 from contrast.evaluation.metrics import METRICS, Scores, mean_per_class, score
 from contrast.evaluation.results import Result, subject
-from contrast.registry import InputError, Registry
 
 if TYPE_CHECKING:
     from contrast.data.dataset import Data, Samples

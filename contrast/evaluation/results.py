@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-from contrast.registry import InputError
+from contrast.core.registry import InputError
 
 
 @dataclass(frozen=True)

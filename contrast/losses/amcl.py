@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from contrast.core.pairs import Pairs
 from contrast.losses.checks import not_negative
 from contrast.losses.pair_loss import LOSSES, PairLoss
 from contrast.losses.temperatures import (
@@ -17,7 +18,6 @@ from contrast.losses.temperatures import (
     mean_temperatures,
     nearest_and_positive,
 )
-from contrast.pairs import Pairs
 
 
 @LOSSES.register("amcl", aliases=("adaptive_multi_head", "adaptive_multi_head_contrastive"))

@@ -8,12 +8,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from contrast import distributed
-from contrast.embeddings import Embeddings
+from contrast.core import distributed
+from contrast.core.embeddings import Embeddings
+from contrast.core.pairs import product
 from contrast.losses.checks import not_negative
 from contrast.losses.pair_loss import LOSSES
 from contrast.losses.temperatures import Network, PairTemperature, omega
-from contrast.pairs import product
 
 
 @LOSSES.register("amcl_barlow", aliases=("amcl_barlow_twins",))

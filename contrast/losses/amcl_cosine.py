@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from contrast.core.pairs import Pairs
 from contrast.losses.checks import not_negative
 from contrast.losses.pair_loss import LOSSES, Extra, PairLoss
 from contrast.losses.temperatures import Network, PairTemperature, attracted, mean_temperatures
-from contrast.pairs import Pairs
 
 
 @LOSSES.register("amcl_cosine", aliases=("amcl_simsiam",))

@@ -8,9 +8,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from contrast.embeddings import Embeddings
+from contrast.core.embeddings import Embeddings
+from contrast.core.pairs import Pairs
 from contrast.losses.pair_loss import Extra, PairLoss
-from contrast.pairs import Pairs
 
 
 class Around(PairLoss):

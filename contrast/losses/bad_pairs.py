@@ -9,11 +9,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from contrast import distributed
-from contrast.embeddings import Embeddings
+from contrast.core import distributed
+from contrast.core.embeddings import Embeddings
+from contrast.core.pairs import Pairs
 from contrast.losses.around import Around
 from contrast.losses.pair_loss import LOSSES, Extra, PairLoss
-from contrast.pairs import Pairs
 
 UNIT = 2.0**24
 """The memory counts in whole numbers of 1 / UNIT: their sums do not depend on the order, so every process holds the

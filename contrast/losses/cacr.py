@@ -9,10 +9,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from contrast.core.pairs import Pairs
+from contrast.core.reductions import SoftMean
 from contrast.losses.checks import not_negative
 from contrast.losses.pair_loss import LOSSES, PairLoss
-from contrast.pairs import Pairs
-from contrast.reductions import SoftMean
 
 
 @LOSSES.register("cacr", aliases=("contrastive_attraction_repulsion", "cacl"))

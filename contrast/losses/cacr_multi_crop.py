@@ -9,10 +9,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from contrast.embeddings import Embeddings, gather_all
+from contrast.core.embeddings import Embeddings, gather_all
+from contrast.core.pairs import Pairs
 from contrast.losses.checks import positive
 from contrast.losses.pair_loss import LOSSES, Extra, PairLoss
-from contrast.pairs import Pairs
 
 
 @LOSSES.register("cacr_multi_crop", aliases=("cacr_moco_v3", "cacr_crops"))

@@ -8,12 +8,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from contrast.embeddings import gather_all
+from contrast.core.embeddings import gather_all
+from contrast.core.pairs import Pairs
+from contrast.core.reductions import LogSumExp, SoftMean
 from contrast.losses.cacr import among_parts, views_of
 from contrast.losses.checks import not_negative
 from contrast.losses.pair_loss import LOSSES, Extra, PairLoss
-from contrast.pairs import Pairs
-from contrast.reductions import LogSumExp, SoftMean
 
 
 @LOSSES.register("cacr_queue", aliases=("cacr_moco", "cacr_moco_v2"))

@@ -10,12 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from contrast import distributed
+from contrast.core import distributed
+from contrast.core.pairs import Pairs
+from contrast.core.reductions import LogSumExp
 from contrast.losses.cacr import meetings
 from contrast.losses.checks import not_negative
 from contrast.losses.pair_loss import LOSSES, Extra, PairLoss, global_mean
-from contrast.pairs import Pairs
-from contrast.reductions import LogSumExp
 
 
 @LOSSES.register("cacr_rbf")

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from contrast.embeddings import concatenate, gather_all, normalise
+from contrast.core.embeddings import concatenate, gather_all, normalise
+from contrast.core.pairs import Pairs, two_sided
+from contrast.core.reductions import LogSumExp, Mean
 from contrast.losses.info_nce import InfoNCE
 from contrast.losses.pair_loss import LOSSES, Extra
-from contrast.pairs import Pairs, two_sided
-from contrast.reductions import LogSumExp, Mean
 
 CHUNK = 256
 """Anchors at a time for the entropy of their weights."""

@@ -9,11 +9,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from contrast import distributed
+from contrast.core import distributed
+from contrast.core.pairs import Pairs
+from contrast.core.reductions import LogSumExp, Mean
 from contrast.losses.checks import positive
 from contrast.losses.pair_loss import LOSSES, PairLoss
-from contrast.pairs import Pairs
-from contrast.reductions import LogSumExp, Mean
 
 
 @LOSSES.register("decoupled", aliases=("dcl", "dclw"))

@@ -9,10 +9,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from contrast.embeddings import Embeddings
+from contrast.core.embeddings import Embeddings
+from contrast.core.pairs import Pairs
 from contrast.losses.around import Around
 from contrast.losses.pair_loss import LOSSES, Extra, PairLoss
-from contrast.pairs import Pairs
 
 
 @LOSSES.register("false_negatives", aliases=("false_negative_control", "gist", "gistembed"))

@@ -7,10 +7,10 @@ from typing import Literal
 
 from torch import Tensor
 
+from contrast.core.pairs import Pairs
+from contrast.core.reductions import Count, Kth, Mean
 from contrast.losses.checks import not_negative, positive
 from contrast.losses.pair_loss import LOSSES, PairLoss
-from contrast.pairs import Pairs
-from contrast.reductions import Count, Kth, Mean
 
 
 @LOSSES.register("hard_contrastive", aliases=("wang_liu", "hard_simple"))

@@ -8,10 +8,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from contrast.core.pairs import Pairs
+from contrast.core.reductions import LogSumExp, Relation
 from contrast.losses.checks import not_negative, positive
 from contrast.losses.pair_loss import LOSSES, PairLoss
-from contrast.pairs import Pairs
-from contrast.reductions import LogSumExp, Relation
 
 
 @LOSSES.register("hard_negative", aliases=("hcl", "debiased", "robinson", "hard_negatives"))

@@ -9,12 +9,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from contrast import distributed
-from contrast.embeddings import concatenate, gather_all
+from contrast.core import distributed
+from contrast.core.embeddings import concatenate, gather_all
+from contrast.core.pairs import Pairs, two_sided
+from contrast.core.reductions import LogSumExp, Mean
 from contrast.losses.checks import positive
 from contrast.losses.pair_loss import LOSSES, Extra, PairLoss
-from contrast.pairs import Pairs, two_sided
-from contrast.reductions import LogSumExp, Mean
 
 LARGEST_SCALE = 100.0
 """A learned 1 / temperature stays below this, as in CLIP."""

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from contrast.core.pairs import Pairs
 from contrast.losses.pair_loss import LOSSES, Extra, PairLoss
-from contrast.pairs import Pairs
 
 
 @LOSSES.register("negative_cosine", aliases=("simsiam", "byol", "sym_neg_cosine"))

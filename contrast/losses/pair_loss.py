@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from contrast import distributed
-from contrast.embeddings import (
+from contrast.core import distributed
+from contrast.core.embeddings import (
     PADDING,
     REMEMBERED,
     Embeddings,
@@ -24,9 +24,9 @@ from contrast.embeddings import (
     of_view,
     unknown_samples,
 )
-from contrast.pairs import Pairs, Rule, all_pairs
-from contrast.reductions import Relation
-from contrast.registry import Registry
+from contrast.core.pairs import Pairs, Rule, all_pairs
+from contrast.core.reductions import Relation
+from contrast.core.registry import Registry
 
 LOSSES = Registry("loss")
 """Every loss by name."""

@@ -8,12 +8,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from contrast import distributed
-from contrast.embeddings import concatenate, gather_all
+from contrast.core import distributed
+from contrast.core.embeddings import concatenate, gather_all
+from contrast.core.pairs import Pairs, two_sided
+from contrast.core.reductions import SoftplusSum
 from contrast.losses.checks import positive
 from contrast.losses.pair_loss import LOSSES, Extra, PairLoss
-from contrast.pairs import Pairs, two_sided
-from contrast.reductions import SoftplusSum
 
 
 @LOSSES.register("siglip", aliases=("sigmoid", "sig_lip"))

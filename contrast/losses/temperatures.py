@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from contrast import distributed, reductions
-from contrast.embeddings import Embeddings
-from contrast.pairs import Pairs, product
-from contrast.reductions import LogSumExp, Mean, Reduction, Relation
+from contrast.core import distributed, reductions
+from contrast.core.embeddings import Embeddings
+from contrast.core.pairs import Pairs, product
+from contrast.core.reductions import LogSumExp, Mean, Reduction, Relation
 
 LN2 = math.log(2)
 

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from contrast import distributed
-from contrast.embeddings import Embeddings
+from contrast.core import distributed
+from contrast.core.embeddings import Embeddings
 from contrast.memory.door import Width, refuse_other, refuse_unknown
 from contrast.memory.memory import MEMORIES
 from contrast.memory.room import check_room

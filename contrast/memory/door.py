@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from contrast.embeddings import REMEMBERED, Embeddings, normalise, of_view
+from contrast.core.embeddings import REMEMBERED, Embeddings, normalise, of_view
 
 
 class Width(NamedTuple):

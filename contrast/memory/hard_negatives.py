@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from contrast import distributed
-from contrast.embeddings import PADDING, Embeddings
+from contrast.core import distributed
+from contrast.core.embeddings import PADDING, Embeddings
+from contrast.core.registry import InputError
 from contrast.memory.bank import Bank
 from contrast.memory.door import refuse_other, refuse_unknown
 from contrast.memory.memory import MEMORIES, Memory
-from contrast.registry import InputError
 from contrast.retrieval import least_vectors
 
 QUERIES = 65536

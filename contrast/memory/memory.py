@@ -8,8 +8,8 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from contrast.embeddings import Embeddings
-from contrast.registry import Registry
+from contrast.core.embeddings import Embeddings
+from contrast.core.registry import Registry
 
 MEMORIES = Registry("memory")
 """Every memory by name."""

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from contrast.embeddings import Embeddings, normalise, of_view
+from contrast.core.embeddings import Embeddings, normalise, of_view
 from contrast.memory.bank import Bank
 from contrast.memory.door import refuse_unknown
 from contrast.memory.memory import MEMORIES, Memory

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from contrast.embeddings import Embeddings
+from contrast.core.embeddings import Embeddings
 from contrast.memory.door import Width, refuse_other, refuse_unknown
 from contrast.memory.memory import MEMORIES
 from contrast.memory.search import Shelf

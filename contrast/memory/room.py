@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from contrast import distributed
+from contrast.core import distributed
 
 GIB = 2**30
 

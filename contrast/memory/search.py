@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from contrast import retrieval
-from contrast.embeddings import Embeddings
+from contrast.core.embeddings import Embeddings
 from contrast.retrieval import Found
 
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from contrast import distributed
+from contrast.core import distributed
 from contrast.retrieval import Found, merge
 
 BLOCK = 65536

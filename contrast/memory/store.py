@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from contrast.embeddings import REMEMBERED, Embeddings
+from contrast.core.embeddings import REMEMBERED, Embeddings
 from contrast.memory.door import Width
 from contrast.memory.memory import Memory
 

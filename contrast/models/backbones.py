@@ -12,11 +12,11 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
+from contrast.core.registry import InputError, Registry, check_arguments, nearest
 from contrast.models.checkpoints import load_weights
 from contrast.models.image_networks import SmallConv
 from contrast.models.libraries import LIBRARIES, Library, build_network, knows, names
 from contrast.models.series_networks import Dilated, ResNet1d, Transformer1d
-from contrast.registry import InputError, Registry, check_arguments, nearest
 
 Kind = Literal["image", "series"]
 Part = str | Mapping[str, Any]

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from contrast import distributed
-from contrast.registry import InputError
+from contrast.core import distributed
+from contrast.core.registry import InputError
 
 
 class MaskedBatchNorm1d(nn.BatchNorm1d):

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from contrast.core.registry import InputError
 from contrast.models.libraries import require
-from contrast.registry import InputError
 
 WEIGHTS = "backbone.safetensors"
 PICKLED = (".pt", ".pth", ".ckpt", ".bin")

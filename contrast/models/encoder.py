@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from contrast.core.registry import InputError
 from contrast.models.backbones import Kind, Part, build_backbone, dry_run, feature_width
 from contrast.models.heads import HEADS
 from contrast.models.inputs import ImageInputs, SeriesInputs
-from contrast.registry import InputError
 
 __all__ = ["Encoder", "ImageInputs", "Projections", "SeriesInputs", "build_encoder"]
 

@@ -7,7 +7,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from contrast.registry import Registry
+from contrast.core.registry import Registry
 
 HEADS = Registry("head")
 

@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from contrast.registry import InputError
+from contrast.core.registry import InputError
 
 Numbers = Sequence[float] | NDArray[np.floating] | Tensor
 

@@ -10,7 +10,7 @@ from typing import Any, Literal, cast
 import torch.nn.functional as F
 from torch import nn
 
-from contrast.registry import InputError, nearest
+from contrast.core.registry import InputError, nearest
 
 Library = Literal["timm", "torchvision"]
 Stem = Literal["auto", "small", "original"]

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from contrast.core.registry import InputError
 from contrast.models.backbones import build_backbone, feature_width, library_of, parse
 from contrast.models.checkpoints import WEIGHTS, load_weights, weights_file
 from contrast.models.encoder import Encoder
 from contrast.models.inputs import ImageInputs, SeriesInputs
 from contrast.models.libraries import build_network, require
-from contrast.registry import InputError
 
 __all__ = ["load_backbone", "load_weights", "read_description", "save_backbone"]
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from contrast.registry import InputError
+from contrast.core.registry import InputError
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import math
 import re
 from dataclasses import dataclass
 
-from contrast.registry import InputError
+from contrast.core.registry import InputError
 
 _SECONDS = {"s": 1, "sec": 1, "second": 1, "m": 60, "min": 60, "minute": 60, "h": 3600, "hour": 3600, "d": 86400}
 

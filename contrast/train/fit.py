@@ -15,9 +15,9 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.loggers import TensorBoardLogger
 
+from contrast.core.registry import InputError
 from contrast.data.dataset import Data
 from contrast.data.loader import StepSampler, training_loader
-from contrast.registry import InputError
 from contrast.train.callbacks import Checkpoints, OnlineProbe, Recorder, StopOnSignal, TrainingFailure
 from contrast.train.module import Pretraining
 from contrast.train.run_folder import RunFolder

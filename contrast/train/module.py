@@ -10,14 +10,14 @@ import lightning
 import torch
 from torch import Tensor, nn
 
-from contrast import distributed
+from contrast.core import distributed
+from contrast.core.embeddings import Embeddings
+from contrast.core.seeding import derived
 from contrast.data.dataset import Batch
-from contrast.embeddings import Embeddings
 from contrast.losses import BadPairs
 from contrast.memory import Memory
 from contrast.models.batch_norm import synchronise
 from contrast.models.encoder import Encoder
-from contrast.seeding import derived
 from contrast.train.budget import Budget
 from contrast.train.optimizers import Optimizer
 from contrast.train.step import Step

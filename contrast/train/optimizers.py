@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from contrast.registry import Registry
+from contrast.core.registry import Registry
 
 OPTIMIZERS = Registry("optimizer")
 """Optimisers by name."""

@@ -12,10 +12,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from contrast.core.registry import InputError
+from contrast.core.seeding import derived
 from contrast.data.dataset import Batch, Data
 from contrast.data.loader import StepSampler
-from contrast.registry import InputError
-from contrast.seeding import derived
 from contrast.train.optimizers import Optimizer
 from contrast.train.step import Step
 

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import torch
 
-from contrast.registry import InputError
+from contrast.core.registry import InputError
 
 State = Literal["running", "stopped", "failed", "done"]
 

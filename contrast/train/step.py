@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from contrast.core.embeddings import Embeddings, normalise
 from contrast.data.dataset import Batch
-from contrast.embeddings import Embeddings, normalise
 from contrast.memory import Memory
 from contrast.models.encoder import Encoder, Projections
 from contrast.views.views import Views

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from contrast.registry import InputError
+from contrast.core.registry import InputError
 from contrast.views.draws import chance, check_amount, check_range, check_share, uniform
 from contrast.views.views import IMAGE, VIEWS, Operation
 

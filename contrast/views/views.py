@@ -8,7 +8,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
-from contrast.registry import InputError, Registry
+from contrast.core.registry import InputError, Registry
 
 VIEWS = Registry("view operation")
 RECIPES = Registry("recipe")

@@ -3,8 +3,8 @@ import pytest
 import torch
 from PIL import Image
 
+from contrast.core.registry import InputError
 from contrast.data import images, open_data
-from contrast.registry import InputError
 from tests.data.writing import write_flat, write_image
 
 

@@ -5,8 +5,8 @@ import operator
 import pytest
 import torch
 
+from contrast.core.registry import InputError
 from contrast.data.loader import SAMPLERS, Neighbours, StepSampler
-from contrast.registry import InputError
 
 
 def first(sampler, batches):
@@ -31,10 +31,10 @@ def test_another_seed_gives_another_order():
 
 def test_the_processes_share_each_batch(monkeypatch):
     whole = first(StepSampler(20, 5, seed=2), 4)
-    monkeypatch.setattr("contrast.distributed.world_size", lambda: 2)
+    monkeypatch.setattr("contrast.core.distributed.world_size", lambda: 2)
     shares = []
     for rank in (0, 1):
-        monkeypatch.setattr("contrast.distributed.rank", lambda rank=rank: rank)
+        monkeypatch.setattr("contrast.core.distributed.rank", lambda rank=rank: rank)
         shares.append(first(StepSampler(20, 5, seed=2), 4))
     assert [sorted(a + b) for a, b in zip(*shares, strict=True)] == [sorted(batch) for batch in whole]
 

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from contrast.core.registry import InputError
 from contrast.data import open_data
-from contrast.registry import InputError
 
 
 def test_digits_are_small_grey_images_in_zero_to_one():

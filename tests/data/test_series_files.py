@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 import torch
 
+from contrast.core.registry import InputError
 from contrast.data import open_data
-from contrast.registry import InputError
 from tests.data.writing import waves, write_lines
 
 

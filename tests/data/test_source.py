@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
+from contrast.core.registry import InputError
 from contrast.data import duplicates, leaks, open_data
-from contrast.registry import InputError
 from tests.data.writing import waves
 
 

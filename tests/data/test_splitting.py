@@ -3,8 +3,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from contrast.core.registry import InputError
 from contrast.data.splitting import hold_out, refuse_leak
-from contrast.registry import InputError
 
 labels = st.lists(st.integers(-1, 4), min_size=1, max_size=60)
 shares = st.floats(0, 0.9)

@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
+from contrast.core.registry import InputError
 from contrast.data.tables import attach, read_labels, read_values
-from contrast.registry import InputError
 from tests.data.writing import write_lines
 
 FILES = ["a/1.png", "a/2.png", "b/1.png", "b/3.png"]

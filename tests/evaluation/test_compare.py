@@ -2,9 +2,9 @@ from dataclasses import replace
 
 import pytest
 
+from contrast.core.registry import InputError
 from contrast.evaluation.compare import comparisons, markdown, paired_difference, table
 from contrast.evaluation.results import Result
-from contrast.registry import InputError
 
 
 def result(model, values, protocol="few_labels", labels="10 a class"):

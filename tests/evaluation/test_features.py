@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
+from contrast.core.registry import InputError
 from contrast.evaluation.features import effective_rank, extract, frozen, health, raw_features, raw_input
-from contrast.registry import InputError
 
 
 def test_features_come_in_sample_order_for_any_batch_size(make_data):

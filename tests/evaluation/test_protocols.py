@@ -5,12 +5,12 @@ import numpy as np
 import pytest
 import torch
 
+from contrast.core.registry import InputError
 from contrast.data.dataset import ArrayItems
 from contrast.evaluation.features import raw_input
 from contrast.evaluation.linear import draw_labels
 from contrast.evaluation.protocols import PROTOCOLS, FewLabels, Linear, NearestNeighbours, evaluate, protocol_hash
 from contrast.evaluation.results import Result
-from contrast.registry import InputError
 
 
 def flat(x):

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import contrast
-from contrast import distributed
+from contrast.core import distributed
 from tests.losses.cases import DIMS, Case
 
 WIDTH = 3

@@ -5,13 +5,13 @@ import math
 import pytest
 import torch
 
-from contrast import reductions
-from contrast.embeddings import Embeddings
+from contrast.core import reductions
+from contrast.core.embeddings import Embeddings
+from contrast.core.reductions import aligned, closed, nearest, square
 from contrast.losses import LOSSES
 from contrast.losses import temperatures as module
 from contrast.losses.amcl import AMCL
 from contrast.losses.temperatures import PairTemperature, omega
-from contrast.reductions import aligned, closed, nearest, square
 
 LOW, HIGH, BETA = 0.1, 1.5, 0.3
 

@@ -6,9 +6,9 @@ import math
 import pytest
 import torch
 
+from contrast.core.pairs import Pairs
+from contrast.core.reductions import Count
 from contrast.losses import CACR
-from contrast.pairs import Pairs
-from contrast.reductions import Count
 
 
 def random(*shape, seed=0):

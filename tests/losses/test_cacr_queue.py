@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from contrast.embeddings import REMEMBERED, Embeddings
+from contrast.core.embeddings import REMEMBERED, Embeddings
 from contrast.losses.cacr_queue import CACRQueue
 
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from contrast.embeddings import REMEMBERED, Embeddings
+from contrast.core.embeddings import REMEMBERED, Embeddings
+from contrast.core.pairs import two_sided
 from contrast.losses import InfoNCE
 from contrast.losses.cwcl import CWCL
-from contrast.pairs import two_sided
 
 
 def random(*shape, seed=0):

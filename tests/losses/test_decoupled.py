@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from contrast.core.pairs import Pairs
 from contrast.losses.decoupled import DecoupledInfoNCE
 from contrast.losses.info_nce import InfoNCE
-from contrast.pairs import Pairs
 
 
 def random(*shape, seed=0):

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from contrast import reductions
-from contrast.embeddings import REMEMBERED, Embeddings, normalise
+from contrast.core import reductions
+from contrast.core.embeddings import REMEMBERED, Embeddings, normalise
 from contrast.losses import CACRRBF, CWCL, LOSSES, BadPairs, DecoupledInfoNCE, FalseNegatives, HardContrastive, InfoNCE
 from contrast.memory import Queue
 from tests.losses.cases import CASES

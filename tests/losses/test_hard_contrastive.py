@@ -5,11 +5,11 @@ import math
 import pytest
 import torch
 
-from contrast.embeddings import Embeddings
+from contrast.core.embeddings import Embeddings
+from contrast.core.pairs import Pairs
 from contrast.losses.hard_contrastive import HardContrastive
 from contrast.losses.info_nce import InfoNCE
 from contrast.losses.pair_loss import LOSSES
-from contrast.pairs import Pairs
 
 
 def random(*shape, seed=0):

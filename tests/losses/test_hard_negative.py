@@ -5,10 +5,10 @@ import math
 import pytest
 import torch
 
+from contrast.core.pairs import Pairs
+from contrast.core.reductions import LogSumExp
 from contrast.losses.hard_negative import HardNegative
 from contrast.losses.info_nce import InfoNCE
-from contrast.pairs import Pairs
-from contrast.reductions import LogSumExp
 
 
 def random(*shape, seed=0):

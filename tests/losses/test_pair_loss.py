@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from contrast.embeddings import PADDING, REMEMBERED, Embeddings, concatenate, normalise, unknown_samples
+from contrast.core.embeddings import PADDING, REMEMBERED, Embeddings, concatenate, normalise, unknown_samples
+from contrast.core.pairs import Pairs
 from contrast.losses import CACR, LOSSES, InfoNCE, NegativeCosine, PairLoss
 from contrast.losses import pair_loss as module
-from contrast.pairs import Pairs
 from tests.losses.cases import CASES, DIMS, Case
 
 every_loss = pytest.mark.parametrize("case", CASES, ids=str)

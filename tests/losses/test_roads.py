@@ -5,10 +5,10 @@ import gc
 import pytest
 import torch
 
-from contrast import embeddings, reductions
-from contrast.embeddings import REMEMBERED, Embeddings, normalise
+from contrast.core import embeddings, reductions
+from contrast.core.embeddings import REMEMBERED, Embeddings, normalise
+from contrast.core.reductions import LogSumExp, SoftplusSum, identity, sweep
 from contrast.losses import InfoNCE
-from contrast.reductions import LogSumExp, SoftplusSum, identity, sweep
 from tests.losses.cases import CASES, DIMS
 
 LABELS = torch.tensor([0, 1, 0, 2, 1, 1, 0])

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from contrast import reductions
+from contrast.core import reductions
+from contrast.core.registry import schema
 from contrast.losses import LOSSES
-from contrast.registry import schema
 from tests.losses.cases import CASES, DIMS
 
 SAMPLES = 36

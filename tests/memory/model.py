@@ -3,7 +3,7 @@
 import torch
 from hypothesis import strategies as st
 
-from contrast.embeddings import Embeddings, normalise
+from contrast.core.embeddings import Embeddings, normalise
 
 DIM = 3
 

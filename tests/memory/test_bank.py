@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from contrast.embeddings import REMEMBERED
+from contrast.core.embeddings import REMEMBERED
 from contrast.losses import InfoNCE
 from contrast.memory import MEMORIES, Bank, room
 from contrast.memory.wrong_samples import Watch

@@ -4,7 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from contrast.embeddings import REMEMBERED
+from contrast.core.embeddings import REMEMBERED
 from contrast.losses import InfoNCE
 from contrast.memory import Bank, HardNegatives, Queue
 from tests.memory.model import DIM, push

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from contrast.embeddings import normalise
+from contrast.core.embeddings import normalise
 from contrast.losses import InfoNCE
 from contrast.memory import MEMORIES, Bank, NearestPositives, Queue, nearest_views
 from tests.memory.model import DIM, anchor, push

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from contrast.embeddings import REMEMBERED, normalise
+from contrast.core.embeddings import REMEMBERED, normalise
 from contrast.losses import InfoNCE
 from contrast.memory import MEMORIES, Queue
 from tests.memory.model import DIM, PlainQueue, anchor, entries, push, samples_of_pushes

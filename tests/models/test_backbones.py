@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
+from contrast.core.registry import InputError
 from contrast.models.backbones import BACKBONES, build_backbone, feature_width
-from contrast.registry import InputError
 
 SHAPES = {"image": [(1, 8, 8), (3, 28, 28), (5, 40, 24)], "series": [(1, 1), (3, 29), (2, 400)]}
 SMALL = {

@@ -4,8 +4,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
 
+from contrast.core.registry import InputError
 from contrast.models.batch_norm import MaskedBatchNorm1d, SynchronisedBatchNorm, synchronise
-from contrast.registry import InputError
 
 # How many of six samples each of two processes has.
 SPLITS = [(3, 3), (5, 1), (6, 0)]

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
+from contrast.core.registry import InputError
 from contrast.models.encoder import Encoder, ImageInputs, SeriesInputs, build_encoder
-from contrast.registry import InputError
 
 SHAPE = (1, 8, 8)
 INPUTS = {"value_range": (0, 16), "mean": [0.3], "std": [0.4]}

@@ -2,8 +2,8 @@ import pytest
 import torch
 from torch import nn
 
+from contrast.core.registry import InputError
 from contrast.models.heads import HEADS
-from contrast.registry import InputError
 
 
 @pytest.mark.parametrize("name", HEADS)

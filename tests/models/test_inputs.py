@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 import torch
 
+from contrast.core.registry import InputError
 from contrast.models.inputs import ImageInputs, SeriesInputs
-from contrast.registry import InputError
 
 NAN = float("nan")
 

@@ -6,10 +6,10 @@ import safetensors.torch
 import torch
 from torch import nn
 
+from contrast.core.registry import InputError
 from contrast.models.backbones import build_backbone
 from contrast.models.encoder import Encoder, ImageInputs, SeriesInputs, build_encoder
 from contrast.models.weights import load_backbone, load_weights, read_description, save_backbone
-from contrast.registry import InputError
 
 
 def image_encoder(part, shape, **options):

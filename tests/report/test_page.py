@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from contrast.registry import InputError
+from contrast.core.registry import InputError
 from contrast.report.page import render, write_report
 from contrast.report.record import read_record
 

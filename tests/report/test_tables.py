@@ -1,7 +1,7 @@
 import pytest
 
+from contrast.core.registry import InputError
 from contrast.evaluation.results import Result
-from contrast.registry import InputError
 from contrast.report.tables import (
     paired_sentences,
     per_class_table,

@@ -1,6 +1,6 @@
 import pytest
 
-from contrast.registry import InputError
+from contrast.core.registry import InputError
 from contrast.train.budget import Budget
 
 

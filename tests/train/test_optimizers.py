@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from contrast.registry import InputError
+from contrast.core.registry import InputError
 from contrast.train.optimizers import OPTIMIZERS
 
 

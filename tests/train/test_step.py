@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
+from contrast.core.embeddings import normalise
 from contrast.data.dataset import Batch
-from contrast.embeddings import normalise
 from contrast.losses import CWCL, InfoNCE, NegativeCosine
 from contrast.memory import Bank, HardNegatives, NearestPositives, Queue
 from contrast.models import Encoder

@@ -9,7 +9,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms import v2 as torchvision
 from torchvision.transforms.v2 import functional as reference
 
-from contrast.registry import InputError
+from contrast.core.registry import InputError
 from contrast.views import VIEWS
 from contrast.views import images as ops
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from contrast.registry import InputError
+from contrast.core.registry import InputError
 from contrast.views import VIEWS
 from contrast.views import series as ops
 

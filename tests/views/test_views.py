@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from contrast.registry import InputError
+from contrast.core.registry import InputError
 from contrast.views import RECIPES, VIEWS, Views, build_views
 from contrast.views.views import KINDS
 

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor, nn
 
-from contrast.reductions import sweep
-from contrast.reductions.asked import LogSumExp, Relation
-from contrast.reductions.closed import Closed, Functions, Shares
-from contrast.reductions.work import Gradients, Work
+from contrast.core.reductions import sweep
+from contrast.core.reductions.asked import LogSumExp, Relation
+from contrast.core.reductions.closed import Closed, Functions, Shares
+from contrast.core.reductions.work import Gradients, Work
 
 if TYPE_CHECKING:
-    from contrast.pairs import Pairs
+    from contrast.core.pairs import Pairs
 
 MATRIX = 2**18
 """Up to this many similarities, over all heads, stand in one matrix."""

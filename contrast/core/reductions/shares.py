@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from contrast.reductions.asked import LogSumExp, Mean, Reduction, SoftMean, SoftplusSum
+from contrast.core.reductions.asked import LogSumExp, Mean, Reduction, SoftMean, SoftplusSum
 
 
 @dataclass(eq=False)

@@ -7,8 +7,8 @@ from functools import lru_cache
 
 import torch
 
-from contrast.reductions.identity import Run, cut
-from contrast.reductions.work import Work
+from contrast.core.reductions.identity import Run, cut
+from contrast.core.reductions.work import Work
 
 LINE = 64
 """Bytes of a line of the processor's cache."""

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from contrast import reductions
-from contrast.embeddings import PADDING, REMEMBERED, Embeddings, concatenate, gather_all
-from contrast.reductions import (
+from contrast.core import reductions
+from contrast.core.embeddings import PADDING, REMEMBERED, Embeddings, concatenate, gather_all
+from contrast.core.reductions import (
     Count,
     Kth,
     LogSumExp,
@@ -25,9 +25,9 @@ from contrast.reductions import (
     SoftplusSum,
     sweep,
 )
-from contrast.reductions import operator as one_operator
-from contrast.reductions.identity import Identity, identify
-from contrast.reductions.work import saved
+from contrast.core.reductions import operator as one_operator
+from contrast.core.reductions.identity import Identity, identify
+from contrast.core.reductions.work import saved
 
 Rule = Callable[..., Tensor]
 """rule(anchor, candidate, similarity, *rows of per_anchor) -> bool tile, True = leave this negative out."""

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from contrast.embeddings import PADDING, REMEMBERED
-from contrast.reductions.asked import Mean
-from contrast.reductions.identity import Matches, Run
-from contrast.reductions.listed import add_dots, dots
-from contrast.reductions.work import Gradients, Work
+from contrast.core.embeddings import PADDING, REMEMBERED
+from contrast.core.reductions.asked import Mean
+from contrast.core.reductions.identity import Matches, Run
+from contrast.core.reductions.listed import add_dots, dots
+from contrast.core.reductions.work import Gradients, Work
 
 ROWS = 1024
 """Rows worked on at a time, so that their copies stay small."""

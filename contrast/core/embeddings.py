@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from contrast import distributed
+from contrast.core import distributed
 
 REMEMBERED = -1
 """The view of a candidate that comes from a queue or a bank."""

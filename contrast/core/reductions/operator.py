@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from contrast.embeddings import Embeddings
-from contrast.reductions import asked as kinds
-from contrast.reductions.asked import Count, Kth, Reduction, arguments
-from contrast.reductions.work import saved
+from contrast.core.embeddings import Embeddings
+from contrast.core.reductions import asked as kinds
+from contrast.core.reductions.asked import Count, Kth, Reduction, arguments
+from contrast.core.reductions.work import saved
 
 if TYPE_CHECKING:
-    from contrast.pairs import Pairs
+    from contrast.core.pairs import Pairs
 
 
 SEPARATOR = ";"

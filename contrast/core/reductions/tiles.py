@@ -10,12 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from contrast.embeddings import PADDING, REMEMBERED, Embeddings
-from contrast.reductions.asked import Count, Kth, Mean, Reduction, Relation, SoftMean, SoftplusSum, arguments
-from contrast.reductions.grid import blocks, low_tiles
-from contrast.reductions.shares import Arguments, logits, shares, softplus
-from contrast.reductions.thresholds import kth_largest
-from contrast.reductions.work import Gradients, Work, learned, nothing, spanned
+from contrast.core.embeddings import PADDING, REMEMBERED, Embeddings
+from contrast.core.reductions.asked import Count, Kth, Mean, Reduction, Relation, SoftMean, SoftplusSum, arguments
+from contrast.core.reductions.grid import blocks, low_tiles
+from contrast.core.reductions.shares import Arguments, logits, shares, softplus
+from contrast.core.reductions.thresholds import kth_largest
+from contrast.core.reductions.work import Gradients, Work, learned, nothing, spanned
 
 
 class Tiles:

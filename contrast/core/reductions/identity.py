@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from contrast.embeddings import PADDING, REMEMBERED, Embeddings, concatenate
-from contrast.reductions.asked import Relation
+from contrast.core.embeddings import PADDING, REMEMBERED, Embeddings, concatenate
+from contrast.core.reductions.asked import Relation
 
 FEW = 24
 """Matches are listed pair by pair up to this many for each anchor and candidate."""

@@ -8,11 +8,11 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from contrast.embeddings import Embeddings
-from contrast.reductions.asked import Count, Kth, LogSumExp, Mean, Reduction, SoftMean, SoftplusSum, arguments
-from contrast.reductions.identity import Matches
-from contrast.reductions.shares import Arguments, logits, scalar, shares, softplus
-from contrast.reductions.work import Gradients, Work, learned, nothing
+from contrast.core.embeddings import Embeddings
+from contrast.core.reductions.asked import Count, Kth, LogSumExp, Mean, Reduction, SoftMean, SoftplusSum, arguments
+from contrast.core.reductions.identity import Matches
+from contrast.core.reductions.shares import Arguments, logits, scalar, shares, softplus
+from contrast.core.reductions.work import Gradients, Work, learned, nothing
 
 
 def dots(work: Work, pairs: Matches) -> Tensor:

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Literal
 
 from torch import Tensor
 
-from contrast.reductions import aligned, dense, nearest, square, sweep
-from contrast.reductions.asked import (
+from contrast.core.reductions import aligned, dense, nearest, square, sweep
+from contrast.core.reductions.asked import (
     Count,
     Kth,
     LogSumExp,
@@ -27,10 +27,10 @@ from contrast.reductions.asked import (
     SoftMean,
     SoftplusSum,
 )
-from contrast.reductions.closed import Closed
+from contrast.core.reductions.closed import Closed
 
 if TYPE_CHECKING:
-    from contrast.pairs import Pairs
+    from contrast.core.pairs import Pairs
 
 __all__ = [
     "Count",

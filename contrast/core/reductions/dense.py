@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from contrast import distributed
-from contrast.reductions.asked import (
+from contrast.core import distributed
+from contrast.core.reductions.asked import (
     Count,
     Kth,
     LogSumExp,
@@ -26,7 +26,7 @@ from contrast.reductions.asked import (
 )
 
 if TYPE_CHECKING:
-    from contrast.pairs import Pairs
+    from contrast.core.pairs import Pairs
 
 
 def reduce(pairs: Pairs, reductions: Sequence[Reduction]) -> tuple[Tensor, ...]:

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from contrast.reductions.identity import Identity, Run
-from contrast.reductions.work import Gradients, Work
+from contrast.core.reductions.identity import Identity, Run
+from contrast.core.reductions.work import Gradients, Work
 
 Product = Callable[[Tensor, Tensor], Tensor]
 """(..., n, D) and (..., m, D) -> (..., n, m), the inner products."""

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from contrast.reductions.asked import Count, Kth, LogSumExp, Mean, SoftMean, SoftplusSum
-from contrast.reductions.frames import Block, Frame
-from contrast.reductions.listed import add_dots, dots
-from contrast.reductions.matrix import ALONE, Matrix, number
-from contrast.reductions.shares import Arguments, logits, shares, softplus, sum_of_log1p
-from contrast.reductions.work import Gradients, nothing
+from contrast.core.reductions.asked import Count, Kth, LogSumExp, Mean, SoftMean, SoftplusSum
+from contrast.core.reductions.frames import Block, Frame
+from contrast.core.reductions.listed import add_dots, dots
+from contrast.core.reductions.matrix import ALONE, Matrix, number
+from contrast.core.reductions.shares import Arguments, logits, shares, softplus, sum_of_log1p
+from contrast.core.reductions.work import Gradients, nothing
 
 
 class Whole(Matrix):

@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from contrast.reductions.asked import LogSumExp, SoftMean, SoftplusSum
-from contrast.reductions.grid import alike, blocks, low_tiles
-from contrast.reductions.identity import Matches, Run, by_tile, cut
-from contrast.reductions.shares import sum_of_log1p
-from contrast.reductions.work import WIDEST, Gradients, Work, nothing
+from contrast.core.reductions.asked import LogSumExp, SoftMean, SoftplusSum
+from contrast.core.reductions.grid import alike, blocks, low_tiles
+from contrast.core.reductions.identity import Matches, Run, by_tile, cut
+from contrast.core.reductions.shares import sum_of_log1p
+from contrast.core.reductions.work import WIDEST, Gradients, Work, nothing
 
 KEPT = 2**21
 """Exponentials that the forward pass leaves to the backward pass, which saves it a product."""

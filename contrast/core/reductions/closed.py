@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
 import torch
 from torch import Tensor
 
-from contrast.reductions.asked import LogSumExp, Relation
-from contrast.reductions.identity import Run, by_tile, cut
-from contrast.reductions.work import WIDEST, Gradients, Work, nothing
+from contrast.core.reductions.asked import LogSumExp, Relation
+from contrast.core.reductions.identity import Run, by_tile, cut
+from contrast.core.reductions.work import WIDEST, Gradients, Work, nothing
 
 if TYPE_CHECKING:
-    from contrast.pairs import Pairs
+    from contrast.core.pairs import Pairs
 
 SIDES = 2**13
 """Candidates, over all heads, whose sides are held at a time."""

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor, nn
 
-from contrast.reductions import sweep
-from contrast.reductions.asked import LogSumExp, Relation
-from contrast.reductions.closed import Closed, Functions
-from contrast.reductions.work import Gradients, Work
+from contrast.core.reductions import sweep
+from contrast.core.reductions.asked import LogSumExp, Relation
+from contrast.core.reductions.closed import Closed, Functions
+from contrast.core.reductions.work import Gradients, Work
 
 if TYPE_CHECKING:
-    from contrast.pairs import Pairs
+    from contrast.core.pairs import Pairs
 
 ROWS = 2**13
 """Up to this many anchors, over all heads, are worked on at once, and what is found is kept."""

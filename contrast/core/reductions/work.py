@@ -12,12 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from contrast import distributed
-from contrast.embeddings import Embeddings
-from contrast.reductions.asked import Reduction
+from contrast.core import distributed
+from contrast.core.embeddings import Embeddings
+from contrast.core.reductions.asked import Reduction
 
 if TYPE_CHECKING:
-    from contrast.pairs import Pairs
+    from contrast.core.pairs import Pairs
 
 
 WIDEST = {torch.float32: 75.0, torch.float64: 650.0}
@@ -233,5 +233,5 @@ class _FirstOnly(torch.autograd.Function):
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ARG004
         raise RuntimeError(
             "the reductions of Pairs have first derivatives only; for a second one (a gradient penalty, MAML) compute "
-            "the loss inside `with contrast.reductions.road('dense'):`."
+            "the loss inside `with contrast.core.reductions.road('dense'):`."
         )

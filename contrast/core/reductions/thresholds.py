@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from contrast.reductions.asked import Kth
-from contrast.reductions.grid import blocks, low_tiles
-from contrast.reductions.identity import Identity, by_tile
-from contrast.reductions.work import Gradients, Work
+from contrast.core.reductions.asked import Kth
+from contrast.core.reductions.grid import blocks, low_tiles
+from contrast.core.reductions.identity import Identity, by_tile
+from contrast.core.reductions.work import Gradients, Work
 
 SHARED = 2**19
 """From so many numbers on, processors share the selecting."""

@@ -18,11 +18,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from contrast.embeddings import PADDING, REMEMBERED
-from contrast.reductions.asked import Count, LogSumExp, Mean, SoftMean, SoftplusSum, arguments
-from contrast.reductions.identity import Identity
-from contrast.reductions.tiles import State
-from contrast.reductions.work import Gradients, Work
+from contrast.core.embeddings import PADDING, REMEMBERED
+from contrast.core.reductions.asked import Count, LogSumExp, Mean, SoftMean, SoftplusSum, arguments
+from contrast.core.reductions.identity import Identity
+from contrast.core.reductions.tiles import State
+from contrast.core.reductions.work import Gradients, Work
 
 try:
     import triton  # type: ignore[import-untyped]

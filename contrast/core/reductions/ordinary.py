@@ -15,15 +15,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from contrast.embeddings import full_precision
-from contrast.reductions.asked import Count, Kth, LogSumExp, Mean, Reduction, SoftMean, SoftplusSum
-from contrast.reductions.frames import Block
-from contrast.reductions.matrix import ALONE, Matrix
-from contrast.reductions.shares import logits, scalar, softplus
-from contrast.reductions.work import Once, Work, first_only, nothing, saved
+from contrast.core.embeddings import full_precision
+from contrast.core.reductions.asked import Count, Kth, LogSumExp, Mean, Reduction, SoftMean, SoftplusSum
+from contrast.core.reductions.frames import Block
+from contrast.core.reductions.matrix import ALONE, Matrix
+from contrast.core.reductions.shares import logits, scalar, softplus
+from contrast.core.reductions.work import Once, Work, first_only, nothing, saved
 
 if TYPE_CHECKING:
-    from contrast.pairs import Pairs
+    from contrast.core.pairs import Pairs
 
 
 PASSES = 4

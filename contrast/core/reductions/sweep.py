@@ -12,21 +12,21 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from contrast.embeddings import full_precision, turn_gradient
-from contrast.reductions import dense, near, operator, ordinary
-from contrast.reductions.asked import Count, Kth, Reduction, Relation, arguments
-from contrast.reductions.bounded import Bounded, NotBoundedError
-from contrast.reductions.closed import Functions
-from contrast.reductions.hardest import Hardest
-from contrast.reductions.linear import Linear
-from contrast.reductions.listed import Listed, Places, RowByRow
-from contrast.reductions.thresholds import Thresholds
-from contrast.reductions.tiles import Tiles
-from contrast.reductions.whole import Whole
-from contrast.reductions.work import Gradients, Once, Work, first_only, learned, saved, shared
+from contrast.core.embeddings import full_precision, turn_gradient
+from contrast.core.reductions import dense, near, operator, ordinary
+from contrast.core.reductions.asked import Count, Kth, Reduction, Relation, arguments
+from contrast.core.reductions.bounded import Bounded, NotBoundedError
+from contrast.core.reductions.closed import Functions
+from contrast.core.reductions.hardest import Hardest
+from contrast.core.reductions.linear import Linear
+from contrast.core.reductions.listed import Listed, Places, RowByRow
+from contrast.core.reductions.thresholds import Thresholds
+from contrast.core.reductions.tiles import Tiles
+from contrast.core.reductions.whole import Whole
+from contrast.core.reductions.work import Gradients, Once, Work, first_only, learned, saved, shared
 
 if TYPE_CHECKING:
-    from contrast.pairs import Pairs
+    from contrast.core.pairs import Pairs
 
 TILE = 512
 """Rows and columns of a tile: with its few copies it stays in the processor's cache."""
@@ -252,7 +252,7 @@ def _ways(work: Work, size: int, small: int, kernels: bool) -> list[Way]:
     if listed:
         ways.append(Listed(work, listed))
     if tiled and kernels:
-        from contrast.reductions.kernels import Kernels  # Triton is imported only where it serves
+        from contrast.core.reductions.kernels import Kernels  # Triton is imported only where it serves
 
         # A threshold must meet the similarities it was found among, to the bit: those stay with the tiles.
         fit = [n for n in tiled if Kernels.accepts(work, n) and getattr(work.asked[n], "above", None) is None]

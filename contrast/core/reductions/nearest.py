@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from contrast.embeddings import PADDING
-from contrast.reductions import dense, sweep
-from contrast.reductions.asked import Count, Relation
-from contrast.reductions.identity import Matches, Run, by_tile, cut
-from contrast.reductions.listed import Places
-from contrast.reductions.work import Work
+from contrast.core.embeddings import PADDING
+from contrast.core.reductions import dense, sweep
+from contrast.core.reductions.asked import Count, Relation
+from contrast.core.reductions.identity import Matches, Run, by_tile, cut
+from contrast.core.reductions.listed import Places
+from contrast.core.reductions.work import Work
 
 if TYPE_CHECKING:
-    from contrast.pairs import Pairs
+    from contrast.core.pairs import Pairs
 
 STRIP = 2**20
 """Similarities in a tile, over all heads."""

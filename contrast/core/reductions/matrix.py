@@ -11,8 +11,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from contrast.embeddings import PADDING, REMEMBERED
-from contrast.reductions.asked import (
+from contrast.core.embeddings import PADDING, REMEMBERED
+from contrast.core.reductions.asked import (
     Count,
     Kth,
     LogSumExp,
@@ -24,11 +24,11 @@ from contrast.reductions.asked import (
     settled,
     thresholds,
 )
-from contrast.reductions.frames import Block, Box, Facing, Folded, Frame, Spot, facing, spot
-from contrast.reductions.identity import Identity, Matches
-from contrast.reductions.shares import Arguments
-from contrast.reductions.thresholds import kth_largest
-from contrast.reductions.work import WIDEST, Work, nothing
+from contrast.core.reductions.frames import Block, Box, Facing, Folded, Frame, Spot, facing, spot
+from contrast.core.reductions.identity import Identity, Matches
+from contrast.core.reductions.shares import Arguments
+from contrast.core.reductions.thresholds import kth_largest
+from contrast.core.reductions.work import WIDEST, Work, nothing
 
 FEW = 2**14
 """Numbers of which torch finds the k-th sooner than numpy."""

@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import Tensor
 
-from contrast.reductions.asked import Kth, LogSumExp
-from contrast.reductions.bounded import Bounded, NotBoundedError
-from contrast.reductions.thresholds import Thresholds, lists
-from contrast.reductions.work import Gradients, Work
+from contrast.core.reductions.asked import Kth, LogSumExp
+from contrast.core.reductions.bounded import Bounded, NotBoundedError
+from contrast.core.reductions.thresholds import Thresholds, lists
+from contrast.core.reductions.work import Gradients, Work
 
 
 class Hardest:

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from contrast.reductions.asked import Count, Kth, LogSumExp, Mean, Reduction, SoftplusSum, arguments
-from contrast.reductions.shares import scalar, softplus
-from contrast.reductions.work import Once
+from contrast.core.reductions.asked import Count, Kth, LogSumExp, Mean, Reduction, SoftplusSum, arguments
+from contrast.core.reductions.shares import scalar, softplus
+from contrast.core.reductions.work import Once
 
 if TYPE_CHECKING:
-    from contrast.pairs import Pairs
+    from contrast.core.pairs import Pairs
 
 NEAR = Mean("positive")
 """The similarity of the only positive."""
