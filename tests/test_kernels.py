@@ -8,7 +8,6 @@ import os
 import random
 import subprocess
 import sys
-from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
@@ -17,8 +16,9 @@ import torch
 from contrast.core import reductions
 from contrast.core.embeddings import PADDING, REMEMBERED, Embeddings
 from contrast.core.pairs import Pairs, all_pairs, two_sided
-from contrast.core.reductions import Count, Kth, LogSumExp, Mean, SoftMean, SoftplusSum, kernels, sweep
-from contrast.core.reductions.tiles import Tiles
+from contrast.core.reductions import Count, Kth, LogSumExp, Mean, SoftMean, SoftplusSum, function, kernels
+from contrast.core.reductions.tiled import TiledReductions
+from contrast.core.reductions.triton_backend import KernelReductions
 
 pytest.importorskip("triton", reason="Triton is not installed")
 OVER = ("positive", "negative", "remembered", "all")
@@ -34,31 +34,24 @@ def test_the_facts_below_hold_in_the_interpreter():
     assert " passed" in done.stdout
 
 
-@contextmanager
-def going(way):
-    """Send all reductions this way."""
-    known = sweep._ways
-    sweep._ways = lambda work, *more: [way(work, list(range(len(work.asked))), 16)]
-    try:
-        with reductions.road("tiles"):
-            yield
-    finally:
-        sweep._ways = known
+def reduce(term, pairs, *asked):
+    """Compute all reductions with one kind of term."""
+    (outputs,) = function.apply(pairs.layout, [term(pairs.layout, asked, 16)])
+    return outputs
 
 
 def both_ways(pairs, asked, leaves):
     """Give values and gradients by the kernels and by the tiles."""
     made = []
-    for way in (kernels.Kernels, Tiles):
-        with going(way):
-            outputs = pairs.reduce(*asked)
-            total = 0.0
-            for output in outputs:
-                if output.is_floating_point():
-                    mix = torch.linspace(0.5, 1.5, output.numel(), dtype=output.dtype).view(output.shape)
-                    total = total + torch.where(output > torch.finfo(output.dtype).min / 4, output * mix, 0).sum()
-            leaf = [leaf for leaf in leaves if leaf.requires_grad]
-            gradients = torch.autograd.grad(total, leaf, materialize_grads=True, allow_unused=True)
+    for term in (KernelReductions, TiledReductions):
+        outputs = reduce(term, pairs, *asked)
+        total = 0.0
+        for output in outputs:
+            if output.is_floating_point():
+                mix = torch.linspace(0.5, 1.5, output.numel(), dtype=output.dtype).view(output.shape)
+                total = total + torch.where(output > torch.finfo(output.dtype).min / 4, output * mix, 0).sum()
+        leaf = [leaf for leaf in leaves if leaf.requires_grad]
+        gradients = torch.autograd.grad(total, leaf, materialize_grads=True, allow_unused=True)
         made.append([*outputs, *gradients])
     return made
 
@@ -196,9 +189,8 @@ def test_over_nothing_there_is_no_gradient(dtype):
     pairs = Pairs(Embeddings(z, index, index, index * 0), (Embeddings(z, index, index, index * 0),))
     scale = torch.tensor(2.0, dtype=dtype, requires_grad=True)
     asked = [LogSumExp(scale, "all"), Mean("all"), SoftMean(scale, "all"), SoftplusSum(scale, scale, "all")]
-    with going(kernels.Kernels):
-        rows = pairs.reduce(*asked)
-        gradients = torch.autograd.grad(sum(row.sum() for row in rows), [z, scale])
+    rows = reduce(KernelReductions, pairs, *asked)
+    gradients = torch.autograd.grad(sum(row.sum() for row in rows), [z, scale])
     assert rows[0].tolist() == [torch.finfo(dtype).min / 2] * 2
     assert not any(row.any() for row in rows[1:])
     assert not any(gradient.any() for gradient in gradients)
@@ -211,8 +203,7 @@ def test_a_sum_of_small_softplus_terms_keeps_its_digits():
         z = torch.zeros(3, 4, dtype=dtype)
         pairs = Pairs(Embeddings(z, index, index, index * 0), (Embeddings(z, index, index, index * 0 + 1),))
         for bias in (-30.0, -10.0, -1.0, 0.0, 2.0, 25.0):
-            with going(kernels.Kernels):
-                found = pairs.softplus_sum(1.0, bias, "negative")
+            (found,) = reduce(KernelReductions, pairs, SoftplusSum(1.0, bias, "negative"))
             expected = 2 * torch.log1p(torch.tensor(bias, dtype=torch.float64).exp())
             torch.testing.assert_close(found.double(), expected.expand(3), rtol=tolerance, atol=0)
 
@@ -244,19 +235,11 @@ def test_bfloat16_products_see_the_vectors_with_three_digits(monkeypatch):
 def test_what_the_kernels_do_not_know_is_left_to_the_tiles():
     index = torch.arange(3)
     side = Embeddings(torch.randn(3, 2), index, index, index * 0, torch.ones(3, 1))
-    accepted = []
-    known = sweep._ways
-
-    def ways(work, *more):
-        accepted.extend(kernels.Kernels.accepts(work, number) for number in range(len(work.asked)))
-        return known(work, *more)
-
     asked = [Kth(1, "all"), Mean("all", weight="reference"), Mean("all"), Count("negative"), Mean("positive")]
-    with pytest.MonkeyPatch.context() as patch, reductions.road("tiles"):
-        patch.setattr(sweep, "_ways", ways)
-        pairs = Pairs(side, (replace(side, z=side.z + 0),))
-        pairs.reduce(*asked)
-        pairs.ignoring(lambda anchor, candidate, s: s > 0).reduce(*asked[2:])
+    pairs = Pairs(side, (replace(side, z=side.z + 0),))
+    ruled = pairs.ignoring(lambda anchor, candidate, s: s > 0)
+    accepted = [kernels.Kernels.accepts(pairs.layout, one) for one in asked]
+    accepted += [kernels.Kernels.accepts(ruled.layout, one) for one in asked[2:]]
     assert accepted == [False, False, True, True, True, False, False, True]
 
 
@@ -265,10 +248,10 @@ import sys
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
-from contrast.core import reductions
 from contrast.core.embeddings import Embeddings
 from contrast.core.pairs import all_pairs, two_sided
-from contrast.core.reductions import Count, LogSumExp, Mean, SoftMean, SoftplusSum, kernels, sweep
+from contrast.core.reductions import Count, LogSumExp, Mean, SoftMean, SoftplusSum, function, kernels
+from contrast.core.reductions.triton_backend import KernelReductions
 
 class Absent:
     def get_current_target(self): return GPUTarget("cuda", 90, 32)
@@ -282,16 +265,15 @@ def launch(self, kernel, grid, given, code):
 
 triton.runtime.driver.set_active(Absent())
 kernels.Kernels._launch = launch
-sweep._ways = lambda work, *more: [kernels.Kernels(work, list(range(len(work.asked))))]
 n, index = 128, torch.arange(128)
 def learned(*shape): return torch.rand(shape, requires_grad=True)
 def compiled(make, heads, *asked):
     z = [torch.randn(*heads, n, 128, requires_grad=True) for _ in range(3)]
     a, b, q = (Embeddings(z[v], index, index, index * 0 + v) for v in range(3))
-    with reductions.road("tiles"):
-        found = make(a, b, extra=[q]).reduce(*asked)
-        found = [one.sum() for one in found if one.requires_grad]
-        sum(found).backward() if found else None
+    layout = make(a, b, extra=[q]).layout
+    (found,) = function.apply(layout, [KernelReductions(layout, asked)])
+    found = [one.sum() for one in found if one.requires_grad]
+    sum(found).backward() if found else None
 for precision in ("highest", "high", "medium"):
     torch.set_float32_matmul_precision(precision)
     compiled(all_pairs, (), LogSumExp(10.0, "all"))
@@ -312,33 +294,34 @@ def test_the_kernels_compile_for_a_gpu_with_little_shared_memory():
 
 
 @here
-def test_the_road_of_that_name_leads_here(monkeypatch):
-    walked = []
+def test_the_backend_of_that_name_uses_the_kernels(monkeypatch):
+    """But for thresholds, and what asks for them itself."""
+    computed = []
     forward = kernels.Kernels.forward
-    monkeypatch.setattr(kernels.Kernels, "forward", lambda self: walked.append(self.numbers) or forward(self))
+    monkeypatch.setattr(kernels.Kernels, "forward", lambda self: computed.append(self.asked) or forward(self))
     z = torch.nn.functional.normalize(torch.randn(2, 20, 8), dim=-1).requires_grad_()
     index = torch.arange(20)
     pairs = all_pairs(*(Embeddings(one, index, index, index * 0 + view) for view, one in enumerate(z)))
     asked = (
         LogSumExp(5.0, "all"),
-        Mean("positive"),
+        SoftMean(5.0, "negative"),
         Kth(3, "negative"),
-        LogSumExp(5.0, "negative", above=torch.zeros(40)),
+        LogSumExp(5.0, "negative", above=Kth(3, "negative")),
     )
-    with reductions.road("kernels"):
+    with reductions.backend("triton"):
         found = pairs.reduce(*asked)
-    with reductions.road("dense"):
+    with reductions.backend("dense"):
         expected = pairs.reduce(*asked)
-    assert walked == [[0, 1]]
+    assert [[type(one) for one in asked] for asked in computed] == [[LogSumExp, SoftMean]]
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.skipif(kernels.INTERPRETED or torch.cuda.is_available(), reason="is about a machine without either")
-def test_without_a_gpu_the_road_falls_back_to_the_tiles():
+def test_without_a_gpu_the_backend_falls_back_to_the_tiles():
     z = torch.randn(6, 4)
     index = torch.arange(6)
     pairs = Pairs(Embeddings(z, index, index, index * 0), (Embeddings(z, index, index, index * 0 + 1),))
-    with reductions.road("kernels"):
+    with reductions.backend("triton"):
         found = pairs.logsumexp(1.0, "all")
     torch.testing.assert_close(found, (z @ z.T).logsumexp(dim=1))

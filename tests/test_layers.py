@@ -8,7 +8,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "contrast"
 
-GROUND = {"core.distributed", "core.registry", "core.seeding"}
+GROUND = {"core.autograd", "core.distributed", "core.registry", "core.seeding"}
 CORE = GROUND | {"core.embeddings", "core.reductions", "core.pairs"}
 FOUNDATION = CORE | {"retrieval"}
 ROOMS = {"losses", "memory", "models", "data", "views"}

@@ -20,14 +20,11 @@ OVER = ("positive", "negative", "remembered", "all")
 DIMS = 3
 
 
-@pytest.fixture(params=["dense", "one tile", "tiles of 1", "tiles of 3", "tiles of 512"], autouse=True)
-def road(request):
-    """Every fact of this file holds on every road."""
-    if request.param == "one tile":
-        yield
-        return
+@pytest.fixture(params=["dense", "tiled of 1", "tiled of 3", "tiled of 512"], autouse=True)
+def a_backend(request):
+    """Every fact of this file holds for every backend."""
     name, _, size = request.param.partition(" of ")
-    with reductions.road(name, size=int(size or 1)):
+    with reductions.backend(name, tile=int(size or 1)):
         yield
 
 
@@ -472,7 +469,7 @@ def test_parts_with_and_without_a_gradient_may_stand_side_by_side(anchor_learns)
     wanted = [tensor for tensor in (a, *leaves) if tensor.requires_grad]
     for asked in ([LogSumExp(5.0, "negative")], [SoftMean(5.0, "negative"), LogSumExp(2.0, "negative")]):
         gradients = torch.autograd.grad(sum(one.sum() for one in pairs.reduce(*asked)), wanted)
-        with reductions.road("dense"):
+        with reductions.backend("dense"):
             expected = sum(one.sum() for one in pairs.reduce(*asked))
         torch.testing.assert_close(gradients, torch.autograd.grad(expected, wanted))
 
@@ -488,14 +485,14 @@ def test_backward_inside_autocast_keeps_full_precision():
     assert torch.equal(inside, outside)
 
 
-@pytest.mark.parametrize("way", ["dense", "tiles", "whole"])
-def test_a_candidate_that_changed_before_the_backward_pass_is_named(way):
+@pytest.mark.parametrize("name", ["dense", "tiled"])
+def test_a_candidate_that_changed_before_the_backward_pass_is_named(name):
     index = torch.arange(4)
     z = torch.randn(4, DIMS, requires_grad=True)
     stored = torch.randn(6, DIMS)
     strangers = torch.arange(6) + 10
     queue = Embeddings(stored[1:], strangers[1:], strangers[1:], torch.full((5,), REMEMBERED))
-    with reductions.road("dense" if way == "dense" else "tiles", size=2, small=1000 if way == "whole" else 0):
+    with reductions.backend(name, tile=2):
         value = Pairs(Embeddings(z, index, index, index * 0), (queue,)).logsumexp(1.0, "remembered").sum()
     stored[3] = 0
     with pytest.raises(RuntimeError, match=r"candidate changed .* a memory's update\(...\) after loss.backward\(\)"):

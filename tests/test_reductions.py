@@ -1,23 +1,31 @@
-"""Every reduction has one value and one gradient, whichever way it goes, whoever the candidates are."""
+"""Every reduction has one value and one gradient, however it is computed and whatever the candidates are."""
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
 from contrast.core import reductions
-from contrast.core.embeddings import REMEMBERED, Embeddings, normalise
-from contrast.core.reductions import Count, Kth, LogSumExp, Mean, SoftMean, SoftplusSum, identity, sweep
+from contrast.core.embeddings import PADDING, REMEMBERED, Embeddings, concatenate, normalise
+from contrast.core.reductions import Count, Kth, LogSumExp, Mean, SoftMean, SoftplusSum, layout
 from contrast.losses import InfoNCE
 
 DIMS = 3
-WAYS = {
-    "ordinary operations": ("tiles", 512, 2**14, 2**16),
-    "written derivatives": ("tiles", 512, 2**14, 0),
-    "a tile": ("tiles", 512, 0, 0),
-    "small tiles": ("tiles", 3, 0, 0),
-}
+TILES = (3, 512)
+
+
+def padded(part):
+    """Give the embeddings with two rows of padding behind them."""
+    z = torch.full((*part.z.shape[:-2], 2, DIMS), 3.0, dtype=torch.float64)
+    index = torch.zeros(2, dtype=torch.int64)
+    reference = None if part.reference is None else torch.ones(2, part.reference.shape[1], dtype=torch.float64)
+    return concatenate([part, Embeddings(z, index, index, index + PADDING, reference)])
+
+
+def above_bound(anchor, candidate, similarity, bound):
+    return similarity > bound
 
 
 class OfPair(nn.Module):
@@ -29,6 +37,19 @@ class OfPair(nn.Module):
 
     def forward(self, anchor, candidate):
         return self.slope * (2 + anchor.z[..., :1] * candidate.z[..., :1].mT)
+
+
+class OfSides(OfPair):
+    """The same from one number of each side."""
+
+    def anchor_side(self, z):
+        return z[..., :1]
+
+    def candidate_side(self, z):
+        return z[..., :1]
+
+    def of_sides(self, s, a, b):
+        return self.slope * (2 + a * b.mT) + 0 * s
 
 
 class Scene:
@@ -58,6 +79,7 @@ class Scene:
             reference = normalise(torch.randn(count, 2, generator=self.generator, dtype=torch.float64))
             given["extra"] = z, sample, group, torch.full_like(sample, REMEMBERED), reference
         self.call = InfoNCE(candidates="across" if across else "all").pairs, own, given
+        self.padding, self.rule = choose.random() < 0.2, choose.choice([None] * 4 + [0.3, -0.2])
         (first, *_) = self.pairs()
         self.rows, self.heads, self.sizes = len(first), heads, [len(part) for part in first.candidates]
         self.asked = [self.reduction() for _ in range(choose.randint(1, 3))]
@@ -76,7 +98,13 @@ class Scene:
         if "extra" in given:
             z, *identities = given["extra"]
             given = {**given, "extra": [Embeddings(normalise(z), *identities)]}
-        return pairs(*own, **given)
+        made = list(pairs(*own, **given))
+        if self.padding:
+            made = [replace(one, anchor=padded(one.anchor), candidates=[*map(padded, one.candidates)]) for one in made]
+        if self.rule is not None:
+            bounds = [torch.linspace(self.rule, self.rule + 0.5, len(one), dtype=torch.float64) for one in made]
+            made = [one.ignoring(above_bound, bound) for one, bound in zip(made, bounds, strict=True)]
+        return made
 
     def value(self, low=0.2):
         """Give a number, or a tensor that spans at most one of N and M, perhaps learned."""
@@ -86,7 +114,7 @@ class Scene:
             shapes += [(*self.heads, 1, 1), (*self.heads, rows, 1), (*self.heads, 1, columns)]
         shape = self.choose.choice([None, None, *shapes, "function"])
         if shape == "function":
-            made = OfPair(self.choose.random() + low)
+            made = self.choose.choice([OfPair, OfSides])(self.choose.random() + low)
             self.leaves.append(made.slope)
             return made
         if shape is None:
@@ -148,20 +176,19 @@ class Scene:
         return all([len(part) for part in pairs.candidates] == self.sizes for pairs in self.pairs())
 
 
-@pytest.mark.parametrize("few", [identity.FEW, 2], ids=["listed", "too many to list"])
-@pytest.mark.parametrize("start", range(0, 200, 100))
-def test_no_way_changes_a_reduction(start, few, monkeypatch):
-    monkeypatch.setattr(identity, "FEW", few)
+@pytest.mark.parametrize("few", [layout.FEW, 2], ids=["listed", "too many to list"])
+@pytest.mark.parametrize(
+    "start", [0, 100, *(pytest.param(start, marks=pytest.mark.long) for start in range(200, 1000, 100))]
+)
+def test_no_way_of_computing_changes_a_reduction(start, few, monkeypatch):
+    monkeypatch.setattr(layout, "FEW", few)
     for seed in range(start, start + 100):
         scene = Scene(seed)
-        with reductions.road("dense"):
+        with reductions.backend("dense"):
             expected = scene.outcome()
-        for way, (name, size, small, ordinary) in WAYS.items():
-            identity._known.cache_clear()
-            monkeypatch.setattr(sweep, "ORDINARY", ordinary)
-            with reductions.road(name, size=size, small=small):
+        for tile in TILES:
+            with reductions.backend("tiled", tile=tile):
                 found = scene.outcome()
             torch.testing.assert_close(
-                found, expected, rtol=1e-9, atol=1e-11, msg=lambda text, s=seed, w=way: f"seed {s}, {w}: {text}"
+                found, expected, rtol=1e-9, atol=1e-11, msg=lambda text, s=seed, t=tile: f"seed {s}, tile {t}: {text}"
             )
-    identity._known.cache_clear()

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from contrast.core import reductions
-from contrast.core.reductions import Kth, Mean, bounded, grid, thresholds, tiles
+from contrast.core.reductions import Kth, Mean, strips
 from contrast.losses import InfoNCE
 from contrast.losses.hard_contrastive import HardContrastive
 
@@ -24,7 +24,7 @@ def long_rows(kind, count=40, length=3000):
         return rows.masked_fill_(torch.rand(rows.shape, generator=generator) < 0.7, -torch.inf)
     if kind == "misleading":
         # What is looked at first holds all that is large.
-        rows[:, :: thresholds.SAMPLED] += 100
+        rows[:, :: strips.SAMPLED] += 100
     return rows
 
 
@@ -35,7 +35,7 @@ def test_the_kth_largest_of_long_rows_is_that_of_sorted_rows(kind, dtype, k):
     rows = long_rows(kind).to(dtype)
     places = torch.arange(1, 41) * 7 if k == "various" else torch.full((40,), k)
     expected = sorted_kth(rows, places)
-    assert torch.equal(thresholds.kth_largest(rows, places), expected)
+    assert torch.equal(strips.kth_largest(rows, places), expected)
 
 
 def outcome(z, queue):
@@ -46,17 +46,14 @@ def outcome(z, queue):
 
 
 @pytest.mark.parametrize("queued", [0, 90])
-@pytest.mark.parametrize("same_bits", [True, False])
-def test_what_lies_above_thresholds_is_the_same_from_either_side(queued, same_bits, monkeypatch):
-    """Square tiles serve anchors and candidates, each by its own threshold; where bits differ, low tiles serve one."""
+def test_what_lies_above_thresholds_is_the_same_from_either_side(queued):
+    """Symmetric tiles serve anchors and candidates, each by its own threshold."""
     generator = torch.Generator().manual_seed(2)
     z = torch.randn(2, 150, 16, generator=generator)
     queue = [torch.randn(queued, 16, generator=generator)] if queued else []
-    with reductions.road("dense"):
+    with reductions.backend("dense"):
         expected = outcome(z, queue)
-    if not same_bits:
-        monkeypatch.setattr(bounded, "alike", lambda *_: False)
-    with reductions.road("tiles", size=64):
+    with reductions.backend("tiled", tile=64):
         found = outcome(z, queue)
     torch.testing.assert_close(found, expected)
 
@@ -79,9 +76,9 @@ def test_a_log_sum_exp_finds_its_own_thresholds(scale, size, labelled):
         total = (rows * torch.linspace(0, 1, len(rows), dtype=rows.dtype)).sum() + near.sum()
         return rows.detach(), near.detach(), *torch.autograd.grad(total, [a, b])
 
-    with reductions.road("dense"):
+    with reductions.backend("dense"):
         expected = outcome()
-    with reductions.road("tiles", size=size):
+    with reductions.backend("tiled", tile=size):
         torch.testing.assert_close(outcome(), expected)
 
 
@@ -89,22 +86,23 @@ def test_a_call_with_thresholds_is_not_taken_for_one_beside_them():
     """What is kept of one call serves only those that are like it."""
     (pairs,) = InfoNCE().pairs(*torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0)))
     hard = Mean("positive", above=Kth(1, "negative"))
-    with reductions.road("dense"):
+    with reductions.backend("dense"):
         (expected,) = pairs.reduce(hard)
     pairs.reduce(Mean("positive"), Kth(1, "negative"))
     torch.testing.assert_close(pairs.reduce(hard)[0], expected)
 
 
-def test_thresholds_among_many_positives_come_from_one_strip(monkeypatch):
+def test_strips_are_written_one_over_the_other(monkeypatch):
     """Strips made one after the other, with what is kept between them, once filled as much memory as the matrix."""
-    strips, kth = [], tiles.Tiles._kth
-    monkeypatch.setattr(tiles.Tiles, "_kth", lambda self, *given: strips.append(given[-1]) or kth(self, *given))
+    seen, kth = [], strips.kth_largest
+    monkeypatch.setattr(strips, "STRIP", 1)
+    monkeypatch.setattr(strips, "kth_largest", lambda strip, k: seen.append(strip) or kth(strip, k))
     z = torch.randn(2, 70, 4, generator=torch.Generator().manual_seed(0))
     (pairs,) = HardContrastive().pairs(*z, group=torch.arange(70) % 2)
-    with reductions.road("tiles", size=16):
+    with reductions.backend("tiled", tile=16):
         pairs.kth(5, "negative")
-    assert len(strips) > 4
-    assert len({strip.data_ptr() for strip in strips}) == 1
+    assert len(seen) > 4
+    assert len({strip.data_ptr() for strip in seen}) == 1
 
 
 @pytest.mark.parametrize("dims", [5, 17, 33, 128])
@@ -118,15 +116,3 @@ def test_nobody_loses_its_hardest_negative(dims, dtype):
         assert bool((pairs.count("negative", above=pairs.kth(1, "negative")) > 0).all())
         above = pairs.logsumexp(10.0, "negative", above=pairs.kth(1, "negative"))
         assert bool((above > -100).all())
-
-
-def test_bits_are_told_apart(monkeypatch):
-    """Sums in another order are noticed."""
-    product = torch.Tensor.__matmul__
-
-    def backwards_where_low(x, y):
-        return product(x.flip(1), y.flip(0)) if len(x) == 32 else product(x, y)
-
-    tried = (frozenset({(32, 64)}), 64, 128, torch.float32, 1, "highest")
-    monkeypatch.setattr(torch.Tensor, "__matmul__", backwards_where_low)
-    assert not grid._alike.__wrapped__(*tried)

@@ -14,9 +14,10 @@ from contrast.losses.temperatures import (
     Network,
     PairTemperature,
     Score,
-    every_and_positive,
+    log_sum_of_scores,
+    mean_score,
     mean_temperatures,
-    nearest_and_positive,
+    nearest_score,
 )
 
 
@@ -94,10 +95,11 @@ class AMCL(PairLoss):
 
     def per_anchor(self, pairs: Pairs) -> Tensor:
         """Give what the negatives repel minus what the positives attract."""
-        score = Score(self.temperatures.shared(pairs.anchor.z), self.regulariser_weight)
-        found = nearest_and_positive if self.form == "max" else every_and_positive
-        repel, attract = found(pairs, self.over, score)
-        return repel - attract
+        z = pairs.anchor.z
+        temperatures = self.temperatures.shared(z)
+        score = Score(temperatures, self.regulariser_weight, z.shape[-1])
+        repulsion = nearest_score if self.form == "max" else log_sum_of_scores
+        return repulsion(pairs, self.over, score) - mean_score(pairs, temperatures, self.regulariser_weight)
 
     @torch.no_grad()
     def measure(self, pairs: Pairs) -> dict[str, Tensor]:

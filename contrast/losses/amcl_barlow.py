@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from contrast.core import distributed
+from contrast.core.autograd import product
 from contrast.core.embeddings import Embeddings
-from contrast.core.pairs import product
 from contrast.losses.checks import not_negative
 from contrast.losses.pair_loss import LOSSES
 from contrast.losses.temperatures import Network, PairTemperature, omega

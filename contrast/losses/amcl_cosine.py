@@ -10,7 +10,7 @@ from torch import Tensor
 from contrast.core.pairs import Pairs
 from contrast.losses.checks import not_negative
 from contrast.losses.pair_loss import LOSSES, Extra, PairLoss
-from contrast.losses.temperatures import Network, PairTemperature, attracted, mean_temperatures
+from contrast.losses.temperatures import Network, PairTemperature, mean_score, mean_temperatures
 
 
 @LOSSES.register("amcl_cosine", aliases=("amcl_simsiam",))
@@ -79,7 +79,7 @@ class AMCLCosine(PairLoss):
 
     def per_anchor(self, pairs: Pairs) -> Tensor:
         """Give minus what the positives attract."""
-        return -attracted(pairs, self.temperatures.shared(pairs.anchor.z), 2 * self.regulariser_weight)
+        return -mean_score(pairs, self.temperatures.shared(pairs.anchor.z), 2 * self.regulariser_weight)
 
     @torch.no_grad()
     def measure(self, pairs: Pairs) -> dict[str, Tensor]:

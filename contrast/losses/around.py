@@ -35,7 +35,14 @@ class Around(PairLoss):
                 f"{type(self).__name__} {self.does}; {type(loss).__name__} has none, it is one number for a batch."
             )
         self.loss = loss
-        for wish in ("needs_positive", "needs_negative", "normalise", "reads_similarity", "reference_of"):
+        for wish in (
+            "needs_positive",
+            "needs_negative",
+            "normalise",
+            "reads_similarity",
+            "takes_one_view",
+            "reference_of",
+        ):
             setattr(self, wish, getattr(loss, wish))
         self.traced = self.traced and loss.traced
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Container, Iterator, Sequence
-from functools import partial
 from typing import Literal
 
 import torch
@@ -29,7 +28,8 @@ class CACR(PairLoss):
     for V views x, y of n samples. This is the small-scale form of the authors' code: the repulsion of a view pair is
     computed once, from the earlier view, against samples of the later one. Gradient flows through both softmaxes.
     With `targets`, where (x, y) and (y, x) are different pairs, both count. Remembered candidates join every
-    repulsion. An anchor without negatives is attracted only.
+    repulsion. An anchor without negatives is attracted only. One view with labels has no view pairs: its repulsion is
+    that of `repulsion="all"`.
 
     Without labels a share of the negatives is positive unseen. The mean over all of them is
     tau+ E_pos + (1 - tau+) E_neg, so the mean over the true ones, which `positive_prior` asks for, is
@@ -90,7 +90,8 @@ class CACR(PairLoss):
     def per_anchor(self, pairs: Pairs) -> Tensor:
         """Give alpha * attraction - beta * repulsion."""
         # softmax(t d) = softmax(-2 t s) and mean of d = 2 - 2 mean of s, since d = 2 - 2 s.
-        met = [(None, None)] if self.repulsion == "all" else list(meetings(pairs))
+        at_once = self.repulsion == "all" or (views_of(pairs) == 1 and not pairs.across)
+        met = [(None, None)] if at_once else list(meetings(pairs))
         scale, detach = 2 * self.repulsion_scale, self.detach_weights
         far_positives = SoftMean(-2 * self.attraction_scale, "positive", detach=detach)
         near_negatives = [SoftMean(scale, "negative", among, detach, rows=rows) for among, rows in met]
@@ -110,15 +111,17 @@ class CACR(PairLoss):
             if self.positive_prior:
                 positive = 1 - pairs.mean("positive", among=among, rows=rows)
                 far = (far - self.positive_prior * positive) / (1 - self.positive_prior)
-            share = pairs.once(("share", self.repulsion, number, near.dtype), partial(self._share, pairs, met, number))
-            repulsion = repulsion + far * share if number else far * share
-        return torch.as_tensor(repulsion, device=pairs.anchor.z.device)
+            repulsion = repulsion + far * self._share(pairs, met, number, near.dtype)
+        return torch.as_tensor(repulsion, device=pairs.anchor.view.device)
 
-    def _share(self, pairs: Pairs, met: Sequence[tuple[Tensor | None, Tensor | None]], number: int) -> Tensor:
-        """Give what each anchor has of a view pair in the mean, (N,) or (H, N); 0 without negatives there."""
+    @staticmethod
+    def _share(
+        pairs: Pairs, met: Sequence[tuple[Tensor | None, Tensor | None]], number: int, dtype: torch.dtype
+    ) -> Tensor:
+        """Return the share of a view pair in each anchor's mean, (N,) or (H, N); 0 without negatives there."""
         among, rows = met[number]
-        there = (pairs.count("negative", among=among, rows=rows) > 0).to(pairs.anchor.z.dtype)
-        if self.repulsion == "all" or pairs.across:
+        there = (pairs.count("negative", among=among, rows=rows) > 0).to(dtype)
+        if among is None or pairs.across:
             partners = sum(torch.ones_like(there) if rows is None else rows for _, rows in met)
             return there / torch.as_tensor(partners).clamp(min=1)
         # The mean over all V n anchors becomes the mean over the V (V - 1) / 2 view pairs and their n anchors.
@@ -145,11 +148,11 @@ def meetings(pairs: Pairs) -> Iterator[tuple[Tensor, Tensor]]:
         earlier_exist = number > 0 or pairs.across
         if len(part) and earlier_exist:
             numbers = (number, *range(views, len(pairs.candidates)))
-            among = pairs.once(("among", numbers), partial(among_parts, pairs, numbers))
-            yield among, pairs.once(("meeting", number), partial(_meeting, pairs, number))
+            yield among_parts(pairs, numbers), _meeting(pairs, number)
 
 
 def _meeting(pairs: Pairs, number: int) -> Tensor:
     """Give (N,) bool: the anchors that meet this part."""
     view = pairs.candidates[number].view[:1]
-    return pairs.anchor.view != view if pairs.across else pairs.anchor.view < view
+    own = pairs.anchor.view
+    return own != view if pairs.across else own < view

@@ -17,7 +17,7 @@ from contrast.losses.pair_loss import LOSSES, Extra, PairLoss
 
 @LOSSES.register("cacr_multi_crop", aliases=("cacr_moco_v3", "cacr_crops"))
 class CACRMultiCrop(PairLoss):
-    r"""CACR in its authors' MoCo v3 form: `CACRMultiCrop()(q_a, q_b, *q_crops, targets=(k_a, k_b))`.
+    r"""CACR in its authors' MoCo v3 form: `CACRMultiCrop()(q_a, q_b, q_crop, targets=(k_a, k_b, None))`.
 
     .. math::
         L = \frac{1}{|K|} \sum_{y \in K} \frac{1}{n} \sum_i \sum_{x \neq y} p_{xi} \, c(q_i^x, k_i^y), \qquad

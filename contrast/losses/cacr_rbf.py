@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +12,8 @@ from torch import Tensor
 from contrast.core import distributed
 from contrast.core.pairs import Pairs
 from contrast.core.reductions import LogSumExp
-from contrast.losses.cacr import meetings
+from contrast.losses import inputs
+from contrast.losses.cacr import meetings, views_of
 from contrast.losses.checks import not_negative
 from contrast.losses.pair_loss import LOSSES, Extra, PairLoss, global_mean
 
@@ -81,25 +81,24 @@ class CACRRBF(PairLoss):
         reference: Tensor | Sequence[Tensor] | None = None,
         extra: Extra | Sequence[Extra] | None = (),
         reduction: Literal["mean", "none"] = "mean",
+        **unknown: Any,
     ) -> Tensor:
         """Give the loss of these views over all processes, (); the arguments are those of every `PairLoss`."""
         if reduction != "mean":
             raise ValueError(_NO_ROWS)
-        self._check(views, targets)
-        extras = self._listed(extra)
+        self._check(views, targets, group, unknown)
+        extras = inputs.as_list(extra)
         with torch.autocast(views[0].device.type, enabled=False):
             (pairs,) = self.pairs(
                 *views,
                 targets=targets,
                 sample=sample,
                 group=group,
-                reference=self._references(reference, views, targets),
+                reference=inputs.references(type(self).__name__, reference, views, targets),
                 extra=extras,
             )
             valid = self._valid(pairs)
-            self._last = [
-                replace(pairs, anchor=pairs.anchor.detach(), candidates=[part.detach() for part in pairs.candidates])
-            ]
+            self._last = [pairs.detach()]
             near = pairs.soft_mean(-2 * self.attraction_scale, over="positive")
             near = near if near.ndim == 1 else near.mean(dim=0)
             attraction = global_mean(torch.where(valid, 2 - 2 * near, 0), valid)
@@ -113,7 +112,10 @@ class CACRRBF(PairLoss):
     def _log_mean_cost(self, pairs: Pairs, views: int) -> Tensor:
         """Give the mean over the view pairs, and heads, of log mean_i sum_j w_ij e^{-t d_ij}."""
         # With d = 2 - 2 s, sum_j w_j e^{-t d_j} = sum_j e^{2 (t- + t) s_j} / sum_j e^{2 t- s_j} * e^{-2 t}.
-        met, weight, cost = list(meetings(pairs)), 2 * self.repulsion_scale, 2 * self.cost_scale
+        met: list[tuple[Tensor | None, Tensor | None]] = list(meetings(pairs))
+        if views_of(pairs) == 1 and not pairs.across:
+            met = [(None, None)]
+        weight, cost = 2 * self.repulsion_scale, 2 * self.cost_scale
         if not met:
             return pairs.anchor.z.new_zeros(())
         sums = pairs.reduce(
@@ -130,7 +132,7 @@ class CACRRBF(PairLoss):
                 counted = there & (pairs.anchor.view == view)
                 logarithms.append(_logsumexp(above - below - cost, counted))
                 counts.append(counted.sum())
-        count = distributed.total(torch.stack(counts).to(pairs.anchor.z.dtype))
+        count = distributed.total(torch.stack(counts).to(logarithms[0].dtype))
         total = _over_processes(torch.stack(logarithms, dim=-1)).logsumexp(dim=0)
         mean = torch.where(count > 0, total - count.clamp(min=1).log(), 0).sum(dim=-1) / (count > 0).sum().clamp(min=1)
         return mean.mean()

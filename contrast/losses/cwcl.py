@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from contrast.core.embeddings import concatenate, gather_all, normalise
+from contrast.core.embeddings import gather_all, normalise
 from contrast.core.pairs import Pairs, two_sided
 from contrast.core.reductions import LogSumExp, Mean
 from contrast.losses.info_nce import InfoNCE
@@ -65,7 +66,7 @@ class CWCL(InfoNCE):
         own, twins = self.embed(views, targets, sample, group, reference)
         if reference is None:
             reference = _frozen(own[0].z.detach())
-            own, twins = ([part.referring(reference) for part in parts] for parts in (own, twins))
+            own, twins = ([replace(part, reference=reference) for part in parts] for parts in (own, twins))
         extras = self.extras(extra, own)
         for part in extras:
             width = None if part.reference is None else part.reference.shape[1]
@@ -75,18 +76,17 @@ class CWCL(InfoNCE):
                     f"(K, {reference.shape[-1]}); got {'none' if width is None else f'(K, {width})'}."
                 )
         if twins:
-            return [Pairs(concatenate(own), (*gather_all(twins), *extras), across=True, views=len(twins))]
+            return [Pairs(own, (*gather_all(twins), *extras), across=True, views=len(twins))]
         return [two_sided(own[0], own[1], extra=extras)]
 
     def per_anchor(self, pairs: Pairs) -> Tensor:
         """Give twice log of the denominator minus the (weighted) mean logit: twice, since a sum is two means."""
         scale = self.scale()
-        frozen = pairs.once("frozen", lambda: pairs.anchor.view == 0)
-        trained = pairs.once("trained", lambda: pairs.anchor.view != 0)
+        frozen = pairs.anchor.view == 0
         denominator, weighted, plain = pairs.reduce(
             LogSumExp(scale, "all"),
             Mean("all", weight="reference", rows=frozen),
-            Mean("positive", rows=trained),
+            Mean("positive", rows=~frozen),
         )
         return 2 * (denominator - scale * (weighted + plain))
 

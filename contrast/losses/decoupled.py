@@ -64,7 +64,9 @@ class DecoupledInfoNCE(PairLoss):
         if self.weighting == "none":
             return prepared
         log_mean = self._log_mean(prepared)
-        return [_Compared(p.anchor, p.candidates, p.across, p.views, p.rules, log_mean=log_mean) for p in prepared]
+        return [
+            _Compared(p.anchor_parts, p.candidates, p.across, p.views, p.rules, log_mean=log_mean) for p in prepared
+        ]
 
     def per_anchor(self, pairs: Pairs) -> Tensor:
         """Give the repulsion of the negatives minus the weighted attraction of the positives."""
@@ -84,8 +86,6 @@ class DecoupledInfoNCE(PairLoss):
     def _log_mean(self, prepared: list[Pairs]) -> Tensor:
         """Give log mean_k exp(s_k / sigma) over the valid anchors of all processes, () or (H,)."""
         near = torch.cat([pairs.mean("positive") for pairs in prepared], dim=-1)
-        if near.shape[-1] and all(self._all_valid(pairs) for pairs in prepared):
-            return torch.logsumexp(near / self.sigma, dim=-1) - math.log(near.shape[-1])
         valid = torch.cat([self._valid(pairs) for pairs in prepared])
         # A mean is a sum of exponentials by a sum of ones; gathered as logarithms, neither can vanish.
         terms = torch.stack([near / self.sigma, torch.zeros_like(near)])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -114,7 +113,7 @@ class FalseNegatives(Around):
     @torch.no_grad()
     def measure(self, pairs: Pairs) -> dict[str, Tensor]:
         """Give what the loss inside measures, and the share of all negatives that is ignored."""
-        every = replace(pairs, rules=()).count("negative").sum()
+        every = pairs.without_rules().count("negative").sum()
         return {**super().measure(pairs), "ignored": 1 - pairs.count("negative").sum() / every.clamp(min=1)}
 
     @torch.no_grad()
@@ -139,9 +138,12 @@ class FalseNegatives(Around):
             margins += [] if self.relative_margin is None else [positive * (1 - self.relative_margin)]
             bounds += [_where_positive(pairs, bound) for bound in margins]
         if self.top is not None:
-            # Between the last that goes and the first that stays, which rounding in another order cannot cross.
+            # Between the last that goes and the first that stays; above both where they are alike. A threshold lies
+            # 8 units in the last place below its similarity.
             last, first = pairs.kth(self.top, "negative"), pairs.kth(self.top + 1, "negative")
-            bounds.append(torch.where(pairs.count("negative") > self.top, (last + first) / 2, -torch.inf))
+            alike = first + 16 * torch.finfo(first.dtype).eps * first.abs().clamp(min=0.125)
+            bound = torch.maximum((last + first) / 2, alike)
+            bounds.append(torch.where(pairs.count("negative") > self.top, bound, -torch.inf))
         return torch.stack(bounds).amin(dim=0) if bounds else None
 
 
@@ -159,7 +161,9 @@ def _as_the_guide_sees(pairs: Pairs) -> Pairs:
             )
         return Embeddings(part.reference, part.sample, part.group, part.view)
 
-    return Pairs(seen(pairs.anchor), [seen(part) for part in pairs.candidates], pairs.across, pairs.views)
+    of_guide = {id(part): seen(part) for part in (*pairs.anchor_parts, *pairs.candidates)}
+    anchors, candidates = ([of_guide[id(part)] for part in parts] for parts in (pairs.anchor_parts, pairs.candidates))
+    return Pairs(anchors, candidates, pairs.across, pairs.views)
 
 
 def _nearer(anchor: Embeddings, candidate: Embeddings, similarity: Tensor, *bounds: Tensor) -> Tensor:  # noqa: ARG001

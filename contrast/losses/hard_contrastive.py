@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Literal
 
 from torch import Tensor
@@ -82,7 +81,7 @@ class HardContrastive(PairLoss):
             return Kth(self.hardest, over="negative")
         if self.hardest == 1:
             return None
-        return Kth(pairs.once(("hardest", self.hardest), partial(self._kept, pairs)), over="negative")
+        return Kth(self._kept(pairs), over="negative")
 
     def _kept(self, pairs: Pairs) -> Tensor:
         """Give how many of its negatives each anchor keeps, (N,) or (H, N) int64."""

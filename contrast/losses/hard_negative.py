@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -66,7 +65,7 @@ class HardNegative(PairLoss):
     def _log_negatives(self, pairs: Pairs) -> Tensor:
         """Give log G: in the logarithm, since at a temperature of 0.01 its terms differ by e^200."""
         scale, beta, dtype = 1 / self.temperature, self.hardness, pairs.anchor.z.dtype
-        log_count = pairs.once(("log count", "negative", dtype), partial(_log_count, pairs, "negative"))
+        log_count = _log_count(pairs, "negative", dtype)
         asked = [LogSumExp((1 + beta) * scale, "negative")]
         if beta:
             asked.append(LogSumExp(beta * scale, "negative"))
@@ -77,7 +76,7 @@ class HardNegative(PairLoss):
             log_r = log_count + log_r - more[0]
         if self.positive_prior == 0:
             return log_r  # R is never below |N| e^{-1/tau}
-        log_positive = more[-1] - pairs.once(("log count", "positive", dtype), partial(_log_count, pairs, "positive"))
+        log_positive = more[-1] - _log_count(pairs, "positive", dtype)
         hidden = math.log(self.positive_prior) + log_count + log_positive - log_r
         floor = log_count - scale
         # log(R - hidden R) needs hidden < 1; what rounding leaves between is nothing beside the positives.
@@ -87,5 +86,5 @@ class HardNegative(PairLoss):
         return torch.where(some_left & (debiased > floor), debiased, floor)
 
 
-def _log_count(pairs: Pairs, over: Relation) -> Tensor:
-    return pairs.count(over).clamp(min=1).to(pairs.anchor.z.dtype).log()
+def _log_count(pairs: Pairs, over: Relation, dtype: torch.dtype) -> Tensor:
+    return pairs.count(over).clamp(min=1).to(dtype).log()

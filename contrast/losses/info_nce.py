@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from contrast.core import distributed
-from contrast.core.embeddings import concatenate, gather_all
+from contrast.core.embeddings import gather_all
 from contrast.core.pairs import Pairs, two_sided
 from contrast.core.reductions import LogSumExp, Mean
 from contrast.losses.checks import positive
@@ -31,7 +31,7 @@ class InfoNCE(PairLoss):
 
     ============================ =====================================================================================
     NT-Xent (SimCLR)             `InfoNCE()(z_a, z_b)`
-    SupCon                       `InfoNCE()(z_a, z_b, group=labels)`
+    SupCon                       `InfoNCE()(z_a, z_b, group=labels)`, or one view: `InfoNCE()(z, group=labels)`
     MoCo v2                      `InfoNCE(candidates="memory")(q_a, targets=(None, k_b), sample=index, extra=[queue])`
     MoCo v3, mean of both sides  `InfoNCE(candidates="across")(q_a, q_b, targets=(k_a, k_b))`
     CLIP                         `InfoNCE(candidates="across", learn_temperature=True)(z_image, z_text)`
@@ -76,6 +76,7 @@ class InfoNCE(PairLoss):
             raise ValueError(f"positives is 'outside', 'inside' or 'alone'; got {positives!r}.")
         self.temperature = temperature
         self.candidates = candidates
+        self.takes_one_view = candidates != "across"
         self.positives = positives
         self.log_scale = nn.Parameter(torch.tensor(-math.log(temperature))) if learn_temperature else None
 
@@ -106,7 +107,7 @@ class InfoNCE(PairLoss):
             ]
         if len(own) == 2:
             return [two_sided(own[0], own[1], extra=extras)]
-        return [Pairs(concatenate(own), (*gather_all(own), *extras), across=True, views=len(own))]
+        return [Pairs(own, (*gather_all(own), *extras), across=True, views=len(own))]
 
     def per_anchor(self, pairs: Pairs) -> Tensor:
         """Give log of the denominator minus log of the numerator."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from contrast.core import distributed
-from contrast.core.embeddings import concatenate, gather_all
+from contrast.core.embeddings import gather_all
 from contrast.core.pairs import Pairs, two_sided
 from contrast.core.reductions import SoftplusSum
 from contrast.losses.checks import positive
@@ -39,6 +39,8 @@ class SigLIP(PairLoss):
     Source: Zhai et al. 2023, Sigmoid Loss for Language Image Pre-Training, arXiv:2303.15343.
     """
 
+    takes_one_view = False
+
     def __init__(self, scale: float = 10.0, bias: float = -10.0, learn: bool = True) -> None:
         super().__init__()
         positive(scale=scale)
@@ -63,7 +65,7 @@ class SigLIP(PairLoss):
         if not twins and len(own) == 2:
             return [two_sided(own[0], own[1], extra=extras)]
         others = twins or own
-        return [Pairs(concatenate(own), (*gather_all(others), *extras), across=True, views=len(others))]
+        return [Pairs(own, (*gather_all(others), *extras), across=True, views=len(others))]
 
     def per_anchor(self, pairs: Pairs) -> Tensor:
         """Give -log sigmoid of t s + b summed over the positives, and of -(t s + b) over the negatives."""

@@ -11,12 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from contrast.core import distributed, reductions
+from contrast.core import distributed
+from contrast.core.autograd import product
 from contrast.core.embeddings import Embeddings
-from contrast.core.pairs import Pairs, product
+from contrast.core.pairs import Pairs
 from contrast.core.reductions import LogSumExp, Mean, Reduction, Relation
-
-LN2 = math.log(2)
 
 PIECE = 2**17
 """Pairs at a time that a perceptron walks: what fits a processor's cache."""
@@ -25,7 +24,7 @@ Network = Literal["mlp", "inner_product", "constant"]
 
 
 class PairTemperature(nn.Module):
-    r"""The temperature of every pair, strictly between two bounds: a PairFunction.
+    r"""The temperature of every pair, strictly between two bounds: a PairFunction of two sides.
 
     .. math:: \tau_{ij} = \tau_{lo} + (\tau_{hi} - \tau_{lo}) \, \sigma(f(z_i, z_j))
 
@@ -110,7 +109,6 @@ class PairTemperature(nn.Module):
         if not own:
             return self
         called = copy.copy(self)
-        called.__dict__["kept"] = {}
         if distributed.world_size() == 1 and all(parameter.dtype == z.dtype for parameter in own.values()):
             # Who calls the network with other parameters (torch.func) may take them away before the backward pass.
             called.__dict__["_parameters"] = own
@@ -126,17 +124,12 @@ class PairTemperature(nn.Module):
 
     def forward(self, anchor: Embeddings, candidate: Embeddings) -> Tensor:
         """Give a tile of temperatures, (n, m) or (H, n, m)."""
-        if self.network == "constant":
-            heads = max(anchor.z.shape[:-2], candidate.z.shape[:-2], key=len)
-            return anchor.z.new_full((*heads, len(anchor), len(candidate)), self.temperature)
-        a, b = product(anchor.z, self.anchor_weight), product(candidate.z, self.candidate_weight)
-        if self.network == "inner_product":
-            return self._bounded(product(a, b) / math.sqrt(a.shape[-1]))
-        hidden: Tensor = _Perceptron.apply(a + self.hidden_bias, b, self.out_weight)
-        return self._bounded(hidden)
+        heads = max(anchor.z.shape[:-2], candidate.z.shape[:-2], key=len)
+        s = anchor.z.new_empty(*heads, len(anchor), len(candidate))
+        return self.of_sides(s, self.anchor_side(anchor.z), self.candidate_side(candidate.z))
 
-    def aligned(self, anchor: Tensor, candidate: Tensor) -> Tensor:
-        """Give the temperature of each anchor and the candidate in the same row, (..., N) from (..., N, D) each."""
+    def row_by_row(self, anchor: Tensor, candidate: Tensor) -> Tensor:
+        """Return the temperature of each anchor and the candidate in the same row, (..., N) from (..., N, D) each."""
         if self.network == "constant":
             return torch.full_like(anchor[..., 0], self.temperature)
         a, b = product(anchor, self.anchor_weight), product(candidate, self.candidate_weight)
@@ -144,91 +137,23 @@ class PairTemperature(nn.Module):
             return self._bounded((a * b).sum(dim=-1) / math.sqrt(a.shape[-1]))
         return self._bounded(((a + self.hidden_bias + b).relu() * self.out_weight).sum(dim=-1))
 
-    @property
-    def _full(self) -> bool:
-        """Whether <A z_i, B z_j> has no lower rank than <z_i, A^T B z_j>, which has one side less to find."""
-        return self.network == "inner_product" and self.anchor_weight.shape[0] >= self.anchor_weight.shape[1]
-
-    def _both_weights(self) -> Tensor:
-        """Give A^T B / sqrt(hidden); found once a call."""
-        kept: dict[str, Tensor] = self.__dict__.get("kept", {})
-        if "both" not in kept:
-            root = math.sqrt(len(self.anchor_weight))
-            kept["both"] = (self.anchor_weight.mT @ self.candidate_weight).div_(root)
-        return kept["both"]
-
     def anchor_side(self, z: Tensor) -> Tensor:
-        """Give what f needs of anchors, (..., N, h), without history: A z + b, A z / sqrt(hidden) or B^T A z / ..."""
-        if self.network == "mlp":
-            return (z @ self.anchor_weight.mT).add_(self.hidden_bias)
-        if self._full:
-            return z @ self._both_weights()
-        return z @ (self.anchor_weight / math.sqrt(len(self.anchor_weight))).mT
+        """Return what f reads of anchors, (..., n, hidden): A z + b, or A z / sqrt(hidden)."""
+        if self.network == "constant":
+            return z[..., :0]
+        a = product(z, self.anchor_weight)
+        return a + self.hidden_bias if self.network == "mlp" else a / math.sqrt(a.shape[-1])
 
     def candidate_side(self, z: Tensor) -> Tensor:
-        """Give what f needs of candidates, (..., M, h), without history: B z, or z itself."""
-        return z if self._full else z @ self.candidate_weight.mT
+        """Return what f reads of candidates, (..., m, hidden): B z."""
+        return z[..., :0] if self.network == "constant" else product(z, self.candidate_weight)
 
-    def from_anchor_side(self, to_a: Tensor, z: Tensor) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
-        """Give dL/dz and the gradients of parameters, from that of the anchors' side."""
-        parameters: list[tuple[Tensor, Tensor]]
-        if self._full:
-            to_both = (z.flatten(0, -2).T @ to_a.flatten(0, -2)).div_(math.sqrt(len(self.anchor_weight)))
-            parameters = [
-                (self.anchor_weight, self.candidate_weight @ to_both.T),
-                (self.candidate_weight, self.anchor_weight @ to_both),
-            ]
-            return to_a @ self._both_weights().T, parameters
-        to_weight = to_a.flatten(0, -2).T @ z.flatten(0, -2)
-        if self.network == "mlp":
-            parameters = [(self.anchor_weight, to_weight), (self.hidden_bias, to_a.flatten(0, -2).sum(dim=0))]
-            return to_a @ self.anchor_weight, parameters
-        root = math.sqrt(len(self.anchor_weight))
-        return to_a @ (self.anchor_weight / root), [(self.anchor_weight, to_weight.div_(root))]
-
-    def from_candidate_side(self, to_b: Tensor, z: Tensor) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
-        """Give dL/dz and the gradients of parameters, from that of the candidates' side."""
-        if self._full:
-            return to_b, []
-        to_weight = to_b.flatten(0, -2).T @ z.flatten(0, -2)
-        return to_b @ self.candidate_weight, [(self.candidate_weight, to_weight)]
-
-    def shares(self, rows: Tensor, columns: Tensor, out: Tensor) -> Tensor:
-        """Write sigmoid(f), where tau stands between its bounds, of a tile (H, n, m) into `out`, without history."""
-        if self.network == "mlp":
-            _perceptron(rows, columns, self.out_weight, out)
-        else:
-            torch.bmm(rows, columns.mT, out=out)
-        margin = self._margin(out)
-        return out.add_(self.bias).sigmoid_().clamp_(margin, 1 - margin)
-
-    def tile_gradients(
-        self, to_f: Tensor, rows: Tensor, columns: Tensor
-    ) -> tuple[Tensor, Tensor, list[tuple[Tensor, Tensor]]]:
-        """Give the gradients of a tile's sides and of the parameters beyond them, from dL/df."""
-        parameters: list[tuple[Tensor, Tensor]] = [(self.bias, to_f.sum())]
-        if self.network == "mlp":
-            to_rows, to_columns, to_w = _perceptron_gradients(to_f, rows, columns, self.out_weight)
-            return to_rows, to_columns, [*parameters, (self.out_weight, to_w)]
-        return to_f @ columns, to_f.mT @ rows, parameters
-
-    def shares_at(self, a: Tensor, b: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Give sigmoid(f) of pairs in the same row, (n,) from (n, h) each, without history, and the hidden units."""
-        hidden = [(a + b).relu_()] if self.network == "mlp" else []
-        f = hidden[0] @ self.out_weight if hidden else (a * b).sum(dim=-1)
-        margin = self._margin(f)
-        return f.add_(self.bias).sigmoid_().clamp_(margin, 1 - margin), hidden
-
-    def gradients_at(
-        self, to_f: Tensor, a: Tensor, b: Tensor, hidden: list[Tensor]
-    ) -> tuple[Tensor, Tensor, list[tuple[Tensor, Tensor]]]:
-        """Give the gradients of the sides and of the parameters beyond them, of pairs in the same row."""
-        parameters: list[tuple[Tensor, Tensor]] = [(self.bias, to_f.sum())]
-        each = to_f.unsqueeze(-1)
-        if hidden:
-            to_side = torch.ops.aten.threshold_backward(each * self.out_weight, hidden[0], 0)
-            return to_side, to_side, [*parameters, (self.out_weight, to_f.flatten() @ hidden[0].flatten(0, -2))]
-        return each * b, each * a, parameters
+    def of_sides(self, s: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        """Return the temperatures, (..., n, m), from both sides."""
+        if self.network == "constant":
+            return torch.full_like(s, self.temperature)
+        f: Tensor = product(a, b) if self.network == "inner_product" else _Perceptron.apply(a, b, self.out_weight)
+        return self._bounded(f)
 
     def _bounded(self, f: Tensor) -> Tensor:
         width, margin = self.highest - self.lowest, self._margin(f)
@@ -240,8 +165,8 @@ class PairTemperature(nn.Module):
         return min(4 * torch.finfo(f.dtype).eps * self.highest / (self.highest - self.lowest), 0.25)
 
 
-class Of(nn.Module):
-    """A function of each pair's temperature: a PairFunction.
+class OfTemperature(nn.Module):
+    """A function of each pair's temperature: a PairFunction of two sides.
 
     Args:
         temperature: of each pair.
@@ -254,117 +179,60 @@ class Of(nn.Module):
         self.function = function
 
     def forward(self, anchor: Embeddings, candidate: Embeddings) -> Tensor:
-        """Give a tile."""
-        tile: Tensor = self.function(self.temperature(anchor, candidate))
-        return tile
+        """Return a tile, (n, m) or (H, n, m)."""
+        return self.function(self.temperature(anchor, candidate))
 
-    def row_by_row(self, anchor: Embeddings, candidate: Embeddings) -> Tensor:
-        """Give the value of each anchor and the candidate in the same row, (n,) or (H, n)."""
-        values: Tensor = self.function(self.temperature.aligned(anchor.z, candidate.z))
-        return values
+    def anchor_side(self, z: Tensor) -> Tensor:
+        """Return that of the temperature."""
+        return self.temperature.anchor_side(z)
+
+    def candidate_side(self, z: Tensor) -> Tensor:
+        """Return that of the temperature."""
+        return self.temperature.candidate_side(z)
+
+    def of_sides(self, s: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        """Return the values, (..., n, m)."""
+        return self.function(self.temperature.of_sides(s, a, b))
 
 
 class Score(nn.Module):
-    """s / tau - beta Omega(tau) of each pair, from one evaluation of the network: a PairFunction that is `Closed`.
+    """s / tau - beta Omega(tau) of each pair, from one evaluation of the network: a PairFunction of two sides.
 
     Args:
         temperature: of each pair.
         weight: beta.
+        dim: D, of the embeddings.
     """
 
-    def __init__(self, temperature: PairTemperature, weight: float) -> None:
+    def __init__(self, temperature: PairTemperature, weight: float, dim: int) -> None:
         super().__init__()
         self.temperature = temperature
         self.weight = weight
-        self.slope = weight * (temperature.dim or 0) / 2
+        self.dim = dim
 
     def forward(self, anchor: Embeddings, candidate: Embeddings) -> Tensor:
-        """Give a tile."""
-        tau = self.temperature(anchor, candidate)
-        score: Tensor = product(anchor.z, candidate.z) / tau
-        return score - self.weight * omega(tau, anchor.z.shape[-1]) if self.weight else score
-
-    def row_by_row(self, anchor: Embeddings, candidate: Embeddings) -> Tensor:
-        """Give the score of each anchor and the candidate in the same row, (n,) or (H, n)."""
-        return self.aligned(anchor.z, candidate.z)
-
-    def aligned(self, anchor: Tensor, candidate: Tensor) -> Tensor:
-        """Give the same from the vectors, (n, D) or (H, n, D) each, with history."""
-        tau = self.temperature.aligned(anchor, candidate)
-        score = (anchor * candidate).sum(dim=-1) / tau
-        return score - self.weight * omega(tau, anchor.shape[-1]) if self.weight else score
-
-    def reach(self) -> float:
-        """Give a bound of the absolute score for unit vectors."""
-        if self.temperature.network == "constant":
-            return math.inf
-        lowest, highest = self.temperature.lowest, self.temperature.highest
-        logarithm = max(abs(math.log(lowest)), abs(math.log(highest)))
-        return (1.001 + self.weight) / lowest + self.slope * logarithm
+        """Return a tile, (n, m) or (H, n, m)."""
+        return self._of(product(anchor.z, candidate.z), self.temperature(anchor, candidate))
 
     def anchor_side(self, z: Tensor) -> Tensor:
-        """Give what the network needs of anchors."""
+        """Return that of the temperature."""
         return self.temperature.anchor_side(z)
 
     def candidate_side(self, z: Tensor) -> Tensor:
-        """Give what the network needs of candidates."""
+        """Return that of the temperature."""
         return self.temperature.candidate_side(z)
 
-    def from_anchor_side(self, to_a: Tensor, z: Tensor) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
-        """Give the gradients of the anchors and of parameters."""
-        return self.temperature.from_anchor_side(to_a, z)
+    def of_sides(self, s: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        """Return the scores, (..., n, m)."""
+        return self._of(s, self.temperature.of_sides(s, a, b))
 
-    def from_candidate_side(self, to_b: Tensor, z: Tensor) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
-        """Give the gradients of the candidates and of parameters."""
-        return self.temperature.from_candidate_side(to_b, z)
+    def row_by_row(self, anchor: Tensor, candidate: Tensor) -> Tensor:
+        """Return the score of each anchor and the candidate in the same row, (..., N) from (..., N, D) each."""
+        tau = self.temperature.row_by_row(anchor, candidate)
+        return self._of((anchor * candidate).sum(dim=-1), tau)
 
-    def exponential(self, s: Tensor, rows: Tensor, columns: Tensor, room: list[Tensor], *, graded: bool) -> Tensor:
-        """Give the exponential of a tile of (s - beta) / tau - beta D / 2 log tau.
-
-        Kept are 1 / tau, and what dL/ds is multiplied with to give dL/df.
-        """
-        score, inverse, slope, spare = room
-        lowest, width = self.temperature.lowest, self.temperature.highest - self.temperature.lowest
-        share = self.temperature.shares(rows, columns, out=slope)
-        tau = torch.add(s.new_tensor(lowest), share, alpha=width, out=score)
-        torch.reciprocal(tau, out=inverse)
-        # In powers of 2, which are had in a third of the time of those of e.
-        shifted = torch.add(s.new_tensor(-self.weight / LN2), s, alpha=1 / LN2, out=spare).mul_(inverse)
-        if self.weight:
-            torch.add(shifted, tau.log2_(), alpha=-self.slope, out=score).exp2_()
-        else:
-            torch.exp2(shifted, out=score)
-        if graded:
-            # d score / d tau = -((s - beta) / tau + beta D / 2) / tau, d tau / d f = (hi - lo) p (1 - p)
-            torch.add(s.new_tensor(-width * self.slope), shifted, alpha=-width * LN2, out=shifted)
-            torch.ops.aten.sigmoid_backward.grad_input(shifted, share, grad_input=slope)
-        return score
-
-    def gradients(
-        self, to_value: Tensor, rows: Tensor, columns: Tensor, room: list[Tensor]
-    ) -> tuple[Tensor, Tensor, Tensor, list[tuple[Tensor, Tensor]]]:
-        """Give the gradients of s, of the sides and of parameters, from that of the score."""
-        _, inverse, slope, spare = room
-        to_s = to_value.mul_(inverse)
-        return to_s, *self.temperature.tile_gradients(torch.mul(slope, to_s, out=spare), rows, columns)
-
-    def at(self, s: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Give the scores of pairs in the same row; kept are the derivatives by s and f."""
-        lowest, width = self.temperature.lowest, self.temperature.highest - self.temperature.lowest
-        share, hidden = self.temperature.shares_at(a, b)
-        tau = share * width + lowest
-        inverse = tau.reciprocal()
-        shifted = (s - self.weight).mul_(inverse)
-        score = torch.sub(shifted, tau.log_(), alpha=self.slope) if self.weight else shifted.clone()
-        slope = torch.ops.aten.sigmoid_backward(shifted.add_(self.slope).mul_(inverse).mul_(-width), share)
-        return score, [inverse, slope, *hidden]
-
-    def gradients_at(
-        self, to_value: Tensor, a: Tensor, b: Tensor, kept: list[Tensor]
-    ) -> tuple[Tensor, Tensor, Tensor, list[tuple[Tensor, Tensor]]]:
-        """Give the gradients of s, of the sides and of parameters, of pairs in the same row."""
-        inverse, slope, *hidden = kept
-        return to_value * inverse, *self.temperature.gradients_at(to_value * slope, a, b, hidden)
+    def _of(self, s: Tensor, tau: Tensor) -> Tensor:
+        return s / tau - self.weight * omega(tau, self.dim) if self.weight else s / tau
 
 
 def omega(tau: Tensor, dim: int) -> Tensor:
@@ -372,73 +240,41 @@ def omega(tau: Tensor, dim: int) -> Tensor:
     return dim / 2 * tau.log() + 1 / tau
 
 
-def nearest_and_positive(pairs: Pairs, over: Relation, score: Score) -> tuple[Tensor, Tensor]:
-    """Give the score of each anchor's nearest candidate, 0 where it has none, and what `attracted` gives."""
-    found: tuple[Tensor, ...] | None
-    found = None if score.temperature.network == "constant" else reductions.nearest_beside(pairs, score, over)
-    if found is not None:
-        return found[0], found[1]
+def nearest_score(pairs: Pairs, over: Relation, score: Score) -> Tensor:
+    """Compute the score of each anchor's nearest candidate, (N,) or (H, N); 0 where it has none."""
     with torch.no_grad():
         nearest = pairs.topk(1, over=over)[1].squeeze(-1)
-    single = _single_positives(pairs)
-    found = None if single is None else _score_at(pairs, score, nearest, single)
-    if found is not None:
-        return found[0], found[1]
-    (repelled,) = _score_at(pairs, score, nearest) or (
-        torch.where(nearest >= 0, score.aligned(pairs.anchor.z, candidate_rows(pairs, nearest)), 0),
-    )
-    return repelled, attracted(pairs, score.temperature, score.weight)
+    return torch.where(nearest >= 0, score.row_by_row(pairs.anchor.z, candidate_rows(pairs, nearest)), 0)
 
 
-def every_and_positive(pairs: Pairs, over: Relation, score: Score) -> tuple[Tensor, Tensor]:
-    """Give the log-sum-exp of each anchor's scores, 0 where it has no candidate, and what `attracted` gives."""
-    found = None if score.temperature.network == "constant" else reductions.beside(pairs, score, over)
-    if found is None:
-        repelled = pairs.logsumexp(0.0, over, log_weight=score)
-        found = repelled, attracted(pairs, score.temperature, score.weight)
-    if not torch.compiler.is_compiling() and not pairs.rules and pairs.identity.nobody_lacks(over):
-        return found
-    return torch.where(pairs.count(over) > 0, found[0], 0), found[1]
+def log_sum_of_scores(pairs: Pairs, over: Relation, score: Score) -> Tensor:
+    """Compute the log-sum-exp of each anchor's scores, (N,) or (H, N); 0 where it has no candidate."""
+    return torch.where(pairs.count(over) > 0, pairs.logsumexp(0.0, over, log_weight=score), 0)
 
 
-def attracted(pairs: Pairs, temperature: PairTemperature, weight: float) -> Tensor:
-    """Give the mean over the positives p of s_ip / tau_ip - beta Omega(tau_ip), (N,) or (H, N); 0 without positives."""
-    lowest = temperature.lowest
-    score, single = Score(temperature, weight), _single_positives(pairs)
-    found = None if single is None else _score_at(pairs, score, single)
-    if found is not None:
-        return found[0]
-    count = pairs.count("positive")
-    looked = count.device.type == "cpu" and not torch.compiler.is_compiling()
-    if looked and bool((count == 1).all()):
-        # The mean over one, and the log-sum-exp over one, is that one.
-        return pairs.logsumexp(0.0, "positive", log_weight=score)
+def mean_score(pairs: Pairs, temperature: PairTemperature, weight: float) -> Tensor:
+    """Compute the mean over the positives p of s_ip / tau_ip - weight Omega(tau_ip), (N,) or (H, N); 0 without any.
+
+    It is put together from sums of weights, since a log-sum-exp with scale 0 is the logarithm of such a sum:
+    sum_p s_p / tau_p = (mean of s weighted by 1 / tau) * sum_p 1 / tau_p, and log tau, which may be negative, is
+    log(tau / lowest) + log(lowest).
+    """
+    lowest, count = temperature.lowest, pairs.count("positive")
     asked: list[Reduction] = [
-        Mean("positive", weight=Of(temperature, torch.reciprocal)),
-        LogSumExp(0.0, "positive", log_weight=Of(temperature, lambda tau: -tau.log())),
+        Mean("positive", weight=OfTemperature(temperature, torch.reciprocal)),
+        LogSumExp(0.0, "positive", log_weight=OfTemperature(temperature, lambda tau: -tau.log())),
     ]
     if weight:
-        asked.append(LogSumExp(0.0, "positive", log_weight=Of(temperature, lambda tau: (tau / lowest).log().log())))
+        excess = OfTemperature(temperature, lambda tau: (tau / lowest).log().log())
+        asked.append(LogSumExp(0.0, "positive", log_weight=excess))
     similarity, *sums = pairs.reduce(*asked)
-    # A log-sum-exp with scale 0 is the logarithm of a sum of weights. log tau may be negative, log(tau / lowest) not.
     inverse, *logarithm = (_mean_weight(of, count) for of in sums)
     attraction: Tensor = similarity * inverse
     if not weight:
         return attraction
-    regulariser = pairs.anchor.z.shape[-1] / 2 * (logarithm[0] + math.log(lowest)) + inverse
+    dim = pairs.anchor.z.shape[-1]
+    regulariser = dim / 2 * (logarithm[0] + math.log(lowest)) + inverse
     return torch.where(count > 0, attraction - weight * regulariser, 0)
-
-
-def _single_positives(pairs: Pairs) -> Tensor | None:
-    """Give the only positive of each anchor, (N,), where that is seen at once."""
-    if pairs.anchor.z.device.type != "cpu" or torch.compiler.is_compiling():
-        return None
-    positive = pairs.identity.positive
-    return positive.columns if positive is not None and positive.one_each(len(pairs)) else None
-
-
-def _score_at(pairs: Pairs, score: Score, *positions: Tensor) -> tuple[Tensor, ...] | None:
-    return None if score.temperature.network == "constant" else reductions.at(pairs, score, positions)
 
 
 def mean_temperatures(
@@ -448,7 +284,7 @@ def mean_temperatures(
     temperature = temperature.shared(pairs.anchor.z)
     measured = {}
     for over in relations:
-        total = pairs.logsumexp(0.0, over, log_weight=Of(temperature, torch.log))
+        total = pairs.logsumexp(0.0, over, log_weight=OfTemperature(temperature, torch.log))
         count = pairs.count(over).expand_as(total)
         some = count > 0
         mean = torch.where(some, _mean_weight(total, count), 0).sum() / some.sum().clamp(min=1)

@@ -86,7 +86,7 @@ class Bank(Store):
 
     def candidates(self, anchor: Embeddings) -> Embeddings:
         """Give all embeddings, once every sample has one without a copy; ValueError where the bank is sharded."""
-        refuse_unknown(anchor)
+        refuse_unknown(anchor, first=self.updates == 0)
         self.follow(anchor.z.device)
         self._settle()
         if self.sharded:
@@ -184,7 +184,6 @@ class Bank(Store):
             "width": tuple(self.width),
             "updates": self.updates,
             "pushed": self.pushed,
-            "unit": self.unit,
             "process": self.shard[0],
             "group": self.held["group"],
             "written": self.held["written"],
@@ -202,7 +201,7 @@ class Bank(Store):
                 f"this checkpoint of a sharded bank was written by process {state['process']}; load process 0's, which "
                 "has all of it."
             )
-        self.updates, self.pushed, self.unit = state["updates"], state["pushed"], state["unit"]
+        self.updates, self.pushed = state["updates"], state["pushed"]
         self._complete = False
         device = self.held["z"].device
         rank, world = self.shard

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from contrast.core.embeddings import REMEMBERED, Embeddings, normalise, of_view
+from contrast.core.embeddings import REMEMBERED, Embeddings, normalise
 
 
 class Width(NamedTuple):
@@ -73,15 +73,13 @@ class Width(NamedTuple):
                 )
             if not torch.isfinite(z).all():
                 raise ValueError("embeddings to remember hold values that are not finite (NaN or inf).")
-        kept = Embeddings(
+        return Embeddings(
             z.float(),
             made.sample,
             made.group,
             torch.full_like(made.view, REMEMBERED),
             None if given is None or self.reference_dim is None else given.detach().float(),
         )
-        kept.__dict__["unit"] = made.unit
-        return kept
 
     @staticmethod
     def _words(dim: int, heads: int | None) -> str:
@@ -99,16 +97,19 @@ def _named(z: Tensor, sample: Tensor | None, group: Tensor | None, reference: Te
     sample = sample.to(z.device)
     group = sample if group is None else group.to(z.device)
     reference = None if reference is None else normalise(reference.detach())
-    return of_view(normalise(z.detach()), sample, group, REMEMBERED, reference, fresh=None, unit=True)
+    return Embeddings(normalise(z.detach()), sample, group, torch.full_like(sample, REMEMBERED), reference)
 
 
-def refuse_unknown(anchor: Embeddings) -> None:
-    """Refuse anchors without real sample indices, whose own remembered entries would be their negatives."""
-    own = (anchor, *anchor.parts)
-    unknown = any(part.known is not None and part.known.fresh for part in own)
-    if not unknown and anchor.z.device.type == "cpu" and not torch.compiler.is_compiling():
-        unknown = bool(((anchor.sample < 0) & (anchor.view >= 0)).any())
-    if unknown:
+def refuse_unknown(anchor: Embeddings, *, first: bool) -> None:
+    """Refuse anchors without real sample indices, whose own remembered entries would be their negatives.
+
+    Args:
+        anchor: the anchors.
+        first: whether nothing was remembered yet; later, looking would make every step wait for another device.
+    """
+    if torch.compiler.is_compiling() or not (first or anchor.z.device.type == "cpu"):
+        return
+    if bool(((anchor.sample < 0) & (anchor.view >= 0)).any()):
         raise ValueError(
             "a memory must know whose anchors these are, or their own entries become their negatives: call "
             "loss(..., sample=index, extra=[memory]) with indices in the data set."

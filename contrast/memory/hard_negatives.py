@@ -91,7 +91,7 @@ class HardNegatives(Memory):
 
     def candidates(self, anchor: Embeddings) -> Embeddings:
         """Give the neighbours of all processes' anchors, each once, by sample."""
-        refuse_unknown(anchor)
+        refuse_unknown(anchor, first=self.bank.updates == 0)
         self.follow(anchor.z.device)
         self.bank.follow(anchor.z.device)
         if not distributed.alone():

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from contrast.core.embeddings import Embeddings, normalise, of_view
+from contrast.core.embeddings import Embeddings, normalise
 from contrast.memory.bank import Bank
 from contrast.memory.door import refuse_unknown
 from contrast.memory.memory import MEMORIES, Memory
@@ -59,7 +59,7 @@ class NearestPositives(Memory):
 
         On a sharded bank all processes call it together.
         """
-        refuse_unknown(anchor)
+        refuse_unknown(anchor, first=self.store.updates == 0)
         if self.store.empty:
             return None
         position = self.store.nearest(anchor, 1).position.squeeze(1)
@@ -97,6 +97,6 @@ def nearest_views(
     for view, z in enumerate(views):
         own = sample.to(z.device)
         labels = own if group is None else group.to(z.device)
-        anchor = of_view(normalise(z.detach()), own, labels, view, None, fresh=None, unit=True)
+        anchor = Embeddings(normalise(z.detach()), own, labels, torch.full_like(own, view))
         found.append(memory.positives(anchor))
     return None if any(one is None for one in found) else [one.z for one in found if one is not None]

@@ -50,7 +50,7 @@ class Queue(Store):
 
     def candidates(self, anchor: Embeddings) -> Embeddings:
         """Give all that it holds, without a copy."""
-        refuse_unknown(anchor)
+        refuse_unknown(anchor, first=self.updates == 0)
         self.follow(anchor.z.device)
         return self._all()
 
@@ -99,14 +99,13 @@ class Queue(Store):
             "width": tuple(self.width),
             "position": self.position,
             "updates": self.updates,
-            "unit": self.unit,
             **kept,
         }
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         """Take it up again; a ValueError where size or width differ."""
         refuse_other({"size": self.size, "width": tuple(self.width)}, state, "queue")
-        self.position, self.updates, self.unit = state["position"], state["updates"], state["unit"]
+        self.position, self.updates = state["position"], state["updates"]
         self.filled = len(state["sample"])
         for name, room in self._filled().items():
             room.copy_(state[name])

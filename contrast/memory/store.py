@@ -15,16 +15,12 @@ class Store(Memory):
 
     Args:
         width: what one embedding is made of.
-
-    Attributes:
-        unit: whether no vector that came in is longer than 1.
     """
 
     def __init__(self, width: Width) -> None:
         super().__init__()
         width.check()
         self.width = width
-        self.unit = True
 
     def accepted(self, everyone: Embeddings) -> Embeddings:
         """Give what may be written of every process's rows, or refuse them; nothing was changed yet."""
@@ -46,12 +42,9 @@ class Store(Memory):
         own = self.width.embeddings(embeddings, sample, group, reference)
         self.follow(own.z.device)
         everyone = self.accepted(own.gathered())
-        self.unit &= own.unit
         self.updates += 1
         self.write(everyone)
 
     def remembered(self, z: Tensor, sample: Tensor, group: Tensor, reference: Tensor | None) -> Embeddings:
         """Give what it holds as candidates."""
-        made = Embeddings(z, sample, group, torch.full_like(sample, REMEMBERED), reference)
-        made.__dict__["unit"] = self.unit
-        return made
+        return Embeddings(z, sample, group, torch.full_like(sample, REMEMBERED), reference)

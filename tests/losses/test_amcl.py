@@ -7,7 +7,6 @@ import torch
 
 from contrast.core import reductions
 from contrast.core.embeddings import Embeddings
-from contrast.core.reductions import aligned, closed, nearest, square
 from contrast.losses import LOSSES
 from contrast.losses import temperatures as module
 from contrast.losses.amcl import AMCL
@@ -96,8 +95,6 @@ def test_every_form_equals_loops(form, network, over, views, labels, extras):
     assert_same(found, expected, *tensors, *loss.parameters(), *([queue] if extras else []))
 
 
-@pytest.mark.parametrize("matrix", [1, 2**20], ids=["no matrix", "a matrix"])
-@pytest.mark.parametrize("limit", [1, 2**20], ids=["a little at a time", "all at once"])
 @pytest.mark.parametrize("over", ["negative", "all"])
 @pytest.mark.parametrize("heads", [(), (2,)], ids=["no heads", "heads"])
 @pytest.mark.parametrize(
@@ -110,21 +107,16 @@ def test_every_form_equals_loops(form, network, over, views, labels, extras):
         ("logsumexp", "inner_product", 2),
     ],
 )
-def test_what_is_kept_and_how_much_is_met_at_once_change_nothing(
-    monkeypatch, form, network, hidden, heads, over, limit, matrix
-):
-    for place, name in ((closed, "SIDES"), (closed, "KEPT"), (aligned, "ROWS"), (aligned, "PIECE"), (nearest, "STRIP")):
-        monkeypatch.setattr(place, name, limit)
-    monkeypatch.setattr(square, "MATRIX", matrix)
+def test_tiles_of_any_size_change_nothing(form, network, hidden, heads, over):
     views = [random(*heads, 7, 3, seed=seed) for seed in range(3)]
     for group in (None, torch.tensor([0, 0, 1, 2, 2, 2, 3])):
         for given in (views, views[:2]):
             loss = made(form=form, network=network, hidden=hidden, positive_in_denominator=over == "all")
             weight = random(7 * len(given), seed=8).detach()
-            with reductions.road("dense"):
+            with reductions.backend("dense"):
                 expected = loss(*given, group=group, reduction="none") @ weight
             for size in (2, 512):
-                with reductions.road("tiles", size=size):
+                with reductions.backend("tiled", tile=size):
                     found = loss(*given, group=group, reduction="none") @ weight
                 assert_same(found, expected, *given, *loss.parameters())
 
@@ -190,9 +182,9 @@ def test_positives_are_drawn_to_the_regularisers_minimum_and_negatives_driven_aw
         torch.nn.init.zeros_(weight)
     tau = loss.temperatures.shared(a)
     pairs = loss.pairs(a, b)[0]
-    (attract,) = torch.autograd.grad(-module.attracted(pairs, tau, 1.0).sum(), loss.temperatures.bias)
+    (attract,) = torch.autograd.grad(-module.mean_score(pairs, tau, 1.0).sum(), loss.temperatures.bias)
     tau = loss.temperatures.shared(a)
-    nearest, _ = module.nearest_and_positive(pairs, loss.over, module.Score(tau, 1.0))
+    nearest = module.nearest_score(pairs, loss.over, module.Score(tau, 1.0, 4))
     (repel,) = torch.autograd.grad(nearest.sum(), loss.temperatures.bias)
     assert -attract * sign > 0  # down the gradient, towards 1/2
     assert -repel * sign < 0
@@ -210,7 +202,7 @@ def test_temperatures_stay_strictly_between_their_bounds(network, bounds, size, 
     called = made.shared(a)
     tile = called(Embeddings(a, index[:5], index[:5], index[:5]), Embeddings(b, index, index, index))
     assert tile.shape == (5, 6)
-    for tau in (tile, called.aligned(a, b[:5])):
+    for tau in (tile, called.row_by_row(a, b[:5])):
         assert (tau.double() > torch.tensor(bounds[0], dtype=dtype).double()).all()
         assert (tau.double() < torch.tensor(bounds[1], dtype=dtype).double()).all()
 
@@ -218,7 +210,7 @@ def test_temperatures_stay_strictly_between_their_bounds(network, bounds, size, 
 def test_the_temperature_of_a_pair_is_not_that_of_the_turned_pair():
     made = PairTemperature(3, "mlp", 6, LOW, HIGH, 0.5, 0).double()
     a, b = random(2, 3), random(2, 3, seed=1)
-    assert (made.aligned(a, b) - made.aligned(b, a)).abs().min() > 1e-6
+    assert (made.row_by_row(a, b) - made.row_by_row(b, a)).abs().min() > 1e-6
 
 
 @pytest.mark.parametrize("heads", [(), (2,)])
@@ -237,7 +229,7 @@ def test_the_row_by_row_temperature_is_the_tiles_diagonal():
         a, b = random(2, 4, 3).detach(), random(2, 4, 3, seed=1).detach()
         nobody = torch.zeros(4, dtype=torch.int64)
         tile = made(Embeddings(a, nobody, nobody, nobody), Embeddings(b, nobody, nobody, nobody))
-        torch.testing.assert_close(made.aligned(a, b), tile.diagonal(dim1=-2, dim2=-1))
+        torch.testing.assert_close(made.row_by_row(a, b), tile.diagonal(dim1=-2, dim2=-1))
 
 
 def test_temperatures_start_near_what_was_asked_and_alike_everywhere():
@@ -284,7 +276,7 @@ def test_an_anchor_without_negatives_is_left_out():
     for form in ("max", "logsumexp"):
         loss = made(form=form)
         (pairs,) = loss.pairs(a, b)
-        attract = module.attracted(pairs, loss.temperatures.shared(pairs.anchor.z), BETA)
+        attract = module.mean_score(pairs, loss.temperatures.shared(pairs.anchor.z), BETA)
         torch.testing.assert_close(loss.rows(pairs), -attract)
 
 

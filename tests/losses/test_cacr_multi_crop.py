@@ -8,6 +8,11 @@ from contrast.losses import InfoNCE
 from contrast.losses.cacr_multi_crop import CACRMultiCrop
 
 
+def twins(views, keys):
+    """Give one target per view: crops have none."""
+    return (*keys, *[None] * (len(views) - len(keys)))
+
+
 def random(*shape, seed=0):
     return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).requires_grad_()
 
@@ -63,7 +68,10 @@ def test_it_is_the_authors_form_over_crops(cost, views, keyed, labels, extras):
     keys = [random(4, 3, seed=10 + seed) for seed in range(keyed)]
     queue, group = random(5, 3, seed=20), [0, 1, 0, 2] if labels else None
     found = CACRMultiCrop(0.6, cost)(
-        *queries, targets=keys, group=torch.tensor(group) if labels else None, extra=queue if extras else ()
+        *queries,
+        targets=twins(queries, keys),
+        group=torch.tensor(group) if labels else None,
+        extra=queue if extras else (),
     )
     expected = by_loops(queries, keys, 0.6, cost, group, unit(queue) if extras else ())
     assert_same(found, expected, *queries, *keys, *([queue] if extras else []))
@@ -74,20 +82,22 @@ def test_two_views_without_crops_are_moco_v3_times_twice_the_temperature(tempera
     queries, keys = random(2, 5, 4), random(2, 5, 4, seed=1)
     sides = [(queries[0], keys[1]), (queries[1], keys[0])]
     entropies = [F.cross_entropy(unit(q) @ unit(k).T / temperature, torch.arange(5)) for q, k in sides]
-    found = CACRMultiCrop(temperature)(*queries, targets=tuple(keys))
+    found = CACRMultiCrop(temperature)(*queries, targets=twins(queries, keys))
     assert_same(found, 2 * temperature * sum(entropies) / 2, queries, keys)
-    moco = InfoNCE(temperature, candidates="across")(*queries, targets=tuple(keys))
+    moco = InfoNCE(temperature, candidates="across")(*queries, targets=twins(queries, keys))
     torch.testing.assert_close(found, 2 * temperature * moco, rtol=1e-12, atol=0)
 
 
 def test_the_defaults_are_the_published_ones():
     queries, keys = random(3, 4, 3), random(2, 4, 3, seed=1)
-    assert_same(CACRMultiCrop()(*queries, targets=tuple(keys)), by_loops(queries, keys, 1.0, "rbf"), queries, keys)
+    assert_same(
+        CACRMultiCrop()(*queries, targets=twins(queries, keys)), by_loops(queries, keys, 1.0, "rbf"), queries, keys
+    )
 
 
 def test_queries_that_are_all_alike_weigh_alike():
     (query,), keys = random(1, 4, 3), random(2, 4, 3, seed=1)
-    crops = CACRMultiCrop(0.3)(query, query, query, targets=tuple(keys))
+    crops = CACRMultiCrop(0.3)(query, query, query, targets=twins(range(3), keys))
     none = CACRMultiCrop(0.3)(query, query, targets=tuple(keys))
     torch.testing.assert_close(crops, none, rtol=1e-12, atol=0)
 
@@ -120,21 +130,23 @@ def test_the_weights_take_no_gradient():
 def test_heads_are_averaged(cost):
     queries, keys, queue = random(3, 2, 4, 3), random(2, 2, 4, 3, seed=1), random(2, 5, 3, seed=2)
     loss = CACRMultiCrop(0.5, cost)
-    found = loss(*queries, targets=tuple(keys), extra=queue)
-    heads = [loss(*queries[:, head], targets=tuple(keys[:, head]), extra=queue[head]) for head in range(2)]
+    found = loss(*queries, targets=twins(queries, keys), extra=queue)
+    heads = [
+        loss(*queries[:, head], targets=twins(queries[:, head], keys[:, head]), extra=queue[head]) for head in range(2)
+    ]
     assert_same(found, sum(heads) / 2, queries, keys, queue)
 
 
 def test_a_sample_alone_has_no_repulsion():
     queries, keys = random(3, 1, 3), random(2, 1, 3, seed=1)
-    found = CACRMultiCrop(0.5, "euclidean")(*queries, targets=tuple(keys))
+    found = CACRMultiCrop(0.5, "euclidean")(*queries, targets=twins(queries, keys))
     assert_same(found, by_loops(queries, keys, 0.5, "euclidean"), queries, keys)
-    assert abs(CACRMultiCrop(0.5)(*queries, targets=tuple(keys))) < 1e-12
+    assert abs(CACRMultiCrop(0.5)(*queries, targets=twins(queries, keys))) < 1e-12
 
 
 def test_a_row_is_one_sample_under_one_key_view():
     queries, keys = random(3, 4, 3), random(2, 4, 3, seed=1)
-    rows = CACRMultiCrop(0.5)(*queries, targets=tuple(keys), reduction="none")
+    rows = CACRMultiCrop(0.5)(*queries, targets=twins(queries, keys), reduction="none")
     assert rows.shape == (8,)
     torch.testing.assert_close(rows.mean(), by_loops(queries, keys, 0.5, "rbf"), rtol=1e-12, atol=0)
 
@@ -145,7 +157,7 @@ def test_a_row_is_one_sample_under_one_key_view():
 def test_extremes_stay_finite(cost, temperature, samples):
     queries = torch.randn(3, samples, 3, generator=torch.Generator().manual_seed(0)).requires_grad_()
     keys = torch.randn(2, samples, 3, generator=torch.Generator().manual_seed(1))
-    value = CACRMultiCrop(temperature, cost)(*queries, targets=tuple(keys))
+    value = CACRMultiCrop(temperature, cost)(*queries, targets=twins(queries, keys))
     assert torch.isfinite(value)
     assert torch.isfinite(torch.autograd.grad(value, queries)[0]).all()
 

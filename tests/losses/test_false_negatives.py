@@ -110,8 +110,8 @@ def test_every_rule_equals_plain_loops(rule, labels, extra):
         rows.append(torch.stack(positive + kept).logsumexp(0) - sum(positive) / len(positive))
     expected = sum(rows) / len(rows)
     criterion = FalseNegatives(InfoNCE(0.3), **rule)
-    for road in ("dense", "tiles"):
-        with reductions.road(road, size=3):
+    for backend in ("dense", "tiled"):
+        with reductions.backend(backend, tile=3):
             found = criterion(*batch.views, **batch.given)
             assert 0 < len(out) < negatives
             torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)

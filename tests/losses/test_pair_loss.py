@@ -538,13 +538,13 @@ Z = torch.ones(4, 3)
 @pytest.mark.parametrize(
     ("views", "given", "words"),
     [
-        ((), {}, r"takes one tensor a view: loss\(z_a, z_b\)"),
+        ((), {}, r"takes one tensor per view: loss\(z_a, z_b\)"),
         ((Z,), {}, "got one view and no targets"),
         ((Z,), {"targets": (Z,)}, r"the only view needs the target of another one"),
         ((Z,), {"targets": (None, None)}, r"the only view needs the target of another one"),
         ((Z, Z[:3]), {}, r"view 0 is \(4, 3\) and view 1 is \(3, 3\)"),
         ((Z, Z), {"targets": (Z[:, :2], None)}, r"view 0 is \(4, 3\) and target 0 is \(4, 2\)"),
-        ((Z, Z), {"targets": Z}, r"targets is a sequence, one for each view"),
+        ((Z, Z), {"targets": Z}, r"targets is a sequence, one per view"),
         ((Z.long(), Z), {}, r"view 0 must be a floating \(N, D\).*torch.int64"),
         (([[1.0]], Z), {}, r"view 0 must be a floating \(N, D\).*got list"),
         ((Z[0], Z[0]), {}, r"view 0 must be a floating \(N, D\).*shape \(3,\)"),

@@ -54,7 +54,7 @@ def short_and_long(views):
 
 
 BATCHES = (plain, zero_rows, duplicates, opposites, one_sample, one_class, one_of_each_class, short_and_long)
-ROADS = {"default": nullcontext, "tiles": lambda: reductions.road("tiles", size=64)}
+BACKENDS = {"default": nullcontext, "tiled": lambda: reductions.backend("tiled", tile=64)}
 
 
 def at(case, temperature):
@@ -99,14 +99,14 @@ def assert_finite(loss, views, given):
     assert all(torch.isfinite(gradient).all() for gradient in gradients)
 
 
-@pytest.mark.parametrize("road", ROADS)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("case", ALL, ids=str)
-def test_every_batch_in_every_precision_gives_finite_values_and_gradients(case, road):
+def test_every_batch_in_every_precision_gives_finite_values_and_gradients(case, backend):
     loss = case.make()
     for make in BATCHES:
         for dtype in DTYPES if make is plain else (torch.float16, torch.float32):
             views, given = batch(case, make, dtype)
-            with ROADS[road]():
+            with BACKENDS[backend]():
                 assert_finite(loss, views, given)
 
 

@@ -48,7 +48,6 @@ def test_a_checkpoint_goes_on_bit_for_bit(pushes, more):
     for name in ("z", "sample", "group", "reference"):
         assert torch.equal(getattr(one, name), getattr(other, name))
     assert torch.equal(whole.age, resumed.age)
-    assert one.unit == other.unit
 
 
 def full(seed=0):

@@ -1,8 +1,11 @@
-"""The row reductions of `Pairs`, behind which stand three roads with the same numbers; here one is chosen.
+"""The row reductions of `Pairs`; three backends give the same numbers, and here one is chosen.
 
-dense: the similarities as one matrix, the reference; tiles: any device, memory O(N + M), but that a small call on the
-CPU holds one matrix, of the pairs it is about; kernels: Triton on CUDA. Whatever the road, a row without candidates
-gives 0 (a log-sum-exp: `finfo.min / 2`) and no gradient.
+* `dense`: all similarities as one matrix, in plain autograd operations: the reference, for tests and for reading.
+* `tiled`: the default. No matrix and O(N + M) memory, on any device; see `streamed` for what becomes of a reduction.
+* `triton`: the same, with CUDA kernels for what they know; the default on CUDA.
+
+A row without candidates gives 0 (a log-sum-exp: `finfo.min / 2`) and no gradient. To add a reduction: its class and
+arguments in `kinds`, its formula in `dense`, its sums and its derivative in `formulas`.
 """
 
 from __future__ import annotations
@@ -10,13 +13,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal, NamedTuple
 
+import torch
 from torch import Tensor
 
-from contrast.core.reductions import aligned, dense, nearest, square, sweep
-from contrast.core.reductions.asked import (
+from contrast.core.autograd import full_precision
+from contrast.core.reductions import dense, streamed
+from contrast.core.reductions.functions import SidedFunction
+from contrast.core.reductions.kinds import (
     Count,
     Kth,
     LogSumExp,
@@ -26,11 +31,10 @@ from contrast.core.reductions.asked import (
     Relation,
     SoftMean,
     SoftplusSum,
+    check,
 )
-from contrast.core.reductions.closed import Closed
-
-if TYPE_CHECKING:
-    from contrast.core.pairs import Pairs
+from contrast.core.reductions.layout import Layout, Rule
+from contrast.core.reductions.tiled import TILE
 
 __all__ = [
     "Count",
@@ -40,107 +44,81 @@ __all__ = [
     "PairValue",
     "Reduction",
     "Relation",
+    "Rule",
+    "SidedFunction",
     "SoftMean",
     "SoftplusSum",
-    "at",
-    "beside",
-    "nearest_beside",
+    "backend",
+    "dense",
     "reduce",
-    "road",
     "topk",
 ]
 
-SMALL = 2**14
-"""Up to this many similarities one tile holds them all: starting operations costs more there than the operations."""
+Name = Literal["dense", "tiled", "triton"]
 
 
-@dataclass(frozen=True)
-class _Road:
-    name: Literal["dense", "tiles", "kernels"]
-    size: int
-    small: int = 0
+class _Backend(NamedTuple):
+    name: Name
+    tile: int
 
 
-_taken: ContextVar[_Road | None] = ContextVar("contrast_road", default=None)
+_backend: ContextVar[_Backend | None] = ContextVar("contrast_backend", default=None)
+_DEFAULT = _Backend("tiled", TILE)
 
 
 @contextmanager
-def road(name: Literal["dense", "tiles", "kernels"], *, size: int = sweep.TILE, small: int = 0) -> Iterator[None]:
-    """Take this road for all reductions inside the block, for tests and measurements.
+def backend(name: Name, *, tile: int = TILE) -> Iterator[None]:
+    """Compute all reductions inside the block with this backend, for tests and measurements.
 
     Args:
-        name: "dense", "tiles" or "kernels".
-        size: rows and columns of a tile.
-        small: up to this many similarities one tile holds them all.
+        name: "dense", "tiled" or "triton".
+        tile: rows and columns of a tile.
 
     Raises:
         ValueError: for another name or a size below 1.
+
+    Example:
+        >>> with backend("dense"):
+        ...     value = loss(z_a, z_b)
     """
-    if name not in ("dense", "tiles", "kernels"):
-        raise ValueError(f"the roads are 'dense', 'tiles' and 'kernels'; got {name!r}.")
-    if size < 1:
-        raise ValueError(f"a tile has 1 row and column or more; got {size}.")
-    token = _taken.set(_Road(name, size, small))
+    if name not in ("dense", "tiled", "triton"):
+        raise ValueError(f"the backends are 'dense', 'tiled' and 'triton'; got {name!r}.")
+    if tile < 1:
+        raise ValueError(f"a tile has 1 row and column or more; got {tile}.")
+    token = _backend.set(_Backend(name, tile))
     try:
         yield
     finally:
-        _taken.reset(token)
+        _backend.reset(token)
 
 
-def chosen() -> _Road:
-    """Choose the road: the one that `road` names, else the one without a matrix."""
-    taken = _taken.get()
-    if taken is not None:
-        return taken
-    return _Road("tiles", sweep.TILE, SMALL)
+def reduce(layout: Layout, asked: Sequence[Reduction]) -> tuple[Tensor, ...]:
+    """Compute each reduction of each anchor's row, (N,) or (H, N).
+
+    Raises:
+        ValueError: for arguments that a reduction does not take.
+    """
+    for one in asked:
+        check(one, layout)
+    name, tile = _backend.get() or _DEFAULT
+    with full_precision(layout.anchors[0].z):
+        if name == "dense":
+            return dense.reduce(layout, asked)
+        if torch.compiler.is_compiling():
+            from contrast.core.reductions import compiled  # registers operators, which only a compiled graph needs
+
+            return compiled.reduce(layout, asked, tile, name == "triton")
+        return streamed.reduce(layout, asked, tile, name == "triton")
 
 
-def reduce(pairs: Pairs, asked: Sequence[Reduction]) -> tuple[Tensor, ...]:
-    """Give each reduction of each anchor's row, (N,) or (H, N), from one walk over the similarities."""
-    taken = chosen()
-    return (
-        dense.reduce(pairs, asked)
-        if taken.name == "dense"
-        else sweep.reduce(pairs, asked, taken.size, taken.small, taken.name == "kernels")
-    )
-
-
-def topk(pairs: Pairs, k: int, over: Relation, among: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Give the k largest similarities of each row, with gradient, and the positions of their candidates.
+def topk(layout: Layout, k: int, over: Relation, among: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return the k largest similarities of each row, with gradient, and the positions of their candidates.
 
     Where a row has fewer than k, its last values are 0 and their positions -1.
     """
-    taken = chosen()
-    if taken.name == "dense":
-        return dense.topk(pairs, k, over, among)
-    return nearest.topk(pairs, k, over, among, taken.size)
-
-
-def at(pairs: Pairs, function: Closed, positions: Sequence[Tensor]) -> tuple[Tensor, ...] | None:
-    """Give a function of each anchor and the candidates at its positions, (N,) or (H, N) each, 0 where one is -1.
-
-    None where that is done as well by rows of candidates put together: elsewhere than on the CPU, or where candidates
-    are not the anchors.
-    """
-    return aligned.aligned(pairs, function, positions) if chosen().name != "dense" and aligned.accepts(pairs) else None
-
-
-def beside(pairs: Pairs, function: Closed, over: Relation) -> tuple[Tensor, Tensor] | None:
-    """Give the log-sum-exp of a function of each pair, and its value for each anchor's only positive, with gradient.
-
-    None where anchors have none or several, and elsewhere than on the CPU or where candidates are not the anchors.
-    """
-    taken = chosen()
-    suits = taken.name == "tiles" and aligned.accepts(pairs)
-    if not suits:
-        return None
-    return square.every(pairs, function, over) or aligned.beside(pairs, function, over, taken.size)
-
-
-def nearest_beside(pairs: Pairs, function: Closed, over: Relation) -> tuple[Tensor, Tensor] | None:
-    """Give a function of each anchor and its nearest candidate, and of each anchor and its only positive.
-
-    None as for `beside`, and where the similarities are too many to stand in one matrix.
-    """
-    suits = chosen().name == "tiles" and aligned.accepts(pairs)
-    return square.nearest(pairs, function, over) if suits else None
+    check(Count(over, among), layout)
+    name, tile = _backend.get() or _DEFAULT
+    with full_precision(layout.anchors[0].z):
+        if name == "dense":
+            return dense.topk(layout, k, over, among)
+        return streamed.topk(layout, k, over, among, tile)

@@ -1,187 +1,174 @@
-"""The dense road: the similarities as one matrix; the reference for every other road, and right for small sizes."""
+"""The backend `dense`: every similarity in one (N, M) matrix. The reference for the other backends, and for reading."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from contrast.core import distributed
-from contrast.core.reductions.asked import (
+from contrast.core.autograd import product
+from contrast.core.embeddings import Embeddings, concatenate
+from contrast.core.reductions import layout as layouts
+from contrast.core.reductions.functions import shared
+from contrast.core.reductions.kinds import (
     Count,
     Kth,
     LogSumExp,
     Mean,
-    PairValue,
     Reduction,
     Relation,
     SoftMean,
     SoftplusSum,
-    arguments,
-    settled,
+    with_thresholds,
 )
-
-if TYPE_CHECKING:
-    from contrast.core.pairs import Pairs
+from contrast.core.reductions.layout import Layout
 
 
-def reduce(pairs: Pairs, reductions: Sequence[Reduction]) -> tuple[Tensor, ...]:
-    """Give each reduction of each anchor's row, (N,) or (H, N), from one computation of the similarities."""
-    for reduction in reductions:
-        check(reduction, pairs)
-    similarity = pairs.similarity
-    reductions = settled(reductions, lambda wanted: [_kth(pairs, similarity, one) for one in wanted])
-    return tuple(_DENSE[type(reduction)](pairs, similarity, reduction) for reduction in reductions)
+def reduce(layout: Layout, asked: Sequence[Reduction]) -> tuple[Tensor, ...]:
+    """Compute each reduction of each anchor's row, (N,) or (H, N)."""
+    pairs = _AllPairs(layout)
+    asked = with_thresholds(asked, lambda wanted: [_kth(pairs, one) for one in wanted])
+    return tuple(_REDUCE[type(one)](pairs, one) for one in asked)
 
 
-def topk(pairs: Pairs, k: int, over: Relation, among: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Give the k largest similarities of each row, with gradient, and the positions of their candidates.
+def topk(layout: Layout, k: int, over: Relation, among: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return the k largest similarities of each row, with gradient, and the positions of their candidates.
 
     Where a row has fewer than k, its last values are 0 and their positions -1.
     """
-    similarity, counts = pairs.similarity, _counting(pairs, over, among)
-    short = max(k - similarity.shape[-1], 0)
-    eligible = F.pad(similarity.masked_fill(~counts, -torch.inf), (0, short), value=-torch.inf)
-    values, positions = eligible.topk(k, dim=-1)
+    pairs = _AllPairs(layout)
+    s = pairs.s.masked_fill(~pairs.counts(Count(over, among)), -torch.inf)
+    values, positions = F.pad(s, (0, max(k - s.shape[-1], 0)), value=-torch.inf).topk(k, dim=-1)
     missing = values == -torch.inf
     return values.masked_fill(missing, 0), positions.masked_fill(missing, -1)
 
 
-def _logsumexp(pairs: Pairs, similarity: Tensor, asked: LogSumExp) -> Tensor:
-    logits = _value(asked.scale, pairs, similarity) * similarity
-    if asked.log_weight is not None:
-        logits = logits + _value(asked.log_weight, pairs, similarity)
-    counts = _counting(pairs, asked.over, asked.among, similarity, asked.above, asked.rows)
-    logits = logits.masked_fill(~counts, -torch.inf)
-    empty = (logits == -torch.inf).all(dim=-1)
-    logits = logits.masked_fill(empty.unsqueeze(-1), 0)
-    nothing = torch.finfo(similarity.dtype).min / 2
-    return _logsumexp_rows(logits).masked_fill(empty, nothing)
+def similarity(layout: Layout) -> Tensor:
+    """Compute the inner products, (N, M) or (H, N, M)."""
+    anchor = concatenate(layout.anchors)
+    return torch.cat([product(anchor.z, part.z) for part in layout.candidates], dim=-1)
 
 
-def _logsumexp_rows(logits: Tensor) -> Tensor:
-    return torch.logsumexp(logits, dim=-1) if logits.shape[-1] else logits.sum(dim=-1)
+def relation(layout: Layout, over: Relation) -> Tensor:
+    """Return (N, M) bool, or (H, N, M): which candidates stand in the relation `over` to which anchor."""
+    anchor = concatenate(layout.anchors)
+
+    def of_part(part: Embeddings) -> Tensor:
+        s = product(anchor.z, part.z) if layout.rules else None
+        return layouts.relation(anchor, part, over, layout.across, layout.rules, s)
+
+    return torch.cat([of_part(part) for part in layout.candidates], dim=-1)
 
 
-def _mean(pairs: Pairs, similarity: Tensor, asked: Mean) -> Tensor:
-    counts = _counting(pairs, asked.over, asked.among, similarity, asked.above, asked.rows)
-    if asked.weight is None:
-        weight = counts.to(similarity.dtype)
-    elif isinstance(asked.weight, str):
-        weight = pairs.reference_weight.masked_fill(~counts, 0)
-    else:
-        weight = torch.as_tensor(_value(asked.weight, pairs, similarity), dtype=similarity.dtype).where(counts, 0)
+def reference_weight(layout: Layout) -> Tensor:
+    """Compute (<u_i, u_j> + 1) / 2 of the reference vectors, (N, M)."""
+    layout.check_references()
+    u, v = (
+        torch.cat([part.reference for part in parts if part.reference is not None])
+        for parts in (layout.anchors, layout.candidates)
+    )
+    return (u @ v.T + 1) / 2
+
+
+class _AllPairs:
+    """The similarities of all pairs, and what is known about the pairs."""
+
+    def __init__(self, layout: Layout) -> None:
+        self.layout, self.s = layout, similarity(layout)
+
+    def counts(self, asked: Any) -> Tensor:
+        """Return bool, (N, M) or (H, N, M): the pairs that a reduction is over."""
+        counts = relation(self.layout, asked.over)
+        if asked.among is not None:
+            counts = counts & asked.among
+        if getattr(asked, "rows", None) is not None:
+            counts = counts & asked.rows.unsqueeze(-1)
+        above = getattr(asked, "above", None)
+        return counts if above is None else counts & (self.s >= above.unsqueeze(-1))
+
+    def value(self, value: Any) -> Any:
+        """Return an argument at these pairs: a number, or a tensor to be broadcast over the similarities."""
+        if isinstance(value, str):
+            return reference_weight(self.layout)
+        if not isinstance(value, nn.Module):
+            return value
+        anchor = concatenate(self.layout.anchors)
+        parameters = {name: shared(parameter) for name, parameter in value.named_parameters()}
+        tiles = [functional_call(value, parameters, (anchor, part)) for part in self.layout.candidates]
+        return torch.cat(tiles, dim=-1).to(self.s.dtype)
+
+
+def empty_logsumexp(dtype: torch.dtype) -> float:
+    """Return the log-sum-exp over no candidates: finite, so that its differences are finite too."""
+    return torch.finfo(dtype).min / 2
+
+
+def softplus(x: Tensor) -> Tensor:
+    """Compute log(1 + e^x); above a threshold, whose default of 20 loses digits in float64, torch returns x."""
+    return F.softplus(x, threshold=40)
+
+
+def below(similarity: Tensor) -> Tensor:
+    """Return what is smaller by 8 units in the last place: a threshold that products in any order reach."""
+    return similarity - 8 * torch.finfo(similarity.dtype).eps * similarity.abs().clamp(min=0.125)
+
+
+def _exponents(pairs: _AllPairs, asked: LogSumExp | SoftMean) -> tuple[Tensor, Tensor]:
+    """Return the exponents, -inf where a pair does not count, and which rows are empty; theirs are 0."""
+    exponents = pairs.value(asked.scale) * pairs.s
+    if isinstance(asked, LogSumExp) and asked.log_weight is not None:
+        exponents = exponents + pairs.value(asked.log_weight)
+    counts = pairs.counts(asked)
+    exponents = exponents.masked_fill(~counts, -torch.inf)
+    empty = (exponents == -torch.inf).all(dim=-1, keepdim=True)
+    return exponents.masked_fill(empty, 0), empty.squeeze(-1)
+
+
+def _logsumexp(pairs: _AllPairs, asked: LogSumExp) -> Tensor:
+    exponents, empty = _exponents(pairs, asked)
+    value = torch.logsumexp(exponents, dim=-1) if exponents.shape[-1] else exponents.sum(dim=-1)
+    return value.masked_fill(empty, empty_logsumexp(value.dtype))
+
+
+def _soft_mean(pairs: _AllPairs, asked: SoftMean) -> Tensor:
+    exponents, empty = _exponents(pairs, asked)
+    weight = torch.softmax(exponents, dim=-1)
+    return ((weight.detach() if asked.detach else weight) * pairs.s).sum(dim=-1).masked_fill(empty, 0)
+
+
+def _mean(pairs: _AllPairs, asked: Mean) -> Tensor:
+    weight = 1.0 if asked.weight is None else pairs.value(asked.weight)
+    weight = torch.as_tensor(weight, dtype=pairs.s.dtype, device=pairs.s.device) * pairs.counts(asked)
     mass = weight.sum(dim=-1)
-    return (weight * similarity).sum(dim=-1) / mass.where(mass != 0, 1)
+    return (weight * pairs.s).sum(dim=-1) / mass.where(mass != 0, 1)
 
 
-def _soft_mean(pairs: Pairs, similarity: Tensor, asked: SoftMean) -> Tensor:
-    logits = _value(asked.scale, pairs, similarity) * similarity
-    counts = _counting(pairs, asked.over, asked.among, similarity, asked.above, asked.rows)
-    logits = logits.masked_fill(~counts, -torch.inf)
-    logits = logits.masked_fill(~counts.any(dim=-1, keepdim=True), 0)
-    weight = torch.softmax(logits, dim=-1).masked_fill(~counts, 0)
-    return ((weight.detach() if asked.detach else weight) * similarity).sum(dim=-1)
-
-
-def _softplus_sum(pairs: Pairs, similarity: Tensor, asked: SoftplusSum) -> Tensor:
+def _softplus_sum(pairs: _AllPairs, asked: SoftplusSum) -> Tensor:
     bias = asked.bias.unsqueeze(-1) if isinstance(asked.bias, Tensor) and asked.bias.ndim else asked.bias
-    logits = _value(asked.scale, pairs, similarity) * similarity + bias
-    # torch calls softplus(x) x above the threshold; its default of 20 loses digits in float64.
-    counts = _counting(pairs, asked.over, asked.among, rows=asked.rows)
-    return F.softplus(logits, threshold=40).masked_fill(~counts, 0).sum(dim=-1)
+    each = softplus(pairs.value(asked.scale) * pairs.s + bias)
+    return each.masked_fill(~pairs.counts(asked), 0).sum(dim=-1)
 
 
-def _kth(pairs: Pairs, similarity: Tensor, asked: Kth) -> Tensor:
-    counts = _counting(pairs, asked.over, asked.among)
-    ordered = similarity.detach().masked_fill(~counts, -torch.inf).sort(dim=-1, descending=True).values
-    found = counts.sum(dim=-1)
-    k = torch.as_tensor(asked.k, device=similarity.device)
-    position = (torch.minimum(k, found) - 1).clamp(min=0).expand(ordered.shape[:-1])
+def _kth(pairs: _AllPairs, asked: Kth) -> Tensor:
+    counts = pairs.counts(asked)
+    number = counts.sum(dim=-1)
+    ordered = pairs.s.detach().masked_fill(~counts, -torch.inf).sort(dim=-1, descending=True).values
     if not ordered.shape[-1]:
         return ordered.sum(dim=-1)
-    return ordered.gather(-1, position.unsqueeze(-1)).squeeze(-1).masked_fill(found == 0, 0)
+    place = (torch.minimum(torch.as_tensor(asked.k, device=number.device), number) - 1).clamp(min=0)
+    place = place.expand(ordered.shape[:-1]).unsqueeze(-1)
+    return below(ordered.gather(-1, place).squeeze(-1)).masked_fill(number == 0, 0)
 
 
-def _count(pairs: Pairs, similarity: Tensor, asked: Count) -> Tensor:
-    return _counting(pairs, asked.over, asked.among, similarity, asked.above, asked.rows).sum(dim=-1)
-
-
-_DENSE: dict[type, Callable[..., Tensor]] = {
+_REDUCE: dict[type, Callable[..., Tensor]] = {
     LogSumExp: _logsumexp,
     Mean: _mean,
     SoftMean: _soft_mean,
     SoftplusSum: _softplus_sum,
     Kth: _kth,
-    Count: _count,
+    Count: lambda pairs, asked: pairs.counts(asked).sum(dim=-1),
 }
-
-
-def _counting(
-    pairs: Pairs,
-    over: Relation,
-    among: Tensor | None,
-    similarity: Tensor | None = None,
-    above: Tensor | Kth | None = None,
-    rows: Tensor | None = None,
-) -> Tensor:
-    """Give (N, M) or (H, N, M) bool: the candidates that count."""
-    counts = pairs.relation(over)
-    if among is not None:
-        counts = counts & among
-    if rows is not None:
-        counts = counts & rows.unsqueeze(-1)
-    if isinstance(above, Tensor) and similarity is not None:
-        counts = counts & (similarity >= above.unsqueeze(-1))
-    return counts
-
-
-def _value(value: PairValue, pairs: Pairs, similarity: Tensor) -> float | Tensor:
-    if isinstance(value, nn.Module):
-        parameters = {name: distributed.shared(parameter) for name, parameter in value.named_parameters()}
-        tiles: list[Tensor] = [functional_call(value, parameters, (pairs.anchor, part)) for part in pairs.candidates]
-        return torch.cat(tiles, dim=-1).to(similarity.dtype)
-    return value
-
-
-def check(asked: Reduction, pairs: Pairs) -> None:
-    """Refuse a relation that is none, references that are missing, an argument that spans both N and M."""
-    if asked.over not in ("positive", "negative", "remembered", "all"):
-        raise ValueError(f"over is 'positive', 'negative', 'remembered' or 'all'; got {asked.over!r}.")
-    for name in ("among", "rows"):
-        which = getattr(asked, name, None)
-        if which is not None:
-            size = len(pairs) if name == "rows" else sum(map(len, pairs.candidates))
-            if which.dtype != torch.bool or which.shape != (size,):
-                raise ValueError(f"{name} is ({size},) bool; got {which.dtype} of shape {tuple(which.shape)}.")
-    if isinstance(asked, Kth):
-        _check_places(asked.k, pairs)
-    above = getattr(asked, "above", None)
-    if isinstance(above, Kth):
-        check(above, pairs)
-    elif above is not None and not isinstance(above, Tensor):
-        raise ValueError(f"above is a tensor of thresholds, (N,) or (H, N), or a Kth; got {above!r}.")
-    for name, value in arguments(asked).items():
-        if isinstance(value, Tensor):
-            if name != "bias" and value.ndim >= 2 and value.shape[-2] > 1 and value.shape[-1] > 1:
-                raise ValueError(
-                    "a scale, weight or log_weight spans at most one of N and M: (N, 1), (1, M) or (H, 1, 1); got the "
-                    f"shape {tuple(value.shape)}. For a value of each pair give a PairFunction, a module "
-                    "(anchor, candidate) -> tile."
-                )
-        elif value == "reference" and not all(part.refers for part in (pairs.anchor, *pairs.candidates)):
-            raise ValueError("weight 'reference' needs the vectors of a frozen tower: give the loss reference=(N, R).")
-
-
-def _check_places(k: int | Tensor, pairs: Pairs) -> None:
-    """Refuse a k that is no number of candidates, of all anchors or of each."""
-    if isinstance(k, Tensor):
-        shape = pairs.anchor.z.shape[:-1]
-        if k.dtype != torch.int64 or k.shape not in ((), shape, shape[-1:]):
-            raise ValueError(f"k is a number, or {tuple(shape)} int64; got {k.dtype} of shape {tuple(k.shape)}.")
-    elif not isinstance(k, int) or isinstance(k, bool) or k < 1:
-        raise ValueError(f"k is a whole number, 1 or more; got {k!r}.")

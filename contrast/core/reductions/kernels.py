@@ -18,11 +18,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from contrast.core.embeddings import PADDING, REMEMBERED
-from contrast.core.reductions.asked import Count, LogSumExp, Mean, SoftMean, SoftplusSum, arguments
-from contrast.core.reductions.identity import Identity
-from contrast.core.reductions.tiles import State
-from contrast.core.reductions.work import Gradients, Work
+from contrast.core.embeddings import PADDING
+from contrast.core.reductions.formulas import Sums
+from contrast.core.reductions.kinds import Count, LogSumExp, Mean, Reduction, SoftMean, SoftplusSum, arguments
+from contrast.core.reductions.layout import Layout
+from contrast.core.reductions.triton_backend import KernelCall, KernelGradients
 
 try:
     import triton  # type: ignore[import-untyped]
@@ -141,14 +141,12 @@ class Kernels:
     """One sweep on CUDA for some of the reductions.
 
     Args:
-        work: the whole call.
-        numbers: which of its reductions.
+        work: the reductions, and the vectors as the kernels want them.
         size: rows and columns of a tile, a power of two from 16 on.
     """
 
-    def __init__(self, work: Work, numbers: list[int], size: int = SIZE) -> None:
-        self.work, self.numbers = work, numbers
-        self.asked: list[Any] = [work.asked[number] for number in numbers]
+    def __init__(self, work: KernelCall, size: int = SIZE) -> None:
+        self.work, self.asked = work, work.asked
         self.heads, self.dims = math.prod(work.heads), work.x.shape[-1]
         # As in torch's own products: "highest" is float32, "high" tf32, "medium" bfloat16 with float32 sums.
         knob = torch.get_float32_matmul_precision() if work.x.dtype == torch.float32 else "highest"
@@ -164,25 +162,21 @@ class Kernels:
         return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 
     @staticmethod
-    def accepts(work: Work, number: int) -> bool:
-        """Say whether this reduction has numbers and vectors for arguments, and identities alone for its relation.
-
-        A threshold `above` that `kth` found counts its own candidate only where both meet the same bits: with `Kth`
-        on the tiles, it belongs there too.
-        """
-        asked = work.asked[number]
+    def accepts(layout: Layout, asked: Reduction) -> bool:
+        """True if a reduction has numbers and vectors for arguments, and identities alone for its relation."""
         if not isinstance(asked, LogSumExp | Mean | SoftMean | SoftplusSum | Count):
             return False
         if any(isinstance(value, nn.Module | str) for value in arguments(asked).values()):
             return False
-        if work.rules and asked.over != "positive":
+        if layout.rules and asked.over != "positive":
             return False
+        vectors, heads = layout.vectors, layout.heads
         # Triton (3.8) has no product of float64 whose operand was just computed.
-        if work.x.dtype != torch.float32 and not INTERPRETED:
+        if vectors[0].dtype != torch.float32 and not INTERPRETED:
             return False
         # A kernel counts in floating point.
-        exact = not isinstance(asked, Count) or work.starts[-1] <= 2 / torch.finfo(work.x.dtype).eps
-        return exact and all(part.ndim <= work.x.ndim for part in work.parts)
+        exact = not isinstance(asked, Count) or layout.columns <= 2 / torch.finfo(vectors[0].dtype).eps
+        return exact and all(len(part.z.shape[:-2]) == len(heads) for part in layout.anchors)
 
     def forward(self) -> tuple[list[Tensor], list[Tensor]]:
         """Give the reductions, (N,) or (H, N) each, and a normaliser of each for the backward pass."""
@@ -199,14 +193,20 @@ class Kernels:
         return [output for output, _ in closed], [normaliser for _, normaliser in closed]
 
     def _close(self, asked: Any, of_state: Tensor) -> tuple[Tensor, Tensor]:
-        state = State(asked, self.work.x, slice(0, self.work.x.shape[-2]))
-        state.largest, state.mass, state.total = (values.reshape(state.mass.shape) for values in of_state)
+        sums = Sums(asked, None, self.work.zeros)
+        largest, mass, total = (values.reshape(self.work.zeros.shape) for values in of_state)
         if isinstance(asked, Count):
-            # Without a threshold all heads count the same.
-            state.number = (of_state[2, 0] if asked.above is None else state.total).to(torch.int64)
-        return state.close()
+            sums.mass = total.to(torch.int64)
+        elif isinstance(asked, SoftplusSum):
+            sums.mass = total
+        else:
+            sums.mass, sums.total = mass, None if isinstance(asked, LogSumExp) else total
+            sums.largest = None if isinstance(asked, Mean) else largest
+        return sums.finish()
 
-    def backward(self, outputs: list[Tensor], saved: list[Tensor], upstream: list[Tensor], into: Gradients) -> None:
+    def backward(
+        self, outputs: Sequence[Tensor], saved: Sequence[Tensor], upstream: Sequence[Tensor], into: KernelGradients
+    ) -> None:
         """Add the gradients, from the similarities computed again."""
         work, x = self.work, self._vectors(self.work.x)
         for places in _batches([place for place, asked in enumerate(self.asked) if not isinstance(asked, Count)]):
@@ -243,17 +243,15 @@ class Kernels:
         if to is not None and made is not None:
             to += made.view(to.shape)
 
-    def _add_arguments(self, place: int, term: Term, sums: list[Tensor], into: Gradients) -> None:
-        number, whole = self.numbers[place], slice(None)
+    def _add_arguments(self, place: int, term: Term, sums: list[Tensor], into: KernelGradients) -> None:
         for which, name in enumerate(_names(self.asked[place])):
             if not term.learns[which]:
                 continue
             gradient = sums[0][which].unsqueeze(-1) if term.sides[which] == "anchor" else sums[1][which].unsqueeze(-2)
-            if name == "bias":
-                to_bias = into.arguments[number, name]
-                to_bias += gradient.squeeze(-1).sum_to_size(to_bias.shape)
-            else:
-                into.add_argument(number, name, gradient, whole, whole)
+            to_argument = into.arguments[place, name]
+            assert to_argument is not None
+            gradient = gradient.squeeze(-1) if name == "bias" else gradient
+            to_argument += gradient.sum_to_size(to_argument.shape) if gradient.ndim >= to_argument.ndim else gradient
 
     def _code(self, places: Sequence[int]) -> Code:
         """Give what the kernels are compiled for."""
@@ -263,8 +261,8 @@ class Kernels:
         wide = max(16, triton.next_power_of_2(self.dims))
         return Code(
             asked=asked,
-            across=self.work.across,
-            skips=few or self.work.across,
+            across=self.work.layout.across,
+            skips=few or self.work.layout.across,
             reads=any(term.kind != "Count" or term.above for term in asked),
             as_anchor=True,
             as_candidate=True,
@@ -279,24 +277,24 @@ class Kernels:
 
     def _term(self, place: int) -> Term:
         """Give what the code of the kernels depends on."""
-        asked, number = self.asked[place], self.numbers[place]
+        asked = self.asked[place]
         detached = isinstance(asked, SoftMean) and asked.detach
-        (factor, addend), names, wanted = _arguments(asked), _names(asked), self.work.wants_argument
+        (factor, addend), names, wanted = _arguments(asked), _names(asked), self.work.learned
         return Term(
             kind="SoftMean detached" if detached else type(asked).__name__,
             over=asked.over,
             above=getattr(asked, "above", None) is not None,
             sides=(_side(factor), "none" if addend is None else _side(addend)),
-            learns=((number, names[0]) in wanted, (number, names[1]) in wanted),
+            learns=((place, names[0]) in wanted, (place, names[1]) in wanted),
         )
 
     def _known(self, places: Sequence[int], given: Sequence[tuple[Tensor, ...]] | None = None) -> tuple[Known, Known]:
         """Give what the anchors and all candidates are known by, with the coefficients of the backward pass."""
-        identity, new, count = self.work.identity, self.work.x.new_zeros, len(places)
-        of_anchors, of_candidates = _numbered(identity)
+        layout, new, count = self.work.layout, self.work.x.new_zeros, len(places)
+        of_anchors, of_candidates = self.work.numbered
         rows, columns = of_anchors.shape[1], of_candidates.shape[1]
         of_rows, of_columns = new(6, count, self.heads, rows), new(2, count, self.heads, columns)
-        present = (identity.anchor_view != PADDING).repeat(count, 1), (identity.view != PADDING).repeat(count, 1)
+        present = (layout.anchor.view != PADDING).repeat(count, 1), (layout.candidate.view != PADDING).repeat(count, 1)
         for k, place in enumerate(places):
             asked = self.asked[place]
             for which, value in enumerate(_arguments(asked)):
@@ -308,7 +306,7 @@ class Kernels:
                 elif value is not None:
                     of_rows[which, k] = value
             for which, values in enumerate((getattr(asked, "above", None), *(given[k] if given else ())), start=2):
-                if values is not None:
+                if values is not None and values.numel():  # a sum of softplus has no normaliser
                     of_rows[which, k] = values
             if asked.among is not None:
                 present[1][k] &= asked.among
@@ -375,19 +373,6 @@ def _names(asked: Any) -> tuple[str, str]:
 def _side(value: Any) -> str:
     """Say whose an argument is: "candidate" where it spans M, else "anchor", also for a number."""
     return "candidate" if isinstance(value, Tensor) and value.ndim and value.shape[-1] != 1 else "anchor"
-
-
-def _numbered(identity: Identity) -> tuple[Tensor, Tensor]:
-    """Give (4, N) and (4, M) int32: sample, group and view by their rank among all, and whether remembered."""
-    if "kernels" not in identity.kept:
-        anchors = torch.stack([identity.anchor_sample, identity.anchor_group, identity.anchor_view])
-        both = torch.cat([anchors, torch.stack([identity.sample, identity.group, identity.view])], dim=1)
-        ranks = torch.searchsorted(both.sort(dim=1).values, both, out_int32=True)
-        views = torch.cat([identity.anchor_view, identity.view])
-        ranks = torch.cat([ranks, (views == REMEMBERED).int().unsqueeze(0)])
-        identity.kept["kernels"] = ranks[:, : identity.rows].contiguous(), ranks[:, identity.rows :].contiguous()
-    found: tuple[Tensor, Tensor] = identity.kept["kernels"]
-    return found
 
 
 @_jit

@@ -1,13 +1,13 @@
-"""Every loss has one value and one gradient, whatever the road behind its reductions."""
+"""Every loss has one value and one gradient, whatever the backend behind its reductions."""
 
 import gc
 
 import pytest
 import torch
 
-from contrast.core import embeddings, reductions
+from contrast.core import reductions
 from contrast.core.embeddings import REMEMBERED, Embeddings, normalise
-from contrast.core.reductions import LogSumExp, SoftplusSum, identity, sweep
+from contrast.core.reductions import LogSumExp, SoftplusSum
 from contrast.losses import InfoNCE
 from tests.losses.cases import CASES, DIMS
 
@@ -51,21 +51,19 @@ def outcome(case, asked):
 
 
 @pytest.mark.parametrize(("case", "asked"), SCENES)
-def test_no_road_changes_anything(case, asked, monkeypatch):
-    """Walking the similarities in tiles bounds memory, and written derivatives are quick; neither touches a number."""
-    with reductions.road("dense"):
+def test_tiles_change_nothing(case, asked):
+    """Computing the similarities in tiles bounds memory; it must not change the value or the gradient."""
+    with reductions.backend("dense"):
         expected = outcome(case, asked)
     torch.testing.assert_close(outcome(case, asked), expected, rtol=1e-10, atol=1e-12)
     for size in (3, 512):
-        with reductions.road("tiles", size=size):
+        with reductions.backend("tiled", tile=size):
             found = outcome(case, asked)
         torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
-    monkeypatch.setattr(sweep, "ORDINARY", 0)
-    torch.testing.assert_close(outcome(case, asked), expected, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_view_without_gradient_changes_nothing_for_the_others(case, monkeypatch):
+def test_a_view_without_gradient_changes_nothing_for_the_others(case):
     def outcome():
         views, given = case.inputs(samples=7)
         loss = case.make().double()
@@ -76,33 +74,17 @@ def test_a_view_without_gradient_changes_nothing_for_the_others(case, monkeypatc
             return value
         return value, torch.autograd.grad(value, leaves, allow_unused=True, materialize_grads=True)
 
-    with reductions.road("dense"):
+    with reductions.backend("dense"):
         expected = outcome()
     torch.testing.assert_close(outcome(), expected, rtol=1e-10, atol=1e-12)
     for size in (3, 512):
-        with reductions.road("tiles", size=size):
+        with reductions.backend("tiled", tile=size):
             torch.testing.assert_close(outcome(), expected, rtol=1e-10, atol=1e-12)
-    monkeypatch.setattr(sweep, "ORDINARY", 0)
-    torch.testing.assert_close(outcome(), expected, rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize(("case", "asked"), SCENES)
-def test_many_vectors_have_the_gradient_of_few(case, asked, monkeypatch):
-    """Where vectors are many their gradient takes a shorter way back to what they were made of."""
-    expected = outcome(case, asked)
-    monkeypatch.setattr(embeddings, "AT_ONCE", 4)
-    torch.testing.assert_close(outcome(case, asked), expected, rtol=1e-10, atol=1e-12)
-    with reductions.road("tiles", size=3):
-        torch.testing.assert_close(outcome(case, asked), expected, rtol=1e-10, atol=1e-12)
-
-
-@pytest.mark.parametrize("ordinary", [True, False])
 @pytest.mark.parametrize("case", CASES)
-def test_a_call_in_inference_mode_spoils_none_in_training(case, ordinary, monkeypatch):
-    """What is kept from call to call must not come from inference mode, where validation may have been first."""
-    if not ordinary:
-        monkeypatch.setattr(sweep, "ORDINARY", 0)
-    identity._known.cache_clear()
+def test_a_call_in_inference_mode_spoils_none_in_training(case):
+    """Nothing that is kept from call to call may come from inference mode, where validation may have been first."""
     views, given = case.inputs(samples=7)
     loss = case.make().double()
     with torch.inference_mode():
@@ -111,12 +93,9 @@ def test_a_call_in_inference_mode_spoils_none_in_training(case, ordinary, monkey
     assert torch.isfinite(torch.autograd.grad(value, views[-1], allow_unused=True, materialize_grads=True)[0]).all()
 
 
-@pytest.mark.parametrize("ordinary", [True, False])
 @pytest.mark.parametrize("case", CASES)
-def test_what_a_loss_held_is_free_with_it(case, ordinary, monkeypatch):
+def test_what_a_loss_held_is_free_with_it(case):
     """A cycle of references would keep every step's activations until Python looks for cycles."""
-    if not ordinary:
-        monkeypatch.setattr(sweep, "ORDINARY", 0)
     views, given = case.inputs(samples=7)
     loss = case.make().double()
     calls = 5
@@ -132,19 +111,16 @@ def test_what_a_loss_held_is_free_with_it(case, ordinary, monkeypatch):
         gc.enable()
 
 
-@pytest.mark.parametrize("ordinary", [True, False])
-def test_reductions_of_the_same_pairs_may_go_back_one_after_the_other(ordinary, monkeypatch):
-    """What the first leaves for the second has lost its history once the first has gone back."""
-    if not ordinary:
-        monkeypatch.setattr(sweep, "ORDINARY", 0)
+def test_reductions_of_the_same_pairs_may_go_back_one_after_the_other():
+    """What the first found out for the second must not depend on its history."""
     z = torch.randn(2, 5, DIMS, dtype=torch.float64, requires_grad=True)
     asked = LogSumExp(3.0, "negative"), SoftplusSum(2.0, 0.5, "positive")
 
     def gradient(pairs, one):
-        return torch.autograd.grad(pairs.reduce(one)[0].sum(), pairs.anchor.z)[0]
+        return torch.autograd.grad(pairs.reduce(one)[0].sum(), pairs.anchor_parts[0].z)[0]
 
     (pairs,) = InfoNCE().pairs(*z)
     found = [gradient(pairs, one) for one in asked]
-    with reductions.road("dense"):
+    with reductions.backend("dense"):
         expected = [gradient(InfoNCE().pairs(*z)[0], one) for one in asked]
     torch.testing.assert_close(found, expected)

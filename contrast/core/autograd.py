@@ -1,0 +1,93 @@
+"""What the autograd functions of the core share: full precision, saved tensors, first derivatives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def full_precision(z: Tensor) -> AbstractContextManager[Any]:
+    """Switch autocast off inside the block, on the device of `z`, if it is on."""
+    device = z.device.type
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """Compute a b^T, (..., n, m), in full precision also where `backward()` is called inside an autocast block."""
+    result: Tensor = _Product.apply(a, b)
+    return result
+
+
+class _Product(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(a: Tensor, b: Tensor) -> Tensor:
+        return a @ b.mT
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:  # noqa: ARG004
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        gradient, (a, b) = gradients[0], saved(ctx)
+        with full_precision(gradient):
+            to_a = (gradient @ b).sum_to_size(a.shape) if ctx.needs_input_grad[0] else None
+            to_b = (gradient.mT @ a).sum_to_size(b.shape) if ctx.needs_input_grad[1] else None
+        return to_a, to_b
+
+
+def saved(ctx: Any) -> tuple[Tensor, ...]:
+    """Return what the forward pass saved.
+
+    Raises:
+        RuntimeError: where a candidate was written to since.
+    """
+    try:
+        tensors: tuple[Tensor, ...] = ctx.saved_tensors
+    except RuntimeError as error:
+        if "modified by an inplace operation" not in str(error):
+            raise
+        raise RuntimeError(
+            "a candidate changed between the loss and its backward pass: call a memory's update(...) after "
+            "loss.backward()."
+        ) from error
+    return tensors
+
+
+def first_derivative(
+    function: Callable[..., tuple[Tensor | None, ...]], inputs: Sequence[Tensor], *upstream: Tensor
+) -> tuple[Tensor | None, ...]:
+    """Return the gradients that `function` makes of `upstream`; their own derivative is refused in a sentence.
+
+    Args:
+        function: the gradients, from those of the outputs.
+        inputs: what the gradients depend on besides.
+        *upstream: the gradients of the outputs.
+    """
+    if not torch.is_grad_enabled():
+        return function(*upstream)
+    gradients: tuple[Tensor | None, ...] = _FirstDerivative.apply(function, len(inputs), *inputs, *upstream)
+    return gradients
+
+
+class _FirstDerivative(torch.autograd.Function):
+    @staticmethod
+    def forward(function: Callable[..., Any], count: int, *tensors: Tensor) -> Any:
+        return function(*tensors[count:])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        """Save nothing: there is no backward pass."""
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ARG004
+        raise RuntimeError(
+            "the reductions of Pairs have first derivatives only; for a second one (a gradient penalty, MAML) compute "
+            "the loss inside `with contrast.core.reductions.backend('dense'):`."
+        )

@@ -1,0 +1,168 @@
+r"""Means by associativity: sums over all candidates, or over groups, so that no tile is computed.
+
+Where the weight of a pair is a product of features, w_ij = <f_i, f_j>, the weighted sum of an anchor's row is
+
+.. math:: \sum_j w_{ij} \langle x_i, y_j \rangle = \langle x_i, S_i \rangle, \qquad
+          S_i = \sum_j \langle f_i, f_j \rangle y_j = (\sum_j f_j y_j^T)^T f_i
+
+and the inner sum is the same for all anchors. Features are: 1 for the plain mean over all candidates; the vector
+(u_i, 1) / sqrt 2 for the weights (<u_i, u_j> + 1) / 2 of a frozen tower; the indicator of i's group for the mean over
+positives.
+
+With m_i = sum_j w_ij the mean is <x_i, S_i> / m_i, and with c_i = dL/d(mean_i) / m_i its gradients are c_i S_i for x_i
+and sum_i w_ij c_i x_i for y_j, which is the same kind of sum. The sums also hold the pairs of an anchor with itself,
+which are listed and subtracted.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from contrast.core.embeddings import PADDING
+from contrast.core.reductions.function import Gradients, Saved
+from contrast.core.reductions.kinds import Mean
+from contrast.core.reductions.layout import Block, Layout
+from contrast.core.reductions.listed import Similarities
+from contrast.core.reductions.tiled import add_rows
+
+ROWS = 4096
+"""Vectors that are copied at a time."""
+
+Role = Literal[0, 1]
+"""0: anchors, 1: candidates."""
+
+
+def accepts(layout: Layout, asked: Any) -> bool:
+    """True for a mean over all candidates, plain or weighted by references, or over the positives of large groups."""
+    if not isinstance(asked, Mean) or asked.above is not None or layout.itself is None or layout.rules:
+        return False
+    if any(block.view is None for block in (*layout.anchor_blocks, *layout.candidate_blocks)):
+        return False
+    if asked.over == "all":
+        return asked.weight is None or isinstance(asked.weight, str)
+    return asked.over == "positive" and asked.weight is None and layout.positive is None
+
+
+class SummedMean:
+    """The mean of each anchor's row from sums over candidates: a term of `function.apply`.
+
+    Args:
+        layout: anchors and candidates.
+        asked: the mean.
+    """
+
+    def __init__(self, layout: Layout, asked: Mean) -> None:
+        self.layout, self.asked = layout, asked
+        self.anchor_runs = [
+            run for run in layout.anchor_blocks if asked.rows is None or bool(asked.rows[run.all].any())
+        ]
+        self.arguments: list[Tensor] = []
+
+    def forward(self, z: Sequence[Tensor], given: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:  # noqa: ARG002
+        """Return the mean, (N,) or (H, N), and its mass m, inf for an empty row."""
+        layout, ones = self.layout, [one.new_ones(one.shape[-2], 1) for one in z]
+        total, mass = z[0].new_zeros(2, *layout.heads, layout.rows)
+        for run in self.anchor_runs:
+            of_y, of_1 = (self._collect(1, self._candidates(run, vectors)) for vectors in (z, ones))
+            if of_y is None or of_1 is None:
+                continue
+            for block in run.cut(ROWS):
+                x = z[block.source][..., block.own, :]
+                total[..., block.all] = (x * self._spread(0, block, of_y)).sum(dim=-1)
+                mass[..., block.all] = self._spread(0, block, of_1).squeeze(-1)
+        self._find_itself(z)
+        if self.itself is not None:
+            total -= (self.itself_weight * self.itself.of(z)).sum(dim=-1)
+            mass -= self.itself_weight.sum(dim=-1)
+        count = layout.count(self.asked.over, self.asked.among, self.asked.rows)
+        assert count is not None
+        # What the subtraction leaves of nothing is rounding.
+        empty = (count == 0) | (mass <= count * (16 * torch.finfo(mass.dtype).eps))
+        mass = mass.masked_fill(empty, torch.inf)
+        return [total / mass], [mass]
+
+    def backward(self, saved: Saved, upstream: Sequence[Tensor], to_z: Gradients, to_arguments: Gradients) -> None:  # noqa: ARG002
+        """Add the gradients of the anchors and of the candidates."""
+        z, c = saved.z, (upstream[0] / saved.kept[0]).unsqueeze(-1)
+        for run in self.anchor_runs:
+            collected = self._collect(1, self._candidates(run, z)) if to_z[run.source] is not None else None
+            if collected is not None:
+                for block in run.cut(ROWS):
+                    add_rows(to_z[block.source], block, c[..., block.all, :] * self._spread(0, block, collected))
+        for run in self.layout.candidate_blocks:
+            collected = self._collect(0, self._anchors(run, z, c)) if to_z[run.source] is not None else None
+            if collected is not None:
+                for block in run.cut(ROWS):
+                    add_rows(to_z[block.source], block, self._among(block, self._spread(1, block, collected)))
+        if self.itself is not None:
+            self.itself.add_gradients(z, -c * self.itself_weight, to_z)
+
+    def _collect(self, role: Role, parts: Iterator[tuple[Block, Tensor]]) -> Tensor | None:
+        """Compute sum_j f_j y_j^T, (..., F, D), of blocks with that role and their vectors; None for no blocks."""
+        collected: Tensor | None = None
+        for block, vectors in parts:
+            if self.asked.over == "positive":
+                groups, kinds = self.layout.groups[role][block.all], self.layout.groups[2]
+                sums = vectors.new_zeros(*vectors.shape[:-2], kinds, vectors.shape[-1]).index_add_(-2, groups, vectors)
+            else:
+                sums = self._features(block, vectors).mT @ vectors
+            collected = sums if collected is None else collected + sums
+        return collected
+
+    def _spread(self, role: Role, block: Block, collected: Tensor) -> Tensor:
+        """Compute <f_i, collected>, (..., n, D), for each row of a block with that role."""
+        if self.asked.over == "positive":
+            return collected[..., self.layout.groups[role][block.all], :]
+        return self._features(block, collected) @ collected
+
+    def _features(self, block: Block, like: Tensor) -> Tensor:
+        """Return the features of a block's rows, (n, F), in the type of a tensor."""
+        ones = like.new_ones(block.stop - block.start, 1)
+        if self.asked.weight is None:
+            return ones
+        reference = self.layout.sources[block.source].reference
+        assert reference is not None
+        return torch.cat([reference[block.own].to(like.dtype), ones], dim=1) / math.sqrt(2)
+
+    def _candidates(self, anchors: Block, z: Sequence[Tensor]) -> Iterator[tuple[Block, Tensor]]:
+        """Return the candidates that a block of anchors may have, with their vectors."""
+        for run in self.layout.candidate_blocks:
+            if self.layout.may_count(anchors, run, self.asked.over):
+                for block in run.cut(ROWS):
+                    yield block, self._among(block, z[block.source][..., block.own, :])
+
+    def _anchors(self, candidates: Block, z: Sequence[Tensor], c: Tensor) -> Iterator[tuple[Block, Tensor]]:
+        """Return the anchors that may have a block of candidates, with c_i x_i."""
+        for run in self.anchor_runs:
+            if self.layout.may_count(run, candidates, self.asked.over):
+                for block in run.cut(ROWS):
+                    yield block, c[..., block.all, :] * z[block.source][..., block.own, :]
+
+    def _among(self, block: Block, vectors: Tensor) -> Tensor:
+        """Set the vectors of candidates that are not `among` to 0."""
+        among = self.asked.among
+        return vectors if among is None else vectors * among[block.all].unsqueeze(-1)
+
+    def _find_itself(self, z: Sequence[Tensor]) -> None:
+        """Find the pairs of an anchor with itself that the sums hold, as (N, k) listed pairs with their weights."""
+        layout, itself = self.layout, self.layout.itself
+        assert itself is not None
+        view, other_view = layout.anchor.view[itself.rows], layout.candidate.view[itself.columns]
+        held = (view != PADDING) & (other_view != PADDING)
+        if layout.across:
+            held &= view != other_view
+        if self.asked.among is not None:
+            held &= self.asked.among[itself.columns]
+        if self.asked.over == "positive":
+            held &= layout.anchor.group[itself.rows] == layout.candidate.group[itself.columns]
+        places = layout.places(itself.where(held))
+        self.itself = Similarities(layout, places) if places.shape[1] else None
+        self.itself_weight = (places >= 0).to(z[0].dtype)
+        if self.asked.weight is not None and self.itself is not None:
+            references = [source.reference.to(z[0].dtype) for source in layout.sources if source.reference is not None]
+            self.itself_weight = self.itself_weight * (self.itself.of(references) + 1) / 2

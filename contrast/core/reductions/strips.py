@@ -1,0 +1,140 @@
+"""What must see a whole row at once: thresholds and the nearest candidates, from strips of whole rows.
+
+A strip holds the similarities of a few anchors and all candidates. It is computed tile by tile, like the reductions,
+and the next strip is written over it. No gradient flows through a selection; the similarities that `topk` returns are
+computed again with gradient, as listed pairs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from contrast.core.reductions import function
+from contrast.core.reductions.dense import below
+from contrast.core.reductions.function import Gradients, Saved
+from contrast.core.reductions.kinds import Count, Kth, Relation
+from contrast.core.reductions.layout import Block, Layout
+from contrast.core.reductions.listed import Similarities
+from contrast.core.reductions.tiled import BlockTile, Buffers, Grid
+
+STRIP = 2**21
+"""Numbers in a strip."""
+AT_ONCE = 2**18
+"""Numbers among which is selected at a time, so that copies of them stay in the processor's cache."""
+SAMPLED = 16
+"""One number in so many is looked at first."""
+
+
+class Thresholds:
+    """The k-th largest similarity of each row, lowered a little (`Kth`): a term of `function.apply`."""
+
+    def __init__(self, layout: Layout, asked: Kth, size: int) -> None:
+        self.layout, self.asked, self.size = layout, asked, size
+        self.arguments: list[Tensor] = []
+
+    def forward(self, z: Sequence[Tensor], given: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:  # noqa: ARG002
+        """Return the thresholds, (N,) or (H, N); 0 for a row without candidates."""
+        found = z[0].new_zeros(*self.layout.heads, self.layout.rows)
+        for block, strip in _strips(self.layout, self.asked, self.size, z):
+            number = (strip > -torch.inf).sum(dim=-1)
+            k = torch.as_tensor(self.asked.k, device=strip.device)
+            k = torch.minimum(k[..., block.all] if k.ndim else k, number).clamp(min=1)
+            found[..., block.all] = below(kth_largest(strip, k)).masked_fill(number == 0, 0)
+        return [found], []
+
+    def backward(self, saved: Saved, upstream: Sequence[Tensor], to_z: Gradients, to_arguments: Gradients) -> None:
+        """A selection has no gradient."""
+
+
+class Nearest:
+    """The places of the k nearest candidates of each row, -1 for none: a term of `function.apply`."""
+
+    def __init__(self, layout: Layout, k: int, asked: Count, size: int) -> None:
+        self.layout, self.k, self.asked, self.size = layout, k, asked, size
+        self.arguments: list[Tensor] = []
+
+    def forward(self, z: Sequence[Tensor], given: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:  # noqa: ARG002
+        """Return the places among all candidates, (N, k) or (H, N, k)."""
+        found = torch.full((*self.layout.heads, self.layout.rows, self.k), -1, device=z[0].device)
+        for block, strip in _strips(self.layout, self.asked, self.size, z):
+            padded = F.pad(strip, (0, max(self.k - strip.shape[-1], 0)), value=-torch.inf)
+            values, places = padded.topk(self.k, dim=-1)
+            found[..., block.all, :] = places.masked_fill(values == -torch.inf, -1)
+        return [found], []
+
+    def backward(self, saved: Saved, upstream: Sequence[Tensor], to_z: Gradients, to_arguments: Gradients) -> None:
+        """A selection has no gradient."""
+
+
+@torch.no_grad()
+def thresholds(layout: Layout, asked: Sequence[Kth], size: int) -> list[Tensor]:
+    """Return the k-th largest similarity of each row, (N,) or (H, N), and the smallest where there are fewer."""
+    found = function.apply(layout, [Thresholds(layout, one, size) for one in asked]) if asked else []
+    return [threshold for (threshold,) in found]
+
+
+def topk(layout: Layout, k: int, over: Relation, among: Tensor | None, size: int) -> tuple[Tensor, Tensor]:
+    """Return the k largest similarities of each row, with gradient, and the places of their candidates, -1 for none."""
+    with torch.no_grad():
+        ((places,),) = function.apply(layout, [Nearest(layout, k, Count(over, among), size)])
+    ((similarities,),) = function.apply(layout, [Similarities(layout, places)])
+    return similarities, places
+
+
+def _strips(layout: Layout, asked: Kth | Count, size: int, z: Sequence[Tensor]) -> Iterator[tuple[Block, Tensor]]:
+    """Compute the similarities of whole rows, block by block in one buffer, -inf where a pair does not count."""
+    heads = math.prod(layout.heads)
+    area = max(1, size**2 // heads)
+    height = max(1, min(math.isqrt(area), max(16, STRIP // max(1, heads * layout.columns))))
+    grid = Grid(layout, [asked], [None], height, max(1, area // height))
+    tallest = max((block.stop - block.start for block in grid.rows), default=0)
+    buffer, buffers, steps = z[0].new_empty(heads * tallest * layout.columns), Buffers(z[0]), iter(grid.steps)
+    step = next(steps, None)
+    for i, rows in enumerate(grid.rows):
+        shape = (*layout.heads, rows.stop - rows.start, layout.columns)
+        strip = buffer[: math.prod(shape)].view(shape).fill_(-torch.inf)
+        while step is not None and step.i == i:
+            columns = grid.columns[step.j]
+            s = buffers.product(z[rows.source][..., rows.own, :], z[columns.source][..., columns.own, :])
+            strip[..., columns.all] = BlockTile(grid, step, z, s).minus_infinity(s, asked)
+            step = next(steps, None)
+        yield rows, strip
+
+
+def kth_largest(s: Tensor, k: Tensor) -> Tensor:
+    """Return the k-th largest of each row of (..., M), which may be reordered; k: (...) from 1 to M."""
+    if not s.shape[-1]:
+        return s.sum(dim=-1)
+    if s.device.type != "cpu":
+        return s.sort(dim=-1, descending=True).values.gather(-1, (k - 1).unsqueeze(-1)).squeeze(-1)
+    # numpy selects several times faster than torch.
+    rows, places = s.view(-1, s.shape[-1]).numpy(), k.expand(s.shape[:-1]).reshape(-1).numpy()
+    step = max(1, AT_ONCE // rows.shape[1])
+    found = [_select(rows[at : at + step], places[at : at + step]) for at in range(0, len(rows), step)]
+    return torch.from_numpy(np.concatenate(found) if found else rows[:, 0]).view(s.shape[:-1])
+
+
+def _select(rows: Any, k: Any) -> Any:
+    """Return the k-th largest of each row, from those above a bound that a sample of the row suggests."""
+    length, share = rows.shape[1], int(k.max()) / SAMPLED
+    # Four standard deviations deeper than the sample's own k-th: rows that nevertheless hold fewer are rare.
+    rank = math.ceil(share + 4 * math.sqrt(share)) + 1
+    if 2 * rank * SAMPLED <= length:
+        bound = np.partition(rows[:, ::SAMPLED], -rank, axis=1)[:, -rank, None]
+        high = np.flatnonzero(rows >= bound)
+        counts = np.diff(np.searchsorted(high, np.arange(len(rows) + 1) * length))
+        width = int(counts.max())
+        if bool((counts >= k).all()) and 2 * width <= length:
+            packed = np.full((len(rows), width), -np.inf, rows.dtype)
+            packed[np.arange(width) < counts[:, None]] = rows.reshape(-1)[high]
+            rows = packed
+    place = rows.shape[1] - k
+    rows.partition(np.unique(place), axis=1)
+    return rows[np.arange(len(rows)), place]
