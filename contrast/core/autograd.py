@@ -38,8 +38,11 @@ class _Product(torch.autograd.Function):
         gradient, (a, b) = gradients[0], saved(ctx)
         with full_precision(gradient):
             to_a = (gradient @ b).sum_to_size(a.shape) if ctx.needs_input_grad[0] else None
-            to_b = (gradient.mT @ a).sum_to_size(b.shape) if ctx.needs_input_grad[1] else None
-        return to_a, to_b
+            if not ctx.needs_input_grad[1]:
+                return to_a, None
+            if b.ndim == 2:  # shared by all of a: one product sums over these
+                gradient, a = gradient.flatten(0, -2), a.flatten(0, -2)
+            return to_a, (gradient.mT @ a).sum_to_size(b.shape)
 
 
 def saved(ctx: Any) -> tuple[Tensor, ...]:

@@ -128,15 +128,6 @@ class PairTemperature(nn.Module):
         s = anchor.z.new_empty(*heads, len(anchor), len(candidate))
         return self.of_sides(s, self.anchor_side(anchor.z), self.candidate_side(candidate.z))
 
-    def row_by_row(self, anchor: Tensor, candidate: Tensor) -> Tensor:
-        """Return the temperature of each anchor and the candidate in the same row, (..., N) from (..., N, D) each."""
-        if self.network == "constant":
-            return torch.full_like(anchor[..., 0], self.temperature)
-        a, b = product(anchor, self.anchor_weight), product(candidate, self.candidate_weight)
-        if self.network == "inner_product":
-            return self._bounded((a * b).sum(dim=-1) / math.sqrt(a.shape[-1]))
-        return self._bounded(((a + self.hidden_bias + b).relu() * self.out_weight).sum(dim=-1))
-
     def anchor_side(self, z: Tensor) -> Tensor:
         """Return what f reads of anchors, (..., n, hidden): A z + b, or A z / sqrt(hidden)."""
         if self.network == "constant":
@@ -152,7 +143,14 @@ class PairTemperature(nn.Module):
         """Return the temperatures, (..., n, m), from both sides."""
         if self.network == "constant":
             return torch.full_like(s, self.temperature)
-        f: Tensor = product(a, b) if self.network == "inner_product" else _Perceptron.apply(a, b, self.out_weight)
+        f: Tensor
+        if self.network == "inner_product":
+            f = product(a, b)
+        elif a.shape[-2] == 1:
+            # One anchor: its hidden units are no more numbers than the candidates' sides.
+            f = product((a + b).relu(), self.out_weight.unsqueeze(0)).mT
+        else:
+            f = _Perceptron.apply(a, b, self.out_weight)
         return self._bounded(f)
 
     def _bounded(self, f: Tensor) -> Tensor:
@@ -212,7 +210,8 @@ class Score(nn.Module):
 
     def forward(self, anchor: Embeddings, candidate: Embeddings) -> Tensor:
         """Return a tile, (n, m) or (H, n, m)."""
-        return self._of(product(anchor.z, candidate.z), self.temperature(anchor, candidate))
+        s = product(anchor.z, candidate.z)
+        return self.of_sides(s, self.anchor_side(anchor.z), self.candidate_side(candidate.z))
 
     def anchor_side(self, z: Tensor) -> Tensor:
         """Return that of the temperature."""
@@ -224,15 +223,14 @@ class Score(nn.Module):
 
     def of_sides(self, s: Tensor, a: Tensor, b: Tensor) -> Tensor:
         """Return the scores, (..., n, m)."""
-        return self._of(s, self.temperature.of_sides(s, a, b))
+        tau = self.temperature.of_sides(s, a, b)
+        return s / tau - self.weight * omega(tau, self.dim) if self.weight else s / tau
 
     def row_by_row(self, anchor: Tensor, candidate: Tensor) -> Tensor:
         """Return the score of each anchor and the candidate in the same row, (..., N) from (..., N, D) each."""
-        tau = self.temperature.row_by_row(anchor, candidate)
-        return self._of((anchor * candidate).sum(dim=-1), tau)
-
-    def _of(self, s: Tensor, tau: Tensor) -> Tensor:
-        return s / tau - self.weight * omega(tau, self.dim) if self.weight else s / tau
+        # Each row is a tile of its own, (..., N, 1, 1).
+        s, a, b = (anchor * candidate).sum(dim=-1), self.anchor_side(anchor), self.candidate_side(candidate)
+        return self.of_sides(s[..., None, None], a.unsqueeze(-2), b.unsqueeze(-2))[..., 0, 0]
 
 
 def omega(tau: Tensor, dim: int) -> Tensor:

@@ -202,15 +202,15 @@ def test_temperatures_stay_strictly_between_their_bounds(network, bounds, size, 
     called = made.shared(a)
     tile = called(Embeddings(a, index[:5], index[:5], index[:5]), Embeddings(b, index, index, index))
     assert tile.shape == (5, 6)
-    for tau in (tile, called.row_by_row(a, b[:5])):
-        assert (tau.double() > torch.tensor(bounds[0], dtype=dtype).double()).all()
-        assert (tau.double() < torch.tensor(bounds[1], dtype=dtype).double()).all()
+    assert (tile.double() > torch.tensor(bounds[0], dtype=dtype).double()).all()
+    assert (tile.double() < torch.tensor(bounds[1], dtype=dtype).double()).all()
 
 
 def test_the_temperature_of_a_pair_is_not_that_of_the_turned_pair():
     made = PairTemperature(3, "mlp", 6, LOW, HIGH, 0.5, 0).double()
-    a, b = random(2, 3), random(2, 3, seed=1)
-    assert (made.row_by_row(a, b) - made.row_by_row(b, a)).abs().min() > 1e-6
+    nobody = torch.zeros(2, dtype=torch.int64)
+    a, b = (Embeddings(random(2, 3, seed=seed), nobody, nobody, nobody) for seed in (0, 1))
+    assert (made(a, b) - made(b, a).mT).abs().min() > 1e-6
 
 
 @pytest.mark.parametrize("heads", [(), (2,)])
@@ -223,9 +223,9 @@ def test_the_network_walks_a_tile_in_pieces_of_any_size(monkeypatch, heads, piec
     assert torch.autograd.gradcheck(module._Perceptron.apply, (a, b, w))
 
 
-def test_the_row_by_row_temperature_is_the_tiles_diagonal():
+def test_the_row_by_row_score_is_the_tiles_diagonal():
     for network in ("mlp", "inner_product", "constant"):
-        made = PairTemperature(3, network, 6, LOW, HIGH, 0.5, 0).double()
+        made = module.Score(PairTemperature(3, network, 6, LOW, HIGH, 0.5, 0), 0.3, 3).double()
         a, b = random(2, 4, 3).detach(), random(2, 4, 3, seed=1).detach()
         nobody = torch.zeros(4, dtype=torch.int64)
         tile = made(Embeddings(a, nobody, nobody, nobody), Embeddings(b, nobody, nobody, nobody))
