@@ -5,7 +5,9 @@ samples, and so do 2 and 3; most tests give the two groups different samples, wh
 """
 
 import functools
+import os
 from dataclasses import replace
+from unittest import mock
 
 import pytest
 import torch
@@ -15,7 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 import contrast
 from contrast.core import distributed
 from contrast.losses import InfoNCE
-from contrast.memory import HardNegatives, Queue
+from contrast.memory import HardNegatives, Queue, room
 from tests.gloo import Processes
 from tests.losses import shares
 from tests.losses.cases import DIMS, Case
@@ -228,6 +230,22 @@ def test_a_bank_is_shared_out_within_the_group(four):
         assert shard == (rank // 2, 2)
         similarity = torch.nn.functional.normalize(z) @ torch.nn.functional.normalize(z).T
         assert torch.equal(table, similarity.fill_diagonal_(-2).topk(3).indices)
+
+
+def check_of_memory(rank, world):
+    """Give the refusal of a bank of 8 bytes of which each process would hold half, where 3 are free."""
+    with (
+        mock.patch.object(room, "free_bytes", return_value=3),
+        mock.patch.dict(os.environ, {"WORLD_SIZE": "4"}),
+        contrast.process_group(place()[0]),
+        pytest.raises(ValueError) as refused,
+    ):
+        room.check_room(8, 1, 0)
+    return str(refused.value)
+
+
+def test_the_free_memory_is_compared_with_the_group_s_share(four):
+    assert all("on each of 2 processes" in refusal for refusal in four.run(check_of_memory))
 
 
 def refusals(rank, world):
