@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from contrast.api import evaluate, load, pretrain
-    from contrast.core.distributed import local
+    from contrast.core.distributed import local, process_group, set_process_group
     from contrast.core.embeddings import Embeddings
     from contrast.core.pairs import Pairs, all_pairs, cross_pairs, two_sided
     from contrast.core.registry import InputError, Registry
@@ -32,12 +32,14 @@ __all__ = [
     "load",
     "local",
     "pretrain",
+    "process_group",
+    "set_process_group",
     "two_sided",
 ]
 
 _HOMES = {
     "contrast.api": ("evaluate", "load", "pretrain"),
-    "contrast.core.distributed": ("local",),
+    "contrast.core.distributed": ("local", "process_group", "set_process_group"),
     "contrast.core.embeddings": ("Embeddings",),
     "contrast.losses": ("LOSSES", "PairLoss"),
     "contrast.core.pairs": ("Pairs", "all_pairs", "cross_pairs", "two_sided"),

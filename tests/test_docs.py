@@ -27,13 +27,14 @@ def test_every_python_block_of_a_page_runs_in_order(page):
         LOSSES._parts.pop("margin", None)
 
 
-def test_the_page_s_script_for_several_processes_runs_in_two(tmp_path):
+@pytest.mark.parametrize(("name", "count"), [("ddp", 2), ("mesh", 4)])
+def test_the_page_s_scripts_for_several_processes_run(tmp_path, name, count):
     """As the page says: torchrun and the script."""
-    (script,) = re.findall(r"```python ddp\n(.*?)```", (ROOT / "docs" / "in_your_loop.md").read_text(), re.DOTALL)
+    (script,) = re.findall(rf"```python {name}\n(.*?)```", (ROOT / "docs" / "in_your_loop.md").read_text(), re.DOTALL)
     train = tmp_path / "train.py"
     # Without the interpreter's farewell, in which gloo's threads now and then end a process that is done.
     train.write_text(script + "\nimport os, sys\n\nsys.stdout.flush()\nos._exit(0)\n")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(train)]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}", str(train)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     answer = subprocess.run(torchrun, env=environment, capture_output=True, text=True, timeout=120, check=False)
     assert answer.returncode == 0, answer.stderr

@@ -102,7 +102,20 @@ def test_a_loss_of_ones_own_is_one_method(monkeypatch):
     assert value.requires_grad
 
 
-@pytest.mark.parametrize("name", ["Embeddings", "Pairs", "PairLoss", "LOSSES", "Registry", "InputError", "local"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "Embeddings",
+        "Pairs",
+        "PairLoss",
+        "LOSSES",
+        "Registry",
+        "InputError",
+        "local",
+        "process_group",
+        "set_process_group",
+    ],
+)
 def test_what_writers_of_losses_need_is_importable_from_contrast(name):
     assert hasattr(contrast, name)
     assert name in contrast.__all__

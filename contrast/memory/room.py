@@ -19,7 +19,9 @@ def check_room(samples: int, bytes_each: int, bytes_per_process: int) -> None:
         bytes_per_process: above this the processes share them.
     """
     needed = samples * bytes_each
-    processes = max(distributed.world_size(), int(os.environ.get("WORLD_SIZE", "1")))
+    processes = distributed.world_size()
+    if processes == 1:  # torchrun says how many there will be
+        processes = int(os.environ.get("WORLD_SIZE", "1"))
     share = needed // processes if needed > bytes_per_process else needed
     free = free_bytes()
     if free is not None and share > free:

@@ -25,6 +25,7 @@ class Scene:
         views: how many views.
         asked: "labels", "extra", "targets", "heads", "samples".
         wrap: "plain", or "encoder" or "both" for what stands inside DistributedDataParallel.
+        seed: of the inputs.
     """
 
     case: Case
@@ -32,6 +33,7 @@ class Scene:
     views: int = 2
     asked: frozenset[str] = field(default_factory=frozenset)
     wrap: str = "plain"
+    seed: int = 3
 
     def __str__(self):
         return f"{self.case}, sizes {self.sizes}, {self.views} views, {sorted(self.asked)}, {self.wrap}"
@@ -62,7 +64,7 @@ class Both(nn.Module):
 
 def whole(scene):
     """Give the inputs of the whole batch: views, and what the loss is given besides."""
-    generator = torch.Generator().manual_seed(3)
+    generator = torch.Generator().manual_seed(scene.seed)
     count = sum(scene.sizes)
     heads = (2,) if "heads" in scene.asked else ()
 
@@ -96,15 +98,19 @@ def split(value, rows):
     return value[rows]
 
 
-def outcome(scene, rank=None):
-    """Give value, gradient of the encoder after averaging, and gradients of the loss's parameters as they were left."""
+def outcome(scene, rank=None, group=None):
+    """Give value, gradient of the encoder after averaging, and gradients of the loss's parameters as they were left.
+
+    Where nothing is wrapped, `rank` counts within the process group `group`, of which only the loss is told.
+    """
     encoder, loss = Linear(), scene.case.make().double()
     views, given = whole(scene)
     if rank is not None:
         start = sum(scene.sizes[:rank])
         views, given = part(scene, views, given, slice(start, start + scene.sizes[rank]))
     if rank is None or scene.wrap == "plain":
-        value = loss(*encoder(views), **given)
+        with contrast.process_group(group):
+            value = loss(*encoder(views), **given)
         value.backward()
     elif scene.wrap == "encoder":
         wrapped = DistributedDataParallel(encoder)
@@ -116,8 +122,8 @@ def outcome(scene, rank=None):
         value.backward()
     gradient = encoder.weight.grad
     if rank is not None and scene.wrap == "plain":
-        dist.all_reduce(gradient)
-        gradient /= dist.get_world_size()
+        dist.all_reduce(gradient, group=group)
+        gradient /= dist.get_world_size(group)
     return value.detach(), gradient, [parameter.grad for parameter in loss.parameters()]
 
 
