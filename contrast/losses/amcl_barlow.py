@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -77,12 +78,16 @@ class AMCLBarlow(nn.Module):
         sample: Tensor | None = None,  # noqa: ARG002
         group: Tensor | None = None,  # noqa: ARG002
         extra: Sequence[object] | None = (),
+        **unknown: Any,
     ) -> Tensor:
         """Give the loss of two views, (N, D) or (H, N, D) each, over the samples of all processes: ().
 
         Raises:
+            TypeError: for an argument that it does not have.
             ValueError: for other inputs, and (on the CPU) for values that are not finite.
         """
+        if unknown:
+            raise TypeError(f"AMCLBarlow knows no labels and has no argument {next(iter(unknown))}=.")
         if len(views) != 2 or any(view.ndim not in (2, 3) or view.shape != views[0].shape for view in views):
             raise ValueError(
                 "AMCLBarlow takes two views of one shape, (N, D) or (H, N, D); "
