@@ -1,4 +1,4 @@
-"""Rank, world size and the exact gather: the only file that talks to torch.distributed.
+"""Rank, world size and the exact gather: the only file that calls torch.distributed.
 
 Everything here counts the processes of the chosen process group: every process, unless `process_group` or
 `set_process_group` names another. A backward pass uses the group of its forward pass.
@@ -43,7 +43,7 @@ def local() -> Iterator[None]:
 
 
 def alone() -> bool:
-    """Tell whether this call stands inside `local()`."""
+    """True if this call stands inside `local()`."""
     return _alone.get()
 
 
@@ -134,7 +134,7 @@ def world_size() -> int:
 
 
 def rank() -> int:
-    """Give this process's number in the group, from 0."""
+    """Return this process's number in the group, from 0."""
     if world_size() == 1:
         return 0
     chosen = _chosen()
@@ -148,7 +148,7 @@ def barrier() -> None:
 
 
 def exchange_sizes(sizes: Sequence[int], device: torch.device) -> list[list[int]]:
-    """Give every process's list of sizes, in rank order, as host integers. All lists have the same length."""
+    """Return every process's list of sizes, in rank order, as host integers. All lists have the same length."""
     own = torch.tensor(list(sizes), dtype=torch.int64, device=device)
     everyone = [torch.empty_like(own) for _ in range(world_size())]
     dist.all_gather(everyone, own, _group())
@@ -174,7 +174,7 @@ def gather(x: Tensor, sizes: Sequence[int]) -> Tensor:
 
 
 def sizes_of(own: int, device: torch.device) -> list[int]:
-    """Give every process's number of rows, in rank order; every process calls it with its own."""
+    """Return every process's number of rows, in rank order; every process calls it with its own."""
     return [own] if world_size() == 1 else [size for (size,) in exchange_sizes([own], device)]
 
 
@@ -204,7 +204,7 @@ class _Gather(torch.autograd.Function):
 
 
 def shared(parameter: Tensor) -> Tensor:
-    """Give a loss's own parameter unchanged, its gradient averaged over the processes.
+    """Return a loss's own parameter unchanged, its gradient averaged over the processes.
 
     So the parameter stays equal everywhere also where only the encoder is wrapped in DistributedDataParallel; inside
     DistributedDataParallel it changes nothing, since an average of equal numbers is that number.

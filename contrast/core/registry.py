@@ -13,11 +13,11 @@ Part = TypeVar("Part", bound=Callable[..., Any])
 
 
 class InputError(ValueError):
-    """What a person typed or handed over is wrong; the message is one clear sentence."""
+    """What a user typed or passed is wrong; the message is one clear sentence."""
 
 
 def nearest(word: str, words: Iterable[str]) -> str:
-    """Give " Did you mean 'x'?" for the most similar of `words`, or nothing where none is similar."""
+    """Return " Did you mean 'x'?" for the most similar of `words`, or nothing where none is similar."""
     known = {other.lower(): other for other in words}
     similar = difflib.get_close_matches(word.lower(), list(known), n=1, cutoff=0.6)
     return f" Did you mean '{known[similar[0]]}'?" if similar else ""
@@ -36,7 +36,7 @@ class Registry(Mapping[str, Callable[..., Any]]):
         self._aliases: dict[str, str] = {}
 
     def register(self, name: str, *, aliases: Sequence[str] = ()) -> Callable[[Part], Part]:
-        """Give the decorator that enters a class or function under `name`.
+        """Return the decorator that enters a class or function under `name`.
 
         An alias is a signpost, not a second name: whoever types it is told the right one.
         """
@@ -51,7 +51,7 @@ class Registry(Mapping[str, Callable[..., Any]]):
         return enter
 
     def __getitem__(self, name: str) -> Callable[..., Any]:
-        """Give the part called `name`; an unknown name raises an InputError that says the nearest one."""
+        """Return the part called `name`; an unknown name raises an InputError that says the nearest one."""
         if name in self._parts:
             return self._parts[name]
         if (right := self._aliases.get(_plain(name))) is not None:
@@ -61,11 +61,11 @@ class Registry(Mapping[str, Callable[..., Any]]):
         )
 
     def __contains__(self, name: object) -> bool:
-        """Tell whether a part has this very name; aliases do not count."""
+        """True if a part has this very name; aliases do not count."""
         return name in self._parts
 
     def __iter__(self) -> Iterator[str]:
-        """Walk over the names in alphabetical order."""
+        """Iterate over the names in alphabetical order."""
         return iter(sorted(self._parts))
 
     def __len__(self) -> int:
@@ -105,7 +105,7 @@ class Registry(Mapping[str, Callable[..., Any]]):
             raise InputError(f"{where} '{name}': {error}") from error
 
     def check(self, part: str | Mapping[str, Any], *, where: str) -> tuple[str, dict[str, Any]]:
-        """Give the name and the arguments of a part once both fit its signature, without building it.
+        """Return the name and the arguments of a part once both fit its signature, without building it.
 
         An argument that is itself a part is checked as one, and given as {"name": ..., its arguments}.
         """
@@ -128,7 +128,7 @@ class Registry(Mapping[str, Callable[..., Any]]):
         return name, {key: checked[key] for key in arguments}
 
     def takes_part(self, name: str, argument: str) -> bool:
-        """Tell whether this argument of a part is itself a part of this registry: its annotation is their class."""
+        """True if this argument of a part is itself a part of this registry: its annotation is their class."""
         wanted = schema(self._parts[name]).get(argument, (None, None))[0] if name in self._parts else None
         options = typing.get_args(wanted) if typing.get_origin(wanted) in (Union, UnionType) else (wanted,)
         classes = [part for part in self._parts.values() if inspect.isclass(part)]
@@ -142,7 +142,7 @@ class Registry(Mapping[str, Callable[..., Any]]):
 
 
 def schema(build: Callable[..., Any]) -> dict[str, tuple[Any, Any]]:
-    """Give each argument's annotation and default (`inspect.Parameter.empty` where it has none)."""
+    """Return each argument's annotation and default (`inspect.Parameter.empty` where it has none)."""
     target = build.__init__ if inspect.isclass(build) else build
     hints = typing.get_type_hints(target)
     open_ended = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
@@ -156,7 +156,7 @@ def schema(build: Callable[..., Any]) -> dict[str, tuple[Any, Any]]:
 def check_arguments(
     build: Callable[..., Any], arguments: Mapping[str, Any], *, where: str, owner: str
 ) -> dict[str, Any]:
-    """Give `arguments` as the signature of `build` wants them, or raise an InputError that names the key."""
+    """Return `arguments` as the signature of `build` wants them, or raise an InputError that names the key."""
     known = schema(build)
     accepts_any = any(p.kind is p.VAR_KEYWORD for p in inspect.signature(build).parameters.values())
     checked = {}
@@ -174,7 +174,7 @@ def check_arguments(
 
 
 def convert(value: Any, annotation: Any, *, where: str) -> Any:
-    """Give `value` as the annotated type (an int where a float is wanted becomes one), or raise an InputError."""
+    """Return `value` as the annotated type (an int where a float is wanted becomes one), or raise an InputError."""
     fits, converted = _fit(value, annotation)
     if not fits:
         raise InputError(f"{where} must be {describe(annotation)}; got {'nothing' if value is None else repr(value)}.")
@@ -214,7 +214,7 @@ def _fit(value: Any, annotation: Any) -> tuple[bool, Any]:
 
 
 def describe(annotation: Any) -> str:
-    """Say an annotation in words: "a number", "one of all, across", "a whole number or nothing"."""
+    """Describe an annotation in words: "a number", "one of all, across", "a whole number or nothing"."""
     origin, inner = typing.get_origin(annotation), typing.get_args(annotation)
     if origin in (Union, UnionType):
         return " or ".join(dict.fromkeys(describe(option) for option in inner))

@@ -6,6 +6,6 @@ import hashlib
 
 
 def derived(*parts: int | str) -> int:
-    """Give a seed in [0, 2**63) that depends on every part and on their order."""
+    """Return a seed in [0, 2**63) that depends on every part and on their order."""
     digest = hashlib.blake2b("\0".join(str(part) for part in parts).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1

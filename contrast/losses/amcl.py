@@ -94,7 +94,7 @@ class AMCL(PairLoss):
         self.over: Literal["all", "negative"] = "all" if positive_in_denominator else "negative"
 
     def per_anchor(self, pairs: Pairs) -> Tensor:
-        """Give what the negatives repel minus what the positives attract."""
+        """Return what the negatives repel minus what the positives attract."""
         z = pairs.anchor.z
         temperatures = self.temperatures.shared(z)
         score = Score(temperatures, self.regulariser_weight, z.shape[-1])
@@ -103,6 +103,6 @@ class AMCL(PairLoss):
 
     @torch.no_grad()
     def measure(self, pairs: Pairs) -> dict[str, Tensor]:
-        """Give the similarities, and the mean temperature of positives and of negatives."""
+        """Return the similarities, and the mean temperature of positives and of negatives."""
         measured = super().measure(pairs)
         return measured | mean_temperatures(pairs, self.temperatures)

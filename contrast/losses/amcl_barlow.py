@@ -80,7 +80,7 @@ class AMCLBarlow(nn.Module):
         extra: Sequence[object] | None = (),
         **unknown: Any,
     ) -> Tensor:
-        """Give the loss of two views, (N, D) or (H, N, D) each, over the samples of all processes: ().
+        """Return the loss of two views, (N, D) or (H, N, D) each, over the samples of all processes: ().
 
         Raises:
             TypeError: for an argument that it does not have.
@@ -130,7 +130,7 @@ class AMCLBarlow(nn.Module):
 
 
 def _standardised(z: Tensor, count: Tensor) -> Tensor:
-    """Give each dimension mean 0 and (biased) variance 1 over the batch of all processes."""
+    """Return each dimension mean 0 and (biased) variance 1 over the batch of all processes."""
     size = count.clamp(min=1).to(z.dtype)
     mean = distributed.total(z.sum(dim=-2, keepdim=True)) / size
     centred = z - mean

@@ -78,10 +78,10 @@ class AMCLCosine(PairLoss):
         return super().pairs(*views, targets=targets, sample=sample, group=group, reference=reference, extra=extra)
 
     def per_anchor(self, pairs: Pairs) -> Tensor:
-        """Give minus what the positives attract."""
+        """Return minus what the positives attract."""
         return -mean_score(pairs, self.temperatures.shared(pairs.anchor.z), 2 * self.regulariser_weight)
 
     @torch.no_grad()
     def measure(self, pairs: Pairs) -> dict[str, Tensor]:
-        """Give the similarities, and the mean temperature of the positives."""
+        """Return the similarities, and the mean temperature of the positives."""
         return super().measure(pairs) | mean_temperatures(pairs, self.temperatures, ("positive",))

@@ -63,11 +63,11 @@ class Around(PairLoss):
         self.loss.narrowed(prepared)
 
     def per_anchor(self, pairs: Pairs) -> Tensor:
-        """Give the rows of the loss inside."""
+        """Return the rows of the loss inside."""
         return self.loss.per_anchor(pairs)
 
     def rows(self, pairs: Pairs) -> Tensor:
-        """Give the rows of the loss inside."""
+        """Return the rows of the loss inside."""
         return self.loss.rows(pairs)
 
     def combine(self, rows: Sequence[Tensor], anchors: Sequence[Embeddings]) -> Sequence[Tensor]:
@@ -85,5 +85,5 @@ class Around(PairLoss):
 
     @torch.no_grad()
     def measure(self, pairs: Pairs) -> dict[str, Tensor]:
-        """Give what the loss inside measures."""
+        """Return what the loss inside measures."""
         return self.loss.measure(pairs)

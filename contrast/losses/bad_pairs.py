@@ -210,7 +210,7 @@ class BadPairs(Around):
         return self.kind == FAULTY
 
     def measure(self, pairs: Pairs) -> dict[str, Tensor]:
-        """Give what the inner loss measures, the shares of noisy and faulty samples in the last batch and its weight.
+        """Return what the inner loss measures, the shares of noisy and faulty samples in the last batch and its weight.
 
         During the warm-up nobody counts as noisy or faulty, and weights are 1.
         """
@@ -261,7 +261,7 @@ class BadPairs(Around):
 
 
 def _by_sample(rows: Sequence[Tensor], valid: Sequence[Tensor], count: int) -> tuple[Tensor, Tensor]:
-    """Give the mean of each sample's valid rows, (count,), and whether it has any."""
+    """Return the mean of each sample's valid rows, (count,), and whether it has any."""
     if any(len(row) % max(count, 1) for row in rows):
         raise ValueError(
             f"BadPairs needs the rows of whole views, {count} each; its loss gave {[len(row) for row in rows]}."

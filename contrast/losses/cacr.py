@@ -88,7 +88,7 @@ class CACR(PairLoss):
         self.positive_prior = positive_prior
 
     def per_anchor(self, pairs: Pairs) -> Tensor:
-        """Give alpha * attraction - beta * repulsion."""
+        """Return alpha * attraction - beta * repulsion."""
         # softmax(t d) = softmax(-2 t s) and mean of d = 2 - 2 mean of s, since d = 2 - 2 s.
         at_once = self.repulsion == "all" or (views_of(pairs) == 1 and not pairs.across)
         met = [(None, None)] if at_once else list(meetings(pairs))
@@ -104,7 +104,7 @@ class CACR(PairLoss):
     def _repelled(
         self, pairs: Pairs, met: Sequence[tuple[Tensor | None, Tensor | None]], nears: Sequence[Tensor]
     ) -> Tensor:
-        """Give the mean over the anchor's view pairs of half the squared distance to its near negatives."""
+        """Return the mean over the anchor's view pairs of half the squared distance to its near negatives."""
         repulsion: Tensor | float = 0.0
         for number, ((among, rows), near) in enumerate(zip(met, nears, strict=True)):
             far = 1 - near
@@ -134,7 +134,7 @@ def views_of(pairs: Pairs) -> int:
 
 
 def among_parts(pairs: Pairs, numbers: Container[int]) -> Tensor:
-    """Give (M,) bool: the candidates of the parts with these numbers."""
+    """Return (M,) bool: the candidates of the parts with these numbers."""
     chosen = [
         torch.full_like(part.view, number in numbers, dtype=torch.bool) for number, part in enumerate(pairs.candidates)
     ]
@@ -142,7 +142,7 @@ def among_parts(pairs: Pairs, numbers: Container[int]) -> Tensor:
 
 
 def meetings(pairs: Pairs) -> Iterator[tuple[Tensor, Tensor]]:
-    """Give the view pairs: each view's candidates with the extras, (M,) bool, and the anchors that meet them, (N,)."""
+    """Return the view pairs: each view's candidates with the extras, (M,) bool, and their anchors, (N,)."""
     views = views_of(pairs)
     for number, part in enumerate(pairs.candidates[:views]):
         earlier_exist = number > 0 or pairs.across
@@ -152,7 +152,7 @@ def meetings(pairs: Pairs) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def _meeting(pairs: Pairs, number: int) -> Tensor:
-    """Give (N,) bool: the anchors that meet this part."""
+    """Return (N,) bool: the anchors that meet this part."""
     view = pairs.candidates[number].view[:1]
     own = pairs.anchor.view
     return own != view if pairs.across else own < view

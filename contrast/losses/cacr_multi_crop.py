@@ -81,7 +81,7 @@ class CACRMultiCrop(PairLoss):
         return met
 
     def per_anchor(self, pairs: Pairs) -> Tensor:
-        """Give the costs of the sample's queries, weighted by p."""
+        """Return the costs of the sample's queries, weighted by p."""
         near, scale = pairs.mean(over="positive"), 1 / self.temperature
         # softmax(d / tau) = softmax(-2 s / tau), since d = 2 - 2 s.
         weight = torch.softmax(-2 * scale * near.detach(), dim=0)

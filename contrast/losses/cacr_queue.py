@@ -95,7 +95,7 @@ class CACRQueue(PairLoss):
         return met
 
     def per_anchor(self, pairs: Pairs) -> Tensor:
-        """Give alpha * attraction - beta * repulsion."""
+        """Return alpha * attraction - beta * repulsion."""
         # softmax(t d) = softmax(-2 t s) and mean of d = 2 - 2 mean of s, since d = 2 - 2 s.
         attracting = among_parts(pairs, range(1, len(pairs.candidates)))
         constant = self.constant_weights != "none"

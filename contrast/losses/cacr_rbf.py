@@ -83,7 +83,7 @@ class CACRRBF(PairLoss):
         reduction: Literal["mean", "none"] = "mean",
         **unknown: Any,
     ) -> Tensor:
-        """Give the loss of these views over all processes, (); the arguments are those of every `PairLoss`."""
+        """Return the loss of these views over all processes, (); the arguments are those of every `PairLoss`."""
         if reduction != "mean":
             raise ValueError(_NO_ROWS)
         self._check(views, targets, group, unknown)
@@ -110,7 +110,7 @@ class CACRRBF(PairLoss):
         raise ValueError(_NO_ROWS)
 
     def _log_mean_cost(self, pairs: Pairs, views: int) -> Tensor:
-        """Give the mean over the view pairs, and heads, of log mean_i sum_j w_ij e^{-t d_ij}."""
+        """Return the mean over the view pairs, and heads, of log mean_i sum_j w_ij e^{-t d_ij}."""
         # With d = 2 - 2 s, sum_j w_j e^{-t d_j} = sum_j e^{2 (t- + t) s_j} / sum_j e^{2 t- s_j} * e^{-2 t}.
         met: list[tuple[Tensor | None, Tensor | None]] = list(meetings(pairs))
         if views_of(pairs) == 1 and not pairs.across:
@@ -142,12 +142,12 @@ _NO_ROWS = "CACRRBF has no rows: its logarithm stands outside the mean over the 
 
 
 def _logsumexp(x: Tensor, counted: Tensor) -> Tensor:
-    """Give log sum exp of those counted, (...) from (..., N); finfo.min / 2 where there is none."""
+    """Return log sum exp of those counted, (...) from (..., N); finfo.min / 2 where there is none."""
     nothing = torch.finfo(x.dtype).min / 2
     return F.pad(x.masked_fill(~counted, nothing), (0, 1), value=nothing).logsumexp(dim=-1)
 
 
 def _over_processes(x: Tensor) -> Tensor:
-    """Give x of every process, (W, ...) in rank order, with gradient."""
+    """Return x of every process, (W, ...) in rank order, with gradient."""
     world, rank = distributed.world_size(), distributed.rank()
     return distributed.total(torch.stack([x if process == rank else torch.zeros_like(x) for process in range(world)]))

@@ -80,7 +80,7 @@ class CWCL(InfoNCE):
         return [two_sided(own[0], own[1], extra=extras)]
 
     def per_anchor(self, pairs: Pairs) -> Tensor:
-        """Give twice log of the denominator minus the (weighted) mean logit: twice, since a sum is two means."""
+        """Return twice log of the denominator minus the (weighted) mean logit: twice, since a sum is two means."""
         scale = self.scale()
         frozen = pairs.anchor.view == 0
         denominator, weighted, plain = pairs.reduce(
@@ -92,7 +92,7 @@ class CWCL(InfoNCE):
 
     @torch.no_grad()
     def measure(self, pairs: Pairs) -> dict[str, Tensor]:
-        """Give the similarities, the entropy of the frozen anchors' weights, and the weighted term's excess over it."""
+        """Measure the similarities, the entropy of the frozen anchors' weights, and the weighted term's excess."""
         frozen = self._valid(pairs) & (pairs.anchor.view == 0)
         starts = range(0, max(len(pairs), 1), CHUNK)
         entropy = torch.cat([_entropy(pairs.block(slice(start, start + CHUNK))) for start in starts])
@@ -106,12 +106,12 @@ class CWCL(InfoNCE):
 
 
 def _frozen(z: Tensor) -> Tensor:
-    """Give the frozen view's own unit vectors as references; of heads one after the other, their cosine is the mean."""
+    """Return the frozen view's unit vectors as references; of heads one after the other: their cosine is the mean."""
     return z if z.ndim == 2 else normalise(z.movedim(0, -2).flatten(start_dim=1))
 
 
 def _entropy(pairs: Pairs) -> Tensor:
-    """Give the entropy of each anchor's normalised weights, (n,): log sum w - sum w log w / sum w."""
+    """Return the entropy of each anchor's normalised weights, (n,): log sum w - sum w log w / sum w."""
     weight = pairs.reference_weight.clamp(min=0) * pairs.relation("all")
     total = weight.sum(dim=-1)
     positive = total.where(total > 0, 1)

@@ -69,7 +69,7 @@ class DecoupledInfoNCE(PairLoss):
         ]
 
     def per_anchor(self, pairs: Pairs) -> Tensor:
-        """Give the repulsion of the negatives minus the weighted attraction of the positives."""
+        """Return the repulsion of the negatives minus the weighted attraction of the positives."""
         repel, near = pairs.reduce(LogSumExp(1 / self.temperature, "negative"), Mean("positive"))
         if self.weighting == "none":
             return repel - near / self.temperature
@@ -84,7 +84,7 @@ class DecoupledInfoNCE(PairLoss):
 
     @torch.no_grad()
     def _log_mean(self, prepared: list[Pairs]) -> Tensor:
-        """Give log mean_k exp(s_k / sigma) over the valid anchors of all processes, () or (H,)."""
+        """Return log mean_k exp(s_k / sigma) over the valid anchors of all processes, () or (H,)."""
         near = torch.cat([pairs.mean("positive") for pairs in prepared], dim=-1)
         valid = torch.cat([self._valid(pairs) for pairs in prepared])
         # A mean is a sum of exponentials by a sum of ones; gathered as logarithms, neither can vanish.

@@ -112,7 +112,7 @@ class FalseNegatives(Around):
 
     @torch.no_grad()
     def measure(self, pairs: Pairs) -> dict[str, Tensor]:
-        """Give what the loss inside measures, and the share of all negatives that is ignored."""
+        """Return what the loss inside measures, and the share of all negatives that is ignored."""
         every = pairs.without_rules().count("negative").sum()
         return {**super().measure(pairs), "ignored": 1 - pairs.count("negative").sum() / every.clamp(min=1)}
 
@@ -128,7 +128,7 @@ class FalseNegatives(Around):
         return ruled
 
     def _bound(self, pairs: Pairs) -> Tensor | None:
-        """Give the similarity above which an anchor's negatives are ignored, (N,) or (H, N): the least of all rules."""
+        """Return the similarity above which negatives are ignored, (N,) or (H, N): the least of all rules."""
         bounds = []
         if self.above is not None:
             bounds.append(torch.full_like(pairs.anchor.z[..., 0], self.above))
@@ -148,7 +148,7 @@ class FalseNegatives(Around):
 
 
 def _where_positive(pairs: Pairs, bound: Tensor) -> Tensor:
-    """Give the bound of each anchor with a positive, inf for the others."""
+    """Return the bound of each anchor with a positive, inf for the others."""
     return torch.where(pairs.count("positive") > 0, bound, torch.inf)
 
 

@@ -64,7 +64,7 @@ class HardContrastive(PairLoss):
         self.negative_weight = negative_weight
 
     def per_anchor(self, pairs: Pairs) -> Tensor:
-        """Give the loss against the negatives at or above the threshold."""
+        """Return the loss against the negatives at or above the threshold."""
         threshold = self._threshold(pairs)
         if self.form == "simple":
             near, mean, count = pairs.reduce(
@@ -76,7 +76,7 @@ class HardContrastive(PairLoss):
         return total / pairs.count("positive").clamp(min=1)
 
     def _threshold(self, pairs: Pairs) -> Kth | None:
-        """Give s_alpha; None where all negatives are kept."""
+        """Return s_alpha; None where all negatives are kept."""
         if isinstance(self.hardest, int):
             return Kth(self.hardest, over="negative")
         if self.hardest == 1:
@@ -84,6 +84,6 @@ class HardContrastive(PairLoss):
         return Kth(self._kept(pairs), over="negative")
 
     def _kept(self, pairs: Pairs) -> Tensor:
-        """Give how many of its negatives each anchor keeps, (N,) or (H, N) int64."""
+        """Return how many of its negatives each anchor keeps, (N,) or (H, N) int64."""
         share = pairs.count("negative") * self.hardest
         return share.round().clamp(min=1).long()

@@ -57,13 +57,13 @@ class HardNegative(PairLoss):
         self.positive_prior = positive_prior
 
     def per_anchor(self, pairs: Pairs) -> Tensor:
-        """Give the mean over the positives p of log(1 + G e^{-s_p / tau})."""
+        """Return the mean over the positives p of log(1 + G e^{-s_p / tau})."""
         log_negatives = self._log_negatives(pairs)
         total = pairs.softplus_sum(-1 / self.temperature, log_negatives, over="positive")
         return total / pairs.count("positive").clamp(min=1)
 
     def _log_negatives(self, pairs: Pairs) -> Tensor:
-        """Give log G: in the logarithm, since at a temperature of 0.01 its terms differ by e^200."""
+        """Return log G: in the logarithm, since at a temperature of 0.01 its terms differ by e^200."""
         scale, beta, dtype = 1 / self.temperature, self.hardness, pairs.anchor.z.dtype
         log_count = _log_count(pairs, "negative", dtype)
         asked = [LogSumExp((1 + beta) * scale, "negative")]

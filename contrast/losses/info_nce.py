@@ -110,7 +110,7 @@ class InfoNCE(PairLoss):
         return [Pairs(own, (*gather_all(own), *extras), across=True, views=len(own))]
 
     def per_anchor(self, pairs: Pairs) -> Tensor:
-        """Give log of the denominator minus log of the numerator."""
+        """Return log of the denominator minus log of the numerator."""
         scale = self.scale()
         memory = self.candidates == "memory"
         if self.positives == "alone":
@@ -128,7 +128,7 @@ class InfoNCE(PairLoss):
         return denominator - (numerator if inside else numerator * scale)
 
     def scale(self) -> float | Tensor:
-        """Give 1 / tau."""
+        """Return 1 / tau."""
         if self.log_scale is None:
             return 1 / self.temperature
         scale = self.log_scale.exp()
@@ -138,7 +138,7 @@ class InfoNCE(PairLoss):
         return distributed.shared(scale)
 
     def measure(self, pairs: Pairs) -> dict[str, Tensor]:
-        """Give the similarities, and the temperature where it is learned."""
+        """Return the similarities, and the temperature where it is learned."""
         measured = super().measure(pairs)
         if self.log_scale is not None:
             measured["temperature"] = 1 / self.log_scale.detach().exp().clamp(max=LARGEST_SCALE)

@@ -44,5 +44,5 @@ class NegativeCosine(PairLoss):
         return super().pairs(*views, targets=targets, sample=sample, group=group, reference=reference, extra=extra)
 
     def per_anchor(self, pairs: Pairs) -> Tensor:
-        """Give minus the mean similarity of the positives."""
+        """Return minus the mean similarity of the positives."""
         return -pairs.mean(over="positive")

@@ -68,7 +68,7 @@ class SigLIP(PairLoss):
         return [Pairs(own, (*gather_all(others), *extras), across=True, views=len(others))]
 
     def per_anchor(self, pairs: Pairs) -> Tensor:
-        """Give -log sigmoid of t s + b summed over the positives, and of -(t s + b) over the negatives."""
+        """Return -log sigmoid of t s + b summed over the positives, and of -(t s + b) over the negatives."""
         scale, bias = self._scale_and_bias()
         if isinstance(bias, Tensor):
             bias = bias.to(pairs.anchor.z.dtype)
@@ -76,7 +76,7 @@ class SigLIP(PairLoss):
         return positive + negative
 
     def _scale_and_bias(self) -> tuple[float | Tensor, float | Tensor]:
-        """Give t and b; learned, they make one exchange."""
+        """Return t and b; learned, they make one exchange."""
         if self.log_scale is None or not isinstance(self.bias, Tensor):
             return self.scale, self.bias
         if distributed.world_size() == 1:
@@ -85,7 +85,7 @@ class SigLIP(PairLoss):
         return scale, bias
 
     def measure(self, pairs: Pairs) -> dict[str, Tensor]:
-        """Give the similarities, and scale and bias where they are learned."""
+        """Return the similarities, and scale and bias where they are learned."""
         measured = super().measure(pairs)
         if self.log_scale is not None and isinstance(self.bias, Tensor):
             measured |= {"scale": self.log_scale.detach().exp(), "bias": self.bias.detach().clone()}

@@ -18,7 +18,7 @@ from contrast.core.pairs import Pairs
 from contrast.core.reductions import LogSumExp, Mean, Reduction, Relation
 
 PIECE = 2**17
-"""Pairs at a time that a perceptron walks: what fits a processor's cache."""
+"""Pairs that a perceptron evaluates at a time: what fits a processor's cache."""
 
 Network = Literal["mlp", "inner_product", "constant"]
 
@@ -96,7 +96,7 @@ class PairTemperature(nn.Module):
         self.bias = nn.Parameter(torch.tensor(math.log(share / (1 - share))))
 
     def shared(self, z: Tensor) -> PairTemperature:
-        """Give this network for one call on embeddings like z; its gradient is averaged over the processes, once.
+        """Return this network for one call on embeddings like z; its gradient is averaged over the processes, once.
 
         Raises:
             ValueError: where the embeddings do not have `dim` dimensions.
@@ -123,7 +123,7 @@ class PairTemperature(nn.Module):
         return called
 
     def forward(self, anchor: Embeddings, candidate: Embeddings) -> Tensor:
-        """Give a tile of temperatures, (n, m) or (H, n, m)."""
+        """Return a tile of temperatures, (n, m) or (H, n, m)."""
         heads = max(anchor.z.shape[:-2], candidate.z.shape[:-2], key=len)
         s = anchor.z.new_empty(*heads, len(anchor), len(candidate))
         return self.of_sides(s, self.anchor_side(anchor.z), self.candidate_side(candidate.z))
@@ -158,7 +158,7 @@ class PairTemperature(nn.Module):
         return self.lowest + width * torch.sigmoid(f + self.bias).clamp(margin, 1 - margin)
 
     def _margin(self, f: Tensor) -> float:
-        """Give how far off 0 and 1 a sigmoid is kept."""
+        """Return how far off 0 and 1 a sigmoid is kept."""
         # A sigmoid rounds to 0 and 1; a few digits off, no temperature rounds to a bound.
         return min(4 * torch.finfo(f.dtype).eps * self.highest / (self.highest - self.lowest), 0.25)
 
@@ -234,7 +234,7 @@ class Score(nn.Module):
 
 
 def omega(tau: Tensor, dim: int) -> Tensor:
-    """Give Omega(tau) = (D / 2) log tau + 1 / tau, the regulariser; it is smallest at tau = 2 / D."""
+    """Return Omega(tau) = (D / 2) log tau + 1 / tau, the regulariser; it is smallest at tau = 2 / D."""
     return dim / 2 * tau.log() + 1 / tau
 
 
@@ -278,7 +278,7 @@ def mean_score(pairs: Pairs, temperature: PairTemperature, weight: float) -> Ten
 def mean_temperatures(
     pairs: Pairs, temperature: PairTemperature, relations: Sequence[Relation] = ("positive", "negative")
 ) -> dict[str, Tensor]:
-    """Give the mean temperature of each relation's pairs, for `metrics`; 0 where there is no such pair."""
+    """Return the mean temperature of each relation's pairs, for `metrics`; 0 where there is no such pair."""
     temperature = temperature.shared(pairs.anchor.z)
     measured = {}
     for over in relations:
@@ -331,7 +331,7 @@ def _perceptron(a: Tensor, b: Tensor, w: Tensor, out: Tensor) -> Tensor:
 
 
 def _perceptron_gradients(gradient: Tensor, a: Tensor, b: Tensor, w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Give those of a, b and w: each needs the sums of the gradient over the pairs whose unit k passes."""
+    """Return those of a, b and w: each needs the sums of the gradient over the pairs whose unit k passes."""
     sums = _sums_by_signs if gradient.device.type == "cpu" else _sums_by_unit
     by_row, by_column = sums(gradient, a, b)
     to_a, to_b = by_row.sum_to_size(a.shape), by_column.sum_to_size(b.shape)
@@ -341,7 +341,7 @@ def _perceptron_gradients(gradient: Tensor, a: Tensor, b: Tensor, w: Tensor) -> 
 
 
 def _sums_by_signs(gradient: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Give the sums as halves of sums of g (1 + sign(a + b)): the derivative of a distance by absolute values."""
+    """Return the sums as halves of sums of g (1 + sign(a + b)): the derivative of a distance by absolute values."""
     heads = gradient.shape[:-2]
     a, b = a.expand(*heads, *a.shape[-2:]).contiguous(), -b.expand(*heads, *b.shape[-2:]).contiguous()
     turned = gradient.mT.contiguous()
@@ -353,7 +353,7 @@ def _sums_by_signs(gradient: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tens
 
 
 def _sums_by_unit(gradient: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Give the sums, one hidden unit at a time."""
+    """Return the sums, one hidden unit at a time."""
     of_a, of_b = _units(a), _units(b)
     by_row = gradient.new_zeros((a.shape[-1], *gradient.shape[:-1]))
     by_column = gradient.new_zeros((a.shape[-1], *gradient.shape[:-2], gradient.shape[-1]))
@@ -377,7 +377,7 @@ def _pieces(tile: Tensor) -> list[slice]:
 
 
 def candidate_rows(pairs: Pairs, positions: Tensor) -> Tensor:
-    """Give the vectors of the candidates at `positions`, (N,) or (H, N): (N, D) or (H, N, D); any row for a -1."""
+    """Return the vectors of the candidates at `positions`, (N,) or (H, N): (N, D) or (H, N, D); any row for a -1."""
     rows = torch.zeros_like(pairs.anchor.z)
     start = 0
     for part in pairs.candidates:

@@ -1,8 +1,8 @@
-"""The Triton road: the row reductions as two kernels which read identities instead of masks and write numbers a row.
+"""The row reductions as two Triton kernels, which read identities instead of masks and write a few numbers per row.
 
-`_rows` walks all candidates for a block of anchors and keeps for each reduction an online triple: the largest exponent
-m, the mass sum_j e^(x_ij - m) and the total sum_j e^(x_ij - m) s_ij. `_gradient` computes the similarities again, forms
-G_ij = dL/ds_ij from the closed derivatives of `shares`, and gives dX = G Y; with the roles exchanged it gives
+`_rows` loops over all candidates for a block of anchors and keeps three running numbers for each reduction: the largest
+exponent m, the mass sum_j e^(x_ij - m) and the total sum_j e^(x_ij - m) s_ij. `_gradient` computes the similarities
+again, forms G_ij = dL/ds_ij from the derivatives of `formulas`, and computes dX = G Y; with the roles exchanged,
 dY = G^T X; where the anchors are the candidates it forms G + G^T at once, so that two sweeps cost 6 N^2 D instead of
 10 N^2 D. A program writes rows of its own only, hence no atomics and the same bits in every run.
 """
@@ -156,7 +156,7 @@ class Kernels:
 
     @staticmethod
     def available(device: torch.device) -> bool:
-        """Say whether Triton is installed and serves this device; the CPU only in Triton's interpreter."""
+        """True if Triton is installed and serves this device; the CPU only in Triton's interpreter."""
         if triton is None or INTERPRETED:
             return INTERPRETED
         return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
@@ -179,7 +179,7 @@ class Kernels:
         return exact and all(len(part.z.shape[:-2]) == len(heads) for part in layout.anchors)
 
     def forward(self) -> tuple[list[Tensor], list[Tensor]]:
-        """Give the reductions, (N,) or (H, N) each, and a normaliser of each for the backward pass."""
+        """Return the reductions, (N,) or (H, N) each, and a normaliser of each for the backward pass."""
         closed: list[tuple[Tensor, Tensor]] = []
         x = self._vectors(self.work.x)
         for places in _batches(range(len(self.asked))):
@@ -254,7 +254,7 @@ class Kernels:
             to_argument += gradient.sum_to_size(to_argument.shape) if gradient.ndim >= to_argument.ndim else gradient
 
     def _code(self, places: Sequence[int]) -> Code:
-        """Give what the kernels are compiled for."""
+        """Return what the kernels are compiled for."""
         asked = tuple(self._term(place) for place in places)
         # To ask whether anything in a tile counts pays where many tiles are empty.
         few = all(term.over in ("positive", "remembered") for term in asked)
@@ -276,7 +276,7 @@ class Kernels:
         )
 
     def _term(self, place: int) -> Term:
-        """Give what the code of the kernels depends on."""
+        """Return what the code of the kernels depends on."""
         asked = self.asked[place]
         detached = isinstance(asked, SoftMean) and asked.detach
         (factor, addend), names, wanted = _arguments(asked), _names(asked), self.work.learned
@@ -289,7 +289,7 @@ class Kernels:
         )
 
     def _known(self, places: Sequence[int], given: Sequence[tuple[Tensor, ...]] | None = None) -> tuple[Known, Known]:
-        """Give what the anchors and all candidates are known by, with the coefficients of the backward pass."""
+        """Return what the anchors and all candidates are known by, with the coefficients of the backward pass."""
         layout, new, count = self.work.layout, self.work.x.new_zeros, len(places)
         of_anchors, of_candidates = self.work.numbered
         rows, columns = of_anchors.shape[1], of_candidates.shape[1]
@@ -318,7 +318,7 @@ class Kernels:
         )
 
     def _sweeps(self, candidates: Known) -> Iterator[tuple[Vectors, Known, int | None]]:
-        """Walk the parts: vectors, what they are known by, which part; None for all that are the anchors themselves."""
+        """Loop over the parts: vectors, what they are known by, which part; None for the anchors themselves."""
         work = self.work
         parts: list[tuple[Tensor, int | None]] = [(work.x, None)] if work.mirrored else []
         parts += [(part, k) for k, part in enumerate(work.parts) if k >= work.mirrored]
@@ -351,12 +351,12 @@ def _blocks(length: int, size: int) -> int:
 
 
 def _strided(z: Tensor) -> Vectors:
-    """Give (N, D) or (H, N, D) as they lie in memory; (N, D) serve all heads."""
+    """Return (N, D) or (H, N, D) as they lie in memory; (N, D) serve all heads."""
     return Vectors(z, z.stride(0) if z.ndim == 3 and len(z) > 1 else 0, z.stride(-2), z.shape[-2])
 
 
 def _arguments(asked: Any) -> tuple[Any, Any]:
-    """Give the factor and the addend of a reduction; a number, (..., N or 1, M or 1), or None for no addend."""
+    """Return the factor and the addend of a reduction; a number, (..., N or 1, M or 1), or None for no addend."""
     if isinstance(asked, Mean):
         return 1.0 if asked.weight is None else asked.weight, None
     if isinstance(asked, SoftplusSum):
@@ -366,12 +366,12 @@ def _arguments(asked: Any) -> tuple[Any, Any]:
 
 
 def _names(asked: Any) -> tuple[str, str]:
-    """Give the names of the two."""
+    """Return the names of the two."""
     return "weight" if isinstance(asked, Mean) else "scale", "bias" if isinstance(asked, SoftplusSum) else "log_weight"
 
 
 def _side(value: Any) -> str:
-    """Say whose an argument is: "candidate" where it spans M, else "anchor", also for a number."""
+    """Return which side an argument belongs to: "candidate" where it spans M, else "anchor", also for a number."""
     return "candidate" if isinstance(value, Tensor) and value.ndim and value.shape[-1] != 1 else "anchor"
 
 
@@ -492,7 +492,7 @@ def _gradient(
 def _shares(g: tl.tensor, sums: tl.tuple, s: tl.tensor, tile: Tile, code: tl.constexpr, down: tl.constexpr) -> Any:
     """Add dL/ds of every reduction to a tile, and the sums of its rows to those of the arguments that are theirs.
 
-    The derivatives are those of `shares.shares`; `down` says that the tile's rows are anchors, else its columns are.
+    The derivatives are those of `formulas.Derivative`; `down` says that the tile's rows are anchors, else its columns.
     """
     counted = _counted(tile, code, down)
     made: tl.tuple = ()
@@ -528,7 +528,7 @@ def _shares(g: tl.tensor, sums: tl.tuple, s: tl.tensor, tile: Tile, code: tl.con
 
 @_jit
 def _counted(tile: Tile, code: tl.constexpr, down: tl.constexpr) -> Any:
-    """Say of each reduction which pairs of a tile count by their identities, as `tiles.relation` does."""
+    """Return for each reduction which pairs of a tile count by their identities, as `layout.relation` does."""
     same_sample = _identity(tile.anchors, 0, tile.i, down) == _identity(tile.candidates, 0, tile.j, not down)
     same_group = _identity(tile.anchors, 1, tile.i, down) == _identity(tile.candidates, 1, tile.j, not down)
     same_view = _identity(tile.anchors, 2, tile.i, down) == _identity(tile.candidates, 2, tile.j, not down)
@@ -552,7 +552,7 @@ def _counted(tile: Tile, code: tl.constexpr, down: tl.constexpr) -> Any:
 
 @_jit
 def _any(counted: tl.tuple) -> Any:
-    """Say whether any pair of a tile counts."""
+    """True if any pair of a tile counts."""
     found = counted[0]
     for k in tl.static_range(1, len(counted)):
         found = found | counted[k]
@@ -563,7 +563,7 @@ def _any(counted: tl.tuple) -> Any:
 def _reaching(
     counts: tl.tensor, s: tl.tensor, tile: Tile, k: tl.constexpr, code: tl.constexpr, down: tl.constexpr
 ) -> Any:
-    """Give those of the counting pairs whose similarity reaches the threshold."""
+    """Return those of the counting pairs whose similarity reaches the threshold."""
     if code.asked[k].above:
         counts = counts & (s >= _of_anchors(tile, 2, k, code, down))
     return counts
@@ -571,7 +571,7 @@ def _reaching(
 
 @_jit
 def _logit(s: tl.tensor, tile: Tile, k: tl.constexpr, code: tl.constexpr, down: tl.constexpr) -> Any:
-    """Give factor * s + addend."""
+    """Return factor * s + addend."""
     logit = _argument(tile, 0, k, code, down) * s
     if code.asked[k].sides[1] != "none":
         logit += _argument(tile, 1, k, code, down)
@@ -580,7 +580,7 @@ def _logit(s: tl.tensor, tile: Tile, k: tl.constexpr, code: tl.constexpr, down: 
 
 @_jit
 def _argument(tile: Tile, which: tl.constexpr, k: tl.constexpr, code: tl.constexpr, down: tl.constexpr) -> Any:
-    """Give the factor (0) or the addend (1) of a reduction."""
+    """Return the factor (0) or the addend (1) of a reduction."""
     if code.asked[k].sides[which] == "anchor":
         found = _of_anchors(tile, which, k, code, down)
     else:
@@ -591,7 +591,7 @@ def _argument(tile: Tile, which: tl.constexpr, k: tl.constexpr, code: tl.constex
 
 @_jit
 def _of_anchors(tile: Tile, which: tl.constexpr, k: tl.constexpr, code: tl.constexpr, down: tl.constexpr) -> Any:
-    """Give a number of each anchor."""
+    """Return a number of each anchor."""
     place = tile.anchors.numbers + _place(tile.anchors, tile.head, tile.i, k, which, code)
     return _spread(tl.load(place, mask=tile.i < tile.anchors.stop, other=0), down)
 
@@ -600,7 +600,7 @@ def _of_anchors(tile: Tile, which: tl.constexpr, k: tl.constexpr, code: tl.const
 def _place(
     known: Known, head: tl.tensor, at: tl.tensor, k: tl.constexpr, which: tl.constexpr, code: tl.constexpr
 ) -> Any:
-    """Give where [which, k, head, at] stands in (W, K, H, total)."""
+    """Return where [which, k, head, at] stands in (W, K, H, total)."""
     return ((which * len(code.asked) + k) * known.heads + head) * known.total + at
 
 
@@ -616,7 +616,7 @@ def _present(known: Known, k: tl.constexpr, at: tl.tensor, down: tl.constexpr) -
 
 @_jit
 def _spread(values: tl.tensor, down: tl.constexpr) -> Any:
-    """Give numbers of the rows of a tile (`down`), or of its columns, for all of it."""
+    """Return numbers of the rows of a tile (`down`), or of its columns, for all of it."""
     if down:  # noqa: SIM108 - the code of a kernel is chosen by `if` alone
         spread = values[:, None]
     else:
@@ -628,7 +628,7 @@ def _spread(values: tl.tensor, down: tl.constexpr) -> Any:
 def _similarity(
     own: Vectors, other: Vectors, tile: Tile, rows: tl.tensor, columns: tl.tensor, code: tl.constexpr
 ) -> Any:
-    """Give a tile of inner products."""
+    """Return a tile of inner products."""
     number = tile.anchors.numbers.dtype.element_ty
     s = tl.zeros([code.size, code.size], number)
     if code.reads:
@@ -643,7 +643,7 @@ def _similarity(
 def _vectors(
     of: Vectors, head: tl.tensor, rows: tl.tensor, begin: tl.tensor, width: tl.constexpr, code: tl.constexpr
 ) -> Any:
-    """Give a chunk of the coordinates of some vectors, 0 beyond them."""
+    """Return a chunk of the coordinates of some vectors, 0 beyond them."""
     d = begin + tl.arange(0, width)
     place = of.z + head * of.head + rows.to(tl.int64)[:, None] * of.row + d[None, :]
     return tl.load(place, mask=(rows < of.size)[:, None] & (d < code.dims)[None, :], other=0)
@@ -672,7 +672,7 @@ def _add_sum(
 
 @_jit
 def _softplus(x: tl.tensor) -> Any:
-    """Give max(x, 0) + log(1 + e^-|x|); log(1 + e) = 2 artanh(w) with w = e / (2 + e) <= 1/3 keeps a small e."""
+    """Return max(x, 0) + log(1 + e^-|x|); log(1 + e) = 2 artanh(w) with w = e / (2 + e) <= 1/3 keeps a small e."""
     e = tl.exp(-tl.abs(x))
     w = e / (2.0 + e)
     terms: tl.constexpr = 17 if x.dtype == tl.float64 else 8
