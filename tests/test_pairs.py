@@ -550,3 +550,27 @@ def test_what_cannot_be_asked_is_refused_in_a_sentence(ask, words):
     a, b = (Embeddings(torch.randn(2, DIMS), index, index, index * 0 + view) for view in range(2))
     with pytest.raises(ValueError, match=words):
         ask(cross_pairs(a, b))
+
+
+def test_anchors_that_were_first_read_without_gradient_have_one_later():
+    index = torch.arange(3)
+    views = [torch.randn(3, 2, requires_grad=True) for _ in range(2)]
+    pairs = all_pairs(*(Embeddings(z, index, index, index * 0 + view) for view, z in enumerate(views)))
+    with torch.no_grad():
+        assert not pairs.anchor.z.requires_grad
+        pairs.mean("positive")
+    assert pairs.anchor.z.requires_grad
+    gradients = torch.autograd.grad(pairs.mean("positive").sum() + pairs.anchor.z.sum(), views)
+    assert all(gradient.abs().sum() > 0 for gradient in gradients)
+
+
+def test_anchors_in_parts_stay_in_parts_through_rules_and_detaching():
+    """Else tiles would no longer serve both directions."""
+    index = torch.arange(3)
+    a, b = (Embeddings(torch.randn(3, 2), index, index, index * 0 + view) for view in (0, 1))
+    pairs = all_pairs(a, b)
+    for same in (pairs, pairs.ignoring(lambda *_: torch.zeros(1, 1, dtype=torch.bool)), pairs.detach()):
+        assert len(same) == len(same.anchor) == 6
+        assert same.layout.anchors_are_candidates
+        assert same.without_rules().layout.symmetric
+    assert not replace(pairs, anchor=pairs.anchor).layout.anchors_are_candidates

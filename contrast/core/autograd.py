@@ -13,7 +13,8 @@ from torch import Tensor
 def full_precision(z: Tensor) -> AbstractContextManager[Any]:
     """Switch autocast off inside the block, on the device of `z`, if it is on."""
     device = z.device.type
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+    on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.autocast(device, enabled=False) if on else nullcontext()
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:

@@ -32,7 +32,8 @@ class _Anchor:
     def __get__(self, pairs: Pairs | None, owner: type) -> Embeddings:
         if pairs is None:
             raise AttributeError("anchor")  # the field has no default
-        return concatenate(pairs.anchor_parts) if torch.compiler.is_compiling() else pairs._joined
+        # Not kept: what was concatenated under `no_grad` would have no gradient later.
+        return concatenate(pairs.anchor_parts)
 
     def __set__(self, pairs: Pairs, given: Embeddings | Sequence[Embeddings]) -> None:
         object.__setattr__(pairs, "anchor_parts", (given,) if isinstance(given, Embeddings) else tuple(given))
@@ -92,16 +93,12 @@ class Pairs:
     @property
     def layout(self) -> Layout:
         """What the identities say about these pairs, for the reductions; nothing is looked at before it is needed."""
+        # torch.compile cannot trace `cached_property` in Python 3.11, and a compiled graph looks at nothing.
         return self._new_layout() if torch.compiler.is_compiling() else self._layout
 
-    # torch.compile cannot trace `cached_property` in Python 3.11; a compiled graph reads neither of these two.
     @cached_property
     def _layout(self) -> Layout:
         return self._new_layout()
-
-    @cached_property
-    def _joined(self) -> Embeddings:
-        return concatenate(self.anchor_parts)
 
     def _new_layout(self) -> Layout:
         return Layout(self.anchor_parts, tuple(self.candidates), self.across, self.rules)

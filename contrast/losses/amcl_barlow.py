@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from contrast.core import distributed
-from contrast.core.autograd import product
+from contrast.core.autograd import full_precision, product
 from contrast.core.embeddings import Embeddings
 from contrast.losses.checks import not_negative
 from contrast.losses.pair_loss import LOSSES
@@ -100,7 +100,7 @@ class AMCLBarlow(nn.Module):
                 raise ValueError(
                     f"AMCLBarlow: view {number} holds values that are not finite (NaN or inf); look at the encoder."
                 )
-        with torch.autocast(views[0].device.type, enabled=False):
+        with full_precision(views[0]):
             count = distributed.total(views[0].new_tensor(float(views[0].shape[-2]), dtype=torch.float32))
             a, b = (_standardised(view.to(torch.promote_types(view.dtype, torch.float32)), count) for view in views)
             correlation = distributed.total(product(a.mT, b.mT)) / count.clamp(min=1)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from contrast.core import distributed
+from contrast.core.autograd import full_precision
 from contrast.core.pairs import Pairs
 from contrast.core.reductions import LogSumExp
 from contrast.losses import inputs
@@ -88,7 +89,7 @@ class CACRRBF(PairLoss):
             raise ValueError(_NO_ROWS)
         self._check(views, targets, group, unknown)
         extras = inputs.as_list(extra)
-        with torch.autocast(views[0].device.type, enabled=False):
+        with full_precision(views[0]):
             (pairs,) = self.pairs(
                 *views,
                 targets=targets,

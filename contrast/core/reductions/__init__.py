@@ -20,7 +20,6 @@ from torch import Tensor
 
 from contrast.core.autograd import full_precision
 from contrast.core.reductions import dense, streamed
-from contrast.core.reductions.functions import SidedFunction
 from contrast.core.reductions.kinds import (
     Count,
     Kth,
@@ -34,6 +33,7 @@ from contrast.core.reductions.kinds import (
     check,
 )
 from contrast.core.reductions.layout import Layout, Rule
+from contrast.core.reductions.pair_functions import SidedFunction
 from contrast.core.reductions.tiled import TILE
 
 __all__ = [

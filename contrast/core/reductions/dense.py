@@ -13,7 +13,6 @@ from torch.func import functional_call
 from contrast.core.autograd import product
 from contrast.core.embeddings import Embeddings, concatenate
 from contrast.core.reductions import layout as layouts
-from contrast.core.reductions.functions import shared
 from contrast.core.reductions.kinds import (
     Count,
     Kth,
@@ -26,6 +25,7 @@ from contrast.core.reductions.kinds import (
     with_thresholds,
 )
 from contrast.core.reductions.layout import Layout
+from contrast.core.reductions.pair_functions import shared
 
 
 def reduce(layout: Layout, asked: Sequence[Reduction]) -> tuple[Tensor, ...]:

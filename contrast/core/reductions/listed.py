@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from contrast.core.reductions.formulas import Derivative, Sums
 from contrast.core.reductions.function import Gradients, Saved
-from contrast.core.reductions.functions import Evaluated, PairFunctions, SidedFunction
 from contrast.core.reductions.kinds import (
     Count,
     Kth,
@@ -27,6 +26,7 @@ from contrast.core.reductions.kinds import (
     with_tensors,
 )
 from contrast.core.reductions.layout import Block, Layout
+from contrast.core.reductions.pair_functions import Evaluated, PairFunctions, SidedFunction
 from contrast.core.reductions.tile import ArgumentGradients, Tile
 
 ROWS = 1024

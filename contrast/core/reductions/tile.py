@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from contrast.core.reductions.functions import Evaluated
 from contrast.core.reductions.kinds import Mean
+from contrast.core.reductions.pair_functions import Evaluated
 
 ArgumentGradients = Mapping[tuple[int, str], Tensor | None]
 """The gradients of arguments by (id of the reduction, name of the argument); None where none is needed."""

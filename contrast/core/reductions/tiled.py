@@ -29,7 +29,6 @@ from torch import Tensor, nn
 from contrast.core.embeddings import Embeddings
 from contrast.core.reductions.formulas import Derivative, Sums, shift_of
 from contrast.core.reductions.function import Gradients, Saved
-from contrast.core.reductions.functions import Evaluated, PairFunctions
 from contrast.core.reductions.kinds import (
     Count,
     LogSumExp,
@@ -42,6 +41,7 @@ from contrast.core.reductions.kinds import (
     with_tensors,
 )
 from contrast.core.reductions.layout import Block, Layout, Listed, relation
+from contrast.core.reductions.pair_functions import Evaluated, PairFunctions
 from contrast.core.reductions.tile import ArgumentGradients, Tile
 
 TILE = 512
