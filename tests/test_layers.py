@@ -164,3 +164,27 @@ def test_the_reading_finds_a_forbidden_import(room, source):
 )
 def test_the_reading_lets_a_rightful_import_pass(room, source):
     assert wrong_imports(room, source) == []
+
+
+def test_the_files_of_the_core_import_each_other_in_one_direction():
+    """Also for the type checker alone: a circle means that two files are one."""
+    imports = {}
+    for path in sorted((PACKAGE / "core").rglob("*.py")):
+        name = ".".join(["contrast", *path.relative_to(PACKAGE).with_suffix("").parts]).removesuffix(".__init__")
+        nodes = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom)]
+        imports[name] = {f"{node.module}.{alias.name}" for node in nodes for alias in node.names} | {
+            node.module for node in nodes
+        }
+    assert "contrast.core.pairs" in imports
+    done = []
+
+    def visit(name, above):
+        assert name not in above, f"a circle: {' -> '.join([*above, name])}"
+        if name not in done:
+            # A package is imported by its own files too, which is no circle: it comes last.
+            for other in sorted((imports[name] & imports.keys()) - {name, name.rpartition(".")[0]}):
+                visit(other, [*above, name])
+            done.append(name)
+
+    for name in imports:
+        visit(name, [])

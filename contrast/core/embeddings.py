@@ -130,10 +130,11 @@ class _Normalise(torch.autograd.Function):
         if g is None:
             return None if to_inverse is None else -to_inverse * inverse.square() * unit
         with full_precision(g):
-            along = (g * unit).sum(dim=-1, keepdim=True)
+            # A product of matrices needs no third (N, D) tensor.
+            along = (g.unsqueeze(-2) @ unit.unsqueeze(-1)).squeeze(-1)
             # Only a second derivative has a gradient of 1 / |z|.
             along = along if to_inverse is None else along + to_inverse * inverse
-            to_z: Tensor = torch.addcmul(g, unit, along, value=-1) * inverse
+            to_z: Tensor = torch.addcmul(g, unit, along, value=-1).mul_(inverse)
             return to_z
 
 

@@ -30,11 +30,11 @@ from contrast.core.reductions.kinds import (
     Relation,
     SoftMean,
     SoftplusSum,
-    check,
 )
 from contrast.core.reductions.layout import Layout, Rule
 from contrast.core.reductions.pair_functions import SidedFunction
 from contrast.core.reductions.tiled import TILE
+from contrast.core.reductions.validation import check
 
 __all__ = [
     "Count",

@@ -13,6 +13,7 @@ from torch.func import functional_call
 from contrast.core.autograd import product
 from contrast.core.embeddings import Embeddings, concatenate
 from contrast.core.reductions import layout as layouts
+from contrast.core.reductions.formulas import empty_logsumexp, softplus
 from contrast.core.reductions.kinds import (
     Count,
     Kth,
@@ -22,6 +23,7 @@ from contrast.core.reductions.kinds import (
     Relation,
     SoftMean,
     SoftplusSum,
+    below,
     with_thresholds,
 )
 from contrast.core.reductions.layout import Layout
@@ -100,21 +102,6 @@ class _AllPairs:
         parameters = {name: shared(parameter) for name, parameter in value.named_parameters()}
         tiles = [functional_call(value, parameters, (anchor, part)) for part in self.layout.candidates]
         return torch.cat(tiles, dim=-1).to(self.s.dtype)
-
-
-def empty_logsumexp(dtype: torch.dtype) -> float:
-    """Return the log-sum-exp over no candidates: finite, so that its differences are finite too."""
-    return torch.finfo(dtype).min / 2
-
-
-def softplus(x: Tensor) -> Tensor:
-    """Compute log(1 + e^x); above a threshold, whose default of 20 loses digits in float64, torch returns x."""
-    return F.softplus(x, threshold=40)
-
-
-def below(similarity: Tensor) -> Tensor:
-    """Return what is smaller by 8 units in the last place: a threshold that products in any order reach."""
-    return similarity - 8 * torch.finfo(similarity.dtype).eps * similarity.abs().clamp(min=0.125)
 
 
 def _exponents(pairs: _AllPairs, asked: LogSumExp | SoftMean) -> tuple[Tensor, Tensor]:

@@ -30,16 +30,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from contrast.core.reductions.dense import empty_logsumexp, softplus
 from contrast.core.reductions.kinds import Count, LogSumExp, Mean, SoftMean, SoftplusSum, is_number
-
-if TYPE_CHECKING:
-    from contrast.core.reductions.tile import Tile
+from contrast.core.reductions.tile import Tile
 
 WIDEST = {torch.float32: 75.0, torch.float64: 650.0}
 """e^x, and sums of a hundred thousand of them, are normal numbers for |x| up to this."""
@@ -221,3 +219,13 @@ def sum_of_log1p(e: Tensor, dim: int) -> Tensor:
         product = torch.addcmul(first + second, first, second)
     total = torch.log1p(product).sum(dim)
     return total if bool(torch.isfinite(total).all()) else torch.log1p(e).sum(dim)
+
+
+def softplus(x: Tensor) -> Tensor:
+    """Compute log(1 + e^x); above a threshold, whose default of 20 loses digits in float64, torch returns x."""
+    return F.softplus(x, threshold=40)
+
+
+def empty_logsumexp(dtype: torch.dtype) -> float:
+    """Return the log-sum-exp over no candidates: finite, so that its differences are finite too."""
+    return torch.finfo(dtype).min / 2

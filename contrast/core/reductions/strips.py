@@ -17,9 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from contrast.core.reductions import function
-from contrast.core.reductions.dense import below
 from contrast.core.reductions.function import Gradients, Saved
-from contrast.core.reductions.kinds import Count, Kth, Relation
+from contrast.core.reductions.kinds import Count, Kth, Relation, below
 from contrast.core.reductions.layout import Block, Layout
 from contrast.core.reductions.listed import Similarities
 from contrast.core.reductions.tiled import BlockTile, Buffers, Grid

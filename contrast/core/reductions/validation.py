@@ -1,0 +1,52 @@
+"""What a reduction refuses, in a sentence."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from contrast.core.reductions.kinds import Kth, Reduction, arguments
+from contrast.core.reductions.layout import Layout
+
+
+def check(asked: Reduction, layout: Layout) -> None:
+    """Refuse an unknown relation, masks of a wrong shape, missing references, an argument that spans both N and M.
+
+    Raises:
+        ValueError: with the sentence.
+    """
+    if asked.over not in ("positive", "negative", "remembered", "all"):
+        raise ValueError(f"over is 'positive', 'negative', 'remembered' or 'all'; got {asked.over!r}.")
+    for name, size in (("among", layout.columns), ("rows", layout.rows)):
+        mask = getattr(asked, name, None)
+        if mask is not None and (mask.dtype != torch.bool or mask.shape != (size,)):
+            raise ValueError(f"{name} is ({size},) bool; got {mask.dtype} of shape {tuple(mask.shape)}.")
+    if isinstance(asked, Kth):
+        _check_k(asked.k, layout)
+    above = getattr(asked, "above", None)
+    if isinstance(above, Kth):
+        check(above, layout)
+    elif above is not None and not isinstance(above, Tensor):
+        raise ValueError(f"above is a tensor of thresholds, (N,) or (H, N), or a Kth; got {above!r}.")
+    for name, value in arguments(asked).items():
+        if isinstance(value, Tensor):
+            if name != "bias" and value.ndim >= 2 and value.shape[-2] > 1 and value.shape[-1] > 1:
+                raise ValueError(
+                    "a scale, weight or log_weight spans at most one of N and M: (N, 1), (1, M) or (H, 1, 1); got the "
+                    f"shape {tuple(value.shape)}. For a value of each pair give a PairFunction, a module "
+                    "(anchor, candidate) -> tile."
+                )
+        elif isinstance(value, str):
+            if value != "reference":
+                raise ValueError(f"weight is 'reference', a number, a tensor or a PairFunction; got {value!r}.")
+            layout.check_references()
+
+
+def _check_k(k: int | Tensor, layout: Layout) -> None:
+    """Refuse a k that is not a number of candidates, for all anchors or for each."""
+    if isinstance(k, Tensor):
+        shape = (*layout.heads, layout.rows)
+        if k.dtype != torch.int64 or k.shape not in ((), shape, shape[-1:]):
+            raise ValueError(f"k is a number, or {tuple(shape)} int64; got {k.dtype} of shape {tuple(k.shape)}.")
+    elif not isinstance(k, int) or isinstance(k, bool) or k < 1:
+        raise ValueError(f"k is a whole number, 1 or more; got {k!r}.")
