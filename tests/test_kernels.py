@@ -16,7 +16,7 @@ import torch
 from contrast.core import reductions
 from contrast.core.embeddings import PADDING, REMEMBERED, Embeddings
 from contrast.core.pairs import Pairs, all_pairs, two_sided
-from contrast.core.reductions import Count, Kth, LogSumExp, Mean, SoftMean, SoftplusSum, function, kernels
+from contrast.core.reductions import Count, Kth, LogSumExp, Mean, SoftMean, SoftplusSum, kernels, terms
 from contrast.core.reductions.tiled import TiledReductions
 from contrast.core.reductions.triton_backend import KernelReductions
 
@@ -36,7 +36,7 @@ def test_the_facts_below_hold_in_the_interpreter():
 
 def reduce(term, pairs, *asked):
     """Compute all reductions with one kind of term."""
-    (outputs,) = function.apply(pairs.layout, [term(pairs.layout, asked, 16)])
+    (outputs,) = terms.compute(pairs.layout, [term(pairs.layout, asked, 16)])
     return outputs
 
 
@@ -250,7 +250,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from contrast.core.embeddings import Embeddings
 from contrast.core.pairs import all_pairs, two_sided
-from contrast.core.reductions import Count, LogSumExp, Mean, SoftMean, SoftplusSum, function, kernels
+from contrast.core.reductions import Count, LogSumExp, Mean, SoftMean, SoftplusSum, kernels, terms
 from contrast.core.reductions.triton_backend import KernelReductions
 
 class Absent:
@@ -271,7 +271,7 @@ def compiled(make, heads, *asked):
     z = [torch.randn(*heads, n, 128, requires_grad=True) for _ in range(3)]
     a, b, q = (Embeddings(z[v], index, index, index * 0 + v) for v in range(3))
     layout = make(a, b, extra=[q]).layout
-    (found,) = function.apply(layout, [KernelReductions(layout, asked)])
+    (found,) = terms.compute(layout, [KernelReductions(layout, asked)])
     found = [one.sum() for one in found if one.requires_grad]
     sum(found).backward() if found else None
 for precision in ("highest", "high", "medium"):

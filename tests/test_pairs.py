@@ -543,6 +543,10 @@ def test_two_sided_and_cross_pairs_leave_out_the_anchors_own_view():
         (lambda pairs: pairs.count("all", above=0.5), "or a Kth; got 0.5"),
         (lambda pairs: pairs.mean("all", among=torch.ones(3).bool()), r"among is \(2,\) bool; got .* shape \(3,\)"),
         (lambda pairs: pairs.count("all", rows=torch.ones(2)), r"rows is \(2,\) bool; got torch.float32"),
+        (lambda pairs: pairs.mean("all", above=torch.zeros(len(pairs), 1)), "thresholds, .* got the shape"),
+        (lambda pairs: pairs.mean("all", above=torch.tensor(0.5)), r"or a Kth; got the shape \(\)"),
+        (lambda pairs: pairs.topk(-1, "all"), "k is a whole number, 1 or more; got -1"),
+        (lambda pairs: pairs.topk(2.5, "all"), "k is a whole number, 1 or more; got 2.5"),
     ],
 )
 def test_what_cannot_be_asked_is_refused_in_a_sentence(ask, words):
@@ -574,3 +578,18 @@ def test_anchors_in_parts_stay_in_parts_through_rules_and_detaching():
         assert same.layout.anchors_are_candidates
         assert same.without_rules().layout.symmetric
     assert not replace(pairs, anchor=pairs.anchor).layout.anchors_are_candidates
+
+
+@pytest.mark.parametrize("heads", [(), (2,)])
+def test_the_weight_of_all_pairs_alike_has_no_gradient_in_a_mean(heads):
+    """Where tiles serve both directions, the gradient of a weight is a sum over both, and not of products of sums."""
+    index = torch.arange(5)
+    z = torch.randn(2, *heads, 5, DIMS, dtype=torch.float64, requires_grad=True)
+    weight = torch.full((*heads, 1, 1) if heads else (), 0.7, dtype=torch.float64, requires_grad=True)
+    pairs = all_pairs(*(Embeddings(one, index, index, index * 0 + view) for view, one in enumerate(z)))
+    mean = pairs.mean("negative", weight=weight)
+    torch.testing.assert_close(mean, pairs.mean("negative"))
+    mix = torch.linspace(0.5, 2.0, mean.numel(), dtype=torch.float64).view(mean.shape)
+    to_weight, to_z = torch.autograd.grad((mean * mix).sum(), [weight, z])
+    assert to_weight.abs().max() < 1e-12
+    torch.testing.assert_close(to_z, torch.autograd.grad((pairs.mean("negative") * mix).sum(), z)[0])

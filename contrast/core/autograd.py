@@ -24,7 +24,7 @@ def product(a: Tensor, b: Tensor) -> Tensor:
 
 
 class _Product(torch.autograd.Function):
-    generate_vmap_rule = True
+    generate_vmap_rule = True  # for torch.func
 
     @staticmethod
     def forward(a: Tensor, b: Tensor) -> Tensor:
@@ -46,6 +46,12 @@ class _Product(torch.autograd.Function):
             return to_a, (gradient.mT @ a).sum_to_size(b.shape)
 
 
+CHANGED = (
+    "a candidate changed between the loss and its backward pass, or a memory was updated: "
+    "call a memory's update(...) after loss.backward()."
+)
+
+
 def saved(ctx: Any) -> tuple[Tensor, ...]:
     """Return what the forward pass saved.
 
@@ -57,10 +63,7 @@ def saved(ctx: Any) -> tuple[Tensor, ...]:
     except RuntimeError as error:
         if "modified by an inplace operation" not in str(error):
             raise
-        raise RuntimeError(
-            "a candidate changed between the loss and its backward pass: call a memory's update(...) after "
-            "loss.backward()."
-        ) from error
+        raise RuntimeError(CHANGED) from error
     return tensors
 
 
@@ -69,9 +72,12 @@ def first_derivative(
 ) -> tuple[Tensor | None, ...]:
     """Return the gradients that `function` makes of `upstream`; their own derivative is refused in a sentence.
 
+    torch's `once_differentiable` refuses it too, but does not say what to do instead.
+
     Args:
         function: the gradients, from those of the outputs.
-        inputs: what the gradients depend on besides.
+        inputs: what the gradients depend on besides. They are passed so that a second derivative with respect to them
+            is refused, and not silently 0.
         *upstream: the gradients of the outputs.
     """
     if not torch.is_grad_enabled():

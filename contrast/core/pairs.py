@@ -64,9 +64,10 @@ class Pairs:
 
     Args:
         anchor: N embeddings; the rows. Several `Embeddings`, one per view, are read as one: `pairs.anchor` is a copy of
-            these, `pairs.anchor_parts` are they themselves.
+            these, `pairs.anchor_parts` are they themselves. (`dataclasses.replace` passes on the copy: the numbers
+            stay, but no similarity serves both directions any more.)
         candidates: M embeddings in several parts: one per view, in view order, then the extras. Where the first of
-            them are the very anchors, each similarity is computed once for both directions.
+            them are the same objects as the anchors, each similarity is computed once for both directions.
         across: whether only candidates of another view than the anchor's count (CLIP, SigLIP, MoCo v3).
         views: how many of the candidates' parts are views; the rest are extras. All of them where it is not given.
         rules: what `ignoring` added.

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from contrast.core.embeddings import gather_all, normalise
-from contrast.core.pairs import Pairs, two_sided
+from contrast.core.pairs import Pairs
 from contrast.core.reductions import LogSumExp, Mean
 from contrast.losses.info_nce import InfoNCE
 from contrast.losses.pair_loss import LOSSES, Extra
@@ -75,9 +75,8 @@ class CWCL(InfoNCE):
                     f"CWCL weighs every candidate by the frozen tower: extras are Embeddings with reference "
                     f"(K, {reference.shape[-1]}); got {'none' if width is None else f'(K, {width})'}."
                 )
-        if twins:
-            return [Pairs(own, (*gather_all(twins), *extras), across=True, views=len(twins))]
-        return [two_sided(own[0], own[1], extra=extras)]
+        others = twins or own
+        return [Pairs(own, (*gather_all(others), *extras), across=True, views=len(others))]
 
     def per_anchor(self, pairs: Pairs) -> Tensor:
         """Return twice log of the denominator minus the (weighted) mean logit: twice, since a sum is two means."""

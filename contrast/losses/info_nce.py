@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from contrast.core import distributed
 from contrast.core.embeddings import gather_all
-from contrast.core.pairs import Pairs, two_sided
+from contrast.core.pairs import Pairs
 from contrast.core.reductions import LogSumExp, Mean
 from contrast.losses.checks import positive
 from contrast.losses.pair_loss import LOSSES, Extra, PairLoss
@@ -105,8 +105,6 @@ class InfoNCE(PairLoss):
                 for number, key in keys
                 if number != view
             ]
-        if len(own) == 2:
-            return [two_sided(own[0], own[1], extra=extras)]
         return [Pairs(own, (*gather_all(own), *extras), across=True, views=len(own))]
 
     def per_anchor(self, pairs: Pairs) -> Tensor:

@@ -1,4 +1,4 @@
-"""What a loss accepts as views, identities, references and extra candidates, and the sentences for all else."""
+"""What a loss accepts as views, identities, references and extra candidates, and what it says of all else."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from contrast.core import distributed
-from contrast.core.autograd import full_precision
+from contrast.core.autograd import CHANGED, full_precision
 from contrast.core.embeddings import PADDING, Embeddings, gather_all, normalise
 from contrast.core.pairs import Pairs, all_pairs
 from contrast.core.registry import Registry
@@ -270,10 +270,7 @@ def _refuse_updated(value: Tensor, extras: Sequence[Extra]) -> Tensor:
 
     def check(gradient: Tensor) -> None:  # noqa: ARG001
         if any(source.updates != count for source, count in counts):
-            raise RuntimeError(
-                "a memory was updated between the loss and its backward pass: call a memory's update(...) after "
-                "loss.backward()."
-            )
+            raise RuntimeError(CHANGED)
 
     if not torch._C._are_functorch_transforms_active():
         value.register_hook(check)  # type: ignore[no-untyped-call]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from contrast.core import distributed
 from contrast.core.embeddings import gather_all
-from contrast.core.pairs import Pairs, two_sided
+from contrast.core.pairs import Pairs
 from contrast.core.reductions import SoftplusSum
 from contrast.losses.checks import positive
 from contrast.losses.pair_loss import LOSSES, Extra, PairLoss
@@ -62,8 +62,6 @@ class SigLIP(PairLoss):
         """Let every view meet the other ones, or the targets of other ones."""
         own, twins = self.embed(views, targets, sample, group, reference)
         extras = self.extras(extra, own)
-        if not twins and len(own) == 2:
-            return [two_sided(own[0], own[1], extra=extras)]
         others = twins or own
         return [Pairs(own, (*gather_all(others), *extras), across=True, views=len(others))]
 

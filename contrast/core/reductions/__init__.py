@@ -5,7 +5,7 @@
 * `triton`: the same, with CUDA kernels for what they know; the default on CUDA.
 
 A row without candidates gives 0 (a log-sum-exp: `finfo.min / 2`) and no gradient. To add a reduction: its class and
-arguments in `kinds`, its formula in `dense`, its sums and its derivative in `formulas`.
+arguments in `kinds`, its formula for all pairs in `dense`, its class in `formulas`, its method in `Pairs`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from contrast.core.autograd import full_precision
-from contrast.core.reductions import dense, streamed
+from contrast.core.reductions import dense, streamed, strips
 from contrast.core.reductions.kinds import (
     Count,
     Kth,
@@ -72,7 +72,7 @@ def backend(name: Name, *, tile: int = TILE) -> Iterator[None]:
 
     Args:
         name: "dense", "tiled" or "triton".
-        tile: rows and columns of a tile.
+        tile: rows and columns of a tile; the Triton kernels have their own.
 
     Raises:
         ValueError: for another name or a size below 1.
@@ -116,9 +116,9 @@ def topk(layout: Layout, k: int, over: Relation, among: Tensor | None) -> tuple[
 
     Where a row has fewer than k, its last values are 0 and their positions -1.
     """
-    check(Count(over, among), layout)
+    check(Kth(k, over, among), layout)
     name, tile = _backend.get() or _DEFAULT
     with full_precision(layout.anchors[0].z):
         if name == "dense":
             return dense.topk(layout, k, over, among)
-        return streamed.topk(layout, k, over, among, tile)
+        return strips.topk(layout, k, over, among, tile)

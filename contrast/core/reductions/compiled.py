@@ -29,6 +29,7 @@ def reduce(layout: Layout, asked: Sequence[Reduction], size: int, triton: bool) 
     if layout.rules or modules:
         uncompiled: Any = torch.compiler.disable(streamed.reduce)  # type: ignore[no-untyped-call]
         return tuple(uncompiled(layout, asked, size, triton))
+    # As `layout.sources`, which the compiler cannot trace: it knows no id().
     sources: list[Embeddings] = []
     for part in (*layout.anchors, *layout.candidates):
         if not any(part is other for other in sources):

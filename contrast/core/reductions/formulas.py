@@ -1,34 +1,34 @@
-r"""How a reduction is computed from tiles of similarities: its base for each pair, its sums per row, its derivative.
+r"""How each reduction is computed from tiles, and its gradient: one class per reduction.
 
-For every reduction R_i of the row s_i1, ..., s_iM, with upstream gradient g_i = dL/dR_i, the gradient of a pair is
+With the upstream gradient g_i = dL/dR_i of a reduction R_i of the row s_i1, ..., s_iM:
 
-.. math:: \frac{\partial L}{\partial s_{ij}} = b_{ij} \, (c_i + d_i s_{ij})
+=========== =========================== ============================== ======================= =========================
+reduction   base b of a pair            sums of a row                  R                       dL/ds of a pair
+=========== =========================== ============================== ======================= =========================
+LogSumExp   e^(scale s + log_weight)    B = sum b                      log B                   scale b c
+SoftMean    e^(scale s)                 B = sum b, T = sum b s         T / B                   b (c + scale (c s - d))
+SoftplusSum sigmoid(scale s + bias)     sum log(1 + e^(scale s + bias))  that sum              scale b c
+Mean        weight                      B = sum b, T = sum b s         T / B                   b c
+=========== =========================== ============================== ======================= =========================
 
-with a *base* b that depends on the pair, and two *coefficients* c, d that depend on the row:
+with two *coefficients* of the row: c_i = g_i / B_i (SoftplusSum: g_i) and d_i = c_i R_i. The gradients of arguments are
+linear in them too: b c of a log_weight or bias, b c s of a scale, c s - d of a weight.
 
-=========== =============================== ========================= ============================= =============
-reduction   base b                          sums per row              c                             d
-=========== =============================== ========================= ============================= =============
-LogSumExp   e^(scale s + log_weight)        B = sum b                 scale g / B
-SoftMean    e^(scale s)                     B, T = sum b s            (1 - scale T / B) g / B       scale g / B
-SoftplusSum sigmoid(scale s + bias)         sum log(1 + e^(...))      scale g
-Mean        weight                          B, T                      g / B
-=========== =============================== ========================= ============================= =============
-
-(LogSumExp is log B, SoftMean and Mean are T / B.) Where the anchors are the candidates, s_ij = s_ji and the base is
-symmetric. Then one tile serves the rows of its anchors and those of its candidates: its column sums are added to the
-sums of the candidates, and its gradient is b_ij (c_i + c_j + (d_i + d_j) s_ij).
+**Symmetric tiles.** Where the anchors are the candidates, s_ij = s_ji, and the base is the same for both. Then one tile
+serves the rows of its anchors and those of its candidates: its column sums are added to the sums of the candidates, and
+its gradient is the formula above with c_i + c_j and d_i + d_j.
 
 **Range.** e^x must neither overflow nor vanish. |s_ij| is at most the product of the longest vectors, so that where the
 scale is a number, |scale s_ij| <= reach is known before any tile. Up to WIDEST nothing needs to be done. Beyond it the
 *fixed shift* reach - WIDEST is subtracted from all exponents: sums cannot overflow, and the base stays symmetric. A row
-whose sum is smaller than e^FAINT may have lost terms; then everything is computed again with *running maxima*: each row
-carries its largest exponent so far, and its sums are scaled down when a larger one comes (one direction only).
+whose sum is smaller than e^UNDERFLOW may have lost terms; then everything is computed again with *running maxima*: each
+row carries its largest exponent so far, and its sums are scaled down when a larger one comes (in one direction only).
 """
 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
@@ -41,12 +41,15 @@ from contrast.core.reductions.tile import Tile
 
 WIDEST = {torch.float32: 75.0, torch.float64: 650.0}
 """e^x, and sums of a hundred thousand of them, are normal numbers for |x| up to this."""
-FAINT = -60.0
-"""A shifted sum below e^FAINT may have lost terms."""
+UNDERFLOW = -60.0
+"""A shifted sum below e^UNDERFLOW may have lost terms; with float64's range it is rarely met."""
+
+PerPair = Callable[[Tensor], Tensor]
+"""Spreads a number per anchor over a tile: that of the pair's anchor, of its candidate, or the sum of both."""
 
 
 def shift_of(asked: Any, longest: float, dtype: torch.dtype) -> float | None:
-    """Return what is subtracted from a reduction's exponents; None where they have no known bound.
+    """Return the fixed shift of a reduction's exponents; None where these have no known bound.
 
     Args:
         asked: the reduction.
@@ -54,18 +57,22 @@ def shift_of(asked: Any, longest: float, dtype: torch.dtype) -> float | None:
         dtype: float32 or float64.
     """
     if isinstance(asked, Mean | Count):
-        return 0.0
+        return 0.0  # no exponents
     if not (math.isfinite(longest) and is_number(asked.scale)) or getattr(asked, "log_weight", None) is not None:
         return None
     beyond = longest * float(torch.as_tensor(asked.scale).abs().max()) - WIDEST[dtype]
     if isinstance(asked, SoftplusSum):
+        # log(1 + e^x) has no shift: it is in range, or it is computed without e^x.
         bias = torch.as_tensor(asked.bias)
         return 0.0 if beyond + (float(bias.max()) if bias.numel() else 0.0) <= 0 else None
     return max(0.0, beyond)
 
 
-class Sums:
-    """The sums per row of one reduction, to which tiles are added.
+class Formula(ABC):
+    """The sums of a reduction over tiles, and its gradient.
+
+    In the forward pass every tile is added, then `finish` is called; in the backward pass `prepare` is called, then
+    `gradient` for every tile.
 
     Args:
         asked: the reduction.
@@ -75,15 +82,16 @@ class Sums:
 
     def __init__(self, asked: Any, shift: float | None, zeros: Tensor) -> None:
         self.asked, self.shift = asked, shift
-        self.mass = zeros.to(torch.int64 if isinstance(asked, Count) else zeros.dtype, copy=True)
-        self.total = zeros.clone() if isinstance(asked, SoftMean | Mean) else None
-        running = shift is None and isinstance(asked, LogSumExp | SoftMean)
-        self.largest = zeros - torch.inf if running else None
-        self.heads_agree = isinstance(asked, Count) and asked.above is None
-        """True if a count is the same for all heads."""
+        self.mass = zeros.clone()
+        """B, relative to the shift or to the largest exponent; the sum of a SoftplusSum, the number of a Count."""
+        self.c = self.d = zeros
+
+    @abstractmethod
+    def base(self, tile: Tile, out: Tensor) -> Tensor:
+        """Write what is summed over each pair into `out`, 0 where a pair does not count."""
 
     def add(self, tile: Tile, out: Tensor, rows: slice | None, columns: slice | None = None) -> Tensor:
-        """Add a tile to the sums of its anchors, of its candidates, or of both, and return its base.
+        """Add a tile to the sums of its anchors, of its candidates, or of both; return what `base` does.
 
         Args:
             tile: the tile.
@@ -91,28 +99,54 @@ class Sums:
             rows: the anchors, among all, whose sums the tile's rows belong to; None for none.
             columns: the anchors whose sums the tile's columns belong to.
         """
-        asked = self.asked
-        if isinstance(asked, Count):
-            base = tile.counts(asked)
-            self.heads_agree = self.heads_agree and base.ndim == 2
-        elif isinstance(asked, SoftplusSum) and self.shift is None:
-            base = tile.zero(softplus(tile.exponents(asked, out)), asked)
-        elif isinstance(asked, Mean):
-            base = tile.zero(tile.weights(asked, out), asked)
-        elif self.largest is None:
-            exponents = tile.exponents(asked, out)
-            base = tile.zero((exponents.sub_(self.shift) if self.shift else exponents).exp_(), asked)
-        else:
-            base = self._relative_to_largest(tile.minus_infinity(tile.exponents(asked, out), asked), tile.rows)
+        base = self.base(tile, out)
         for anchors, dim in ((rows, -1), (columns, -2)):
             if anchors is not None:
-                reached = None if isinstance(asked, Count) else tile.reached(asked, anchors, dim)
-                own = base if reached is None else reached.mul_(base)
-                as_product = isinstance(asked, SoftplusSum) and self.shift is not None
-                self.mass[..., anchors] += sum_of_log1p(own, dim) if as_product else own.sum(dim)
-                if self.total is not None:
-                    self.total[..., anchors] += (own * tile.s).sum(dim)
+                reached = tile.reached(self.asked, anchors, dim)
+                self.add_sums(base if reached is None else reached.mul_(base), tile.s, anchors, dim)
         return base
+
+    def add_sums(self, base: Tensor, s: Tensor, anchors: slice, dim: int) -> None:  # noqa: ARG002
+        """Add the sums over a dimension of a tile to those of some anchors."""
+        self.mass[..., anchors] += base.sum(dim)
+
+    def underflowed(self) -> Tensor | None:
+        """Return the rows that may have lost terms which were too small beside the shift; None for none."""
+        return self.mass < math.exp(UNDERFLOW) if self.shift else None
+
+    @abstractmethod
+    def finish(self) -> tuple[Tensor, Tensor]:
+        """Return the reduction, and a normaliser that `prepare` needs."""
+
+    def prepare(self, output: Tensor, normaliser: Tensor, upstream: Tensor) -> None:  # noqa: ARG002
+        """Compute the coefficients c and d of each row.
+
+        Args:
+            output: the reduction.
+            normaliser: what `finish` returned with it.
+            upstream: g, the gradient of the reduction.
+        """
+        self.c = upstream
+
+    @abstractmethod
+    def gradient(self, tile: Tile, out: Tensor, per_pair: PerPair) -> Tensor:
+        """Return dL/ds of a tile, which may be `out`, and add the gradients of the arguments to the tile's."""
+
+
+class _OfExponentials(Formula):
+    """What LogSumExp and SoftMean share: a base e^exponent, whose sum must stay in range."""
+
+    def __init__(self, asked: Any, shift: float | None, zeros: Tensor) -> None:
+        super().__init__(asked, shift, zeros)
+        self.largest = zeros - torch.inf if shift is None else None
+        self.total: Tensor | None = None
+        self.subtracted: Tensor | float = 0.0
+
+    def base(self, tile: Tile, out: Tensor) -> Tensor:
+        exponents = tile.exponents(self.asked, out)
+        if self.shift is None:
+            return self._relative_to_largest(tile.minus_infinity(exponents, self.asked), tile.rows)
+        return tile.zero(exponents.sub_(self.shift).exp_() if self.shift else exponents.exp_(), self.asked)
 
     def _relative_to_largest(self, exponents: Tensor, rows: slice) -> Tensor:
         """Return e^(exponent - largest) for the rows' largest exponents so far, and scale their sums to these."""
@@ -128,85 +162,146 @@ class Sums:
         self.largest[..., rows] = largest
         return exponents.sub_(finite.unsqueeze(-1)).exp_()
 
-    def faint(self) -> Tensor | None:
-        """Return the rows that may have lost terms which were too small beside the shift; None for none."""
-        return self.mass < math.exp(FAINT) if self.shift else None
+    def log_mass(self) -> tuple[Tensor, Tensor]:
+        """Return log B, 0 for an empty row, and which rows are empty."""
+        empty = self.mass == 0
+        added = torch.as_tensor(self.shift, dtype=self.mass.dtype) if self.largest is None else self.largest
+        return (self.mass.masked_fill(empty, 1).log() + added).masked_fill(empty, 0), empty
+
+    def prepare(self, output: Tensor, normaliser: Tensor, upstream: Tensor) -> None:
+        # b / B = e^(exponent - shift) e^(shift - log B): the first factor belongs to the pair, the second to the row.
+        # With running maxima the shift is log B itself.
+        self.subtracted = normaliser if self.shift is None else self.shift
+        self.c = upstream if self.shift is None else upstream * (self.shift - normaliser).exp()
+        self.d = self.c * output
+
+    def base_again(self, tile: Tile, out: Tensor) -> Tensor:
+        """Return the base in the backward pass, where the coefficients hold what `subtracted` takes from it."""
+        exponents = tile.exponents(self.asked, out)
+        if isinstance(self.subtracted, Tensor):
+            exponents = tile.minus_infinity(exponents, self.asked)
+            return exponents.sub_(self.subtracted[..., tile.rows].unsqueeze(-1)).exp_()
+        return tile.zero(exponents.sub_(self.subtracted).exp_() if self.subtracted else exponents.exp_(), self.asked)
+
+
+class _LogSumExp(_OfExponentials):
+    def finish(self) -> tuple[Tensor, Tensor]:
+        log_mass, empty = self.log_mass()
+        return log_mass.masked_fill(empty, empty_logsumexp(log_mass.dtype)), log_mass.masked_fill(empty, torch.inf)
+
+    def gradient(self, tile: Tile, out: Tensor, per_pair: PerPair) -> Tensor:
+        to_exponent = self.base_again(tile, out).mul_(per_pair(self.c))
+        tile.add_argument(self.asked, "scale", to_exponent, tile.s)
+        tile.add_argument(self.asked, "log_weight", to_exponent)
+        return to_exponent.mul_(tile.value(self.asked.scale))
+
+
+class _SoftMean(_OfExponentials):
+    def __init__(self, asked: Any, shift: float | None, zeros: Tensor) -> None:
+        super().__init__(asked, shift, zeros)
+        self.total = zeros.clone()
+
+    def add_sums(self, base: Tensor, s: Tensor, anchors: slice, dim: int) -> None:
+        super().add_sums(base, s, anchors, dim)
+        assert self.total is not None
+        self.total[..., anchors] += (base * s).sum(dim)
 
     def finish(self) -> tuple[Tensor, Tensor]:
-        """Return the reduction, and its normaliser for the backward pass: log B, inf for an empty row; a mean's B."""
-        asked, mass = self.asked, self.mass
-        if isinstance(asked, Count):
-            return mass[0] if self.heads_agree and mass.ndim == 2 else mass, mass.new_empty(0)
-        if isinstance(asked, SoftplusSum):
-            return mass, mass.new_empty(0)
-        empty = mass == 0
-        mass = mass.masked_fill(empty, 1)
-        if isinstance(asked, Mean):
-            assert self.total is not None
-            return self.total / mass, mass
-        value = mass.log() + (self.shift or 0.0 if self.largest is None else self.largest.masked_fill(empty, 0))
-        normaliser = value.masked_fill(empty, torch.inf)
-        if self.total is not None:
-            return self.total / mass, normaliser
-        return value.masked_fill(empty, empty_logsumexp(value.dtype)), normaliser
+        log_mass, empty = self.log_mass()
+        assert self.total is not None
+        return self.total / self.mass.masked_fill(empty, 1), log_mass.masked_fill(empty, torch.inf)
 
-
-class Derivative:
-    """The derivative of one reduction: its coefficients c and d for each row, without the scale.
-
-    Args:
-        asked: the reduction.
-        shift: that of its sums.
-        output: the reduction.
-        normaliser: what `Sums.finish` returned with it.
-        upstream: g = dL/d(reduction).
-    """
-
-    def __init__(self, asked: Any, shift: float | None, output: Tensor, normaliser: Tensor, upstream: Tensor) -> None:
-        self.asked, self.output, self.c = asked, output, upstream
-        self.d: Tensor | None = None
-        self.minus: Tensor | float = 0.0
-        if isinstance(asked, Mean):
-            self.c = upstream / normaliser
-        elif isinstance(asked, LogSumExp | SoftMean):
-            # b / B = e^(exponent - shift) e^(shift - log B): the first belongs to the pair, the second to the row.
-            self.minus = normaliser if shift is None else shift
-            self.c = upstream if shift is None else upstream * (shift - normaliser).exp()
-            self.d = self.c * output if isinstance(asked, SoftMean) and not asked.detach else None
-
-    def of_tile(self, tile: Tile, out: Tensor, per_pair: Callable[[Tensor], Tensor]) -> Tensor:
-        """Return dL/ds of a tile, and add dL/d(argument) to the tile's.
-
-        Args:
-            tile: the tile.
-            out: a tensor like the similarities, which is overwritten.
-            per_pair: spreads a number per row over the tile: of its anchor, its candidate, or their sum.
-        """
-        asked, s, c = self.asked, tile.s, per_pair(self.c)
-        if isinstance(asked, Mean):
-            base = tile.weights(asked, out)
-            if asked.weight is not None:
-                tile.add_argument(asked, "weight", tile.zero(s - per_pair(self.output), asked), c)
-            return tile.zero(base, asked).mul_(c)
-        base = tile.exponents(asked, out)
-        if isinstance(asked, SoftplusSum):
-            base = tile.zero(base.sigmoid_(), asked)
-        elif isinstance(self.minus, Tensor):
-            base = tile.minus_infinity(base, asked).sub_(self.minus[..., tile.rows].unsqueeze(-1)).exp_()
-        else:
-            base = tile.zero((base.sub_(self.minus) if self.minus else base).exp_(), asked)
-        scale = tile.value(asked.scale)
-        if isinstance(asked, SoftMean) and asked.detach:
+    def gradient(self, tile: Tile, out: Tensor, per_pair: PerPair) -> Tensor:
+        base, c = self.base_again(tile, out), per_pair(self.c)
+        if self.asked.detach:
             return base.mul_(c)
-        if self.d is None:
-            to_exponent = base.mul_(c)
-            tile.add_argument(asked, "scale", to_exponent, s)
-            tile.add_argument(asked, "bias" if isinstance(asked, SoftplusSum) else "log_weight", to_exponent)
-            return to_exponent.mul_(scale)
-        # b (c + scale (c s - d)): the first part is that of s_ij itself, the second that of its softmax weight.
-        around = (s * c).sub_(per_pair(self.d)).mul_(base)
-        tile.add_argument(asked, "scale", around, s)
-        return base.mul_(c).add_(around.mul_(scale))
+        to_exponent = (tile.s * c).sub_(per_pair(self.d)).mul_(base)
+        tile.add_argument(self.asked, "scale", to_exponent, tile.s)
+        return base.mul_(c).add_(to_exponent.mul_(tile.value(self.asked.scale)))
+
+
+class _SoftplusSum(Formula):
+    def base(self, tile: Tile, out: Tensor) -> Tensor:
+        exponents = tile.exponents(self.asked, out)
+        return tile.zero(softplus(exponents) if self.shift is None else exponents.exp_(), self.asked)
+
+    def add_sums(self, base: Tensor, s: Tensor, anchors: slice, dim: int) -> None:  # noqa: ARG002
+        self.mass[..., anchors] += base.sum(dim) if self.shift is None else sum_of_log1p(base, dim)
+
+    def finish(self) -> tuple[Tensor, Tensor]:
+        return self.mass, self.mass.new_empty(0)
+
+    def gradient(self, tile: Tile, out: Tensor, per_pair: PerPair) -> Tensor:
+        to_exponent = tile.zero(tile.exponents(self.asked, out).sigmoid_(), self.asked).mul_(per_pair(self.c))
+        tile.add_argument(self.asked, "scale", to_exponent, tile.s)
+        tile.add_argument(self.asked, "bias", to_exponent)
+        return to_exponent.mul_(tile.value(self.asked.scale))
+
+
+class _Mean(Formula):
+    def __init__(self, asked: Any, shift: float | None, zeros: Tensor) -> None:
+        super().__init__(asked, shift, zeros)
+        self.total = zeros.clone()
+
+    def base(self, tile: Tile, out: Tensor) -> Tensor:
+        return tile.zero(tile.weights(self.asked, out), self.asked)
+
+    def add_sums(self, base: Tensor, s: Tensor, anchors: slice, dim: int) -> None:
+        super().add_sums(base, s, anchors, dim)
+        self.total[..., anchors] += (base * s).sum(dim)
+
+    def finish(self) -> tuple[Tensor, Tensor]:
+        mass = self.mass.masked_fill(self.mass == 0, 1)
+        return self.total / mass, mass
+
+    def prepare(self, output: Tensor, normaliser: Tensor, upstream: Tensor) -> None:
+        self.c = upstream / normaliser
+        self.d = self.c * output
+
+    def gradient(self, tile: Tile, out: Tensor, per_pair: PerPair) -> Tensor:
+        c = per_pair(self.c)
+        if self.asked.weight is not None:
+            tile.add_argument(self.asked, "weight", tile.zero((tile.s * c).sub_(per_pair(self.d)), self.asked))
+        return self.base(tile, out).mul_(c)
+
+
+class _Count(Formula):
+    def __init__(self, asked: Any, shift: float | None, zeros: Tensor) -> None:
+        super().__init__(asked, shift, zeros.to(torch.int64))
+        self.heads_agree = asked.above is None
+
+    def base(self, tile: Tile, out: Tensor) -> Tensor:  # noqa: ARG002
+        counts = tile.counts(self.asked)
+        self.heads_agree = self.heads_agree and counts.ndim == 2
+        return counts
+
+    def add(self, tile: Tile, out: Tensor, rows: slice | None, columns: slice | None = None) -> Tensor:
+        # `tile.counts` looks at the thresholds itself.
+        counts = self.base(tile, out)
+        for anchors, dim in ((rows, -1), (columns, -2)):
+            if anchors is not None:
+                self.add_sums(counts, tile.s, anchors, dim)
+        return counts
+
+    def finish(self) -> tuple[Tensor, Tensor]:
+        return self.mass[0] if self.heads_agree and self.mass.ndim == 2 else self.mass, self.mass.new_empty(0)
+
+    def gradient(self, tile: Tile, out: Tensor, per_pair: PerPair) -> Tensor:
+        raise NotImplementedError("a number of candidates has no gradient")
+
+
+_FORMULAS: dict[type, type[Formula]] = {
+    LogSumExp: _LogSumExp,
+    SoftMean: _SoftMean,
+    SoftplusSum: _SoftplusSum,
+    Mean: _Mean,
+    Count: _Count,
+}
+
+
+def formula(asked: Any, shift: float | None, zeros: Tensor) -> Formula:
+    """Return the formula of a reduction, whose sums are still 0."""
+    return _FORMULAS[type(asked)](asked, shift, zeros)
 
 
 def sum_of_log1p(e: Tensor, dim: int) -> Tensor:

@@ -19,10 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from contrast.core.embeddings import PADDING
-from contrast.core.reductions.formulas import Sums
+from contrast.core.reductions.formulas import formula
+from contrast.core.reductions.kernel_inputs import KernelCall, KernelGradients
 from contrast.core.reductions.kinds import Count, LogSumExp, Mean, Reduction, SoftMean, SoftplusSum, arguments
 from contrast.core.reductions.layout import Layout
-from contrast.core.reductions.triton_backend import KernelCall, KernelGradients
 
 try:
     import triton  # type: ignore[import-untyped]
@@ -175,7 +175,7 @@ class Kernels:
         if vectors[0].dtype != torch.float32 and not INTERPRETED:
             return False
         # A kernel counts in floating point.
-        exact = not isinstance(asked, Count) or layout.columns <= 2 / torch.finfo(vectors[0].dtype).eps
+        exact = not isinstance(asked, Count) or layout.candidate_count <= 2 / torch.finfo(vectors[0].dtype).eps
         return exact and all(len(part.z.shape[:-2]) == len(heads) for part in layout.anchors)
 
     def forward(self) -> tuple[list[Tensor], list[Tensor]]:
@@ -193,16 +193,13 @@ class Kernels:
         return [output for output, _ in closed], [normaliser for _, normaliser in closed]
 
     def _close(self, asked: Any, of_state: Tensor) -> tuple[Tensor, Tensor]:
-        sums = Sums(asked, None, self.work.zeros)
+        sums: Any = formula(asked, None, self.work.zeros)
         largest, mass, total = (values.reshape(self.work.zeros.shape) for values in of_state)
-        if isinstance(asked, Count):
-            sums.mass = total.to(torch.int64)
-        elif isinstance(asked, SoftplusSum):
-            sums.mass = total
-        else:
-            sums.mass, sums.total = mass, None if isinstance(asked, LogSumExp) else total
-            sums.largest = None if isinstance(asked, Mean) else largest
-        return sums.finish()
+        sums.largest, sums.mass, sums.total = largest, mass, total
+        if isinstance(asked, Count | SoftplusSum):
+            sums.mass = total.to(sums.mass.dtype if isinstance(asked, SoftplusSum) else torch.int64)
+        output, normaliser = sums.finish()
+        return output, normaliser
 
     def backward(
         self, outputs: Sequence[Tensor], saved: Sequence[Tensor], upstream: Sequence[Tensor], into: KernelGradients
@@ -492,7 +489,7 @@ def _gradient(
 def _shares(g: tl.tensor, sums: tl.tuple, s: tl.tensor, tile: Tile, code: tl.constexpr, down: tl.constexpr) -> Any:
     """Add dL/ds of every reduction to a tile, and the sums of its rows to those of the arguments that are theirs.
 
-    The derivatives are those of `formulas.Derivative`; `down` says that the tile's rows are anchors, else its columns.
+    The derivatives are those of `formulas`; `down` says that the tile's rows are anchors, else its columns.
     """
     counted = _counted(tile, code, down)
     made: tl.tuple = ()

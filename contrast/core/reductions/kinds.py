@@ -1,4 +1,4 @@
-"""The six reductions of an anchor's row: one small class each, and what their arguments mean."""
+"""The reductions of an anchor's row: one small class each, and what their arguments mean."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ def tensor_arguments(asked: Sequence[Reduction]) -> dict[tuple[int, str], Tensor
 def with_tensors(asked: Sequence[Reduction], places: Iterable[tuple[int, str]], tensors: Sequence[Tensor]) -> list[Any]:
     """Return the same reductions with other tensors at the places that `tensor_arguments` returned."""
     replaced: list[Any] = list(asked)
-    for (number, name), tensor in zip(places, tensors, strict=False):
+    for (number, name), tensor in zip(places, tensors, strict=False):  # further tensors belong to PairFunctions
         replaced[number] = replace(replaced[number], **{name: tensor})
     return replaced
 

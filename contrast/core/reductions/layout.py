@@ -20,7 +20,8 @@ from contrast.core.embeddings import PADDING, REMEMBERED, Embeddings
 from contrast.core.reductions.kinds import Relation
 
 FEW = 16
-"""Pairs are listed where no sample, or no group, occurs more often than this among the candidates."""
+"""Pairs are listed where no sample, or no group, occurs more often than this among the candidates: enough for crops of
+an image and small classes. Longer lists cost more than the sums of `means` and comparing in tiles."""
 RUNS = 64
 """Embeddings with more runs of one view than this make one block of mixed views."""
 
@@ -109,12 +110,12 @@ class Identities(NamedTuple):
 class Listed(NamedTuple):
     """Pairs one by one, (P,) int64 each: the places of the anchors and of the candidates among all, in any order."""
 
-    rows: Tensor
-    columns: Tensor
+    anchors: Tensor
+    candidates: Tensor
 
     def where(self, mask: Tensor) -> Listed:
         """Return the pairs at which a (P,) bool mask is True."""
-        return Listed(self.rows[mask], self.columns[mask])
+        return Listed(self.anchors[mask], self.candidates[mask])
 
 
 class Layout:
@@ -135,7 +136,7 @@ class Layout:
         rules: Sequence[tuple[Rule, Sequence[Tensor]]] = (),
     ) -> None:
         self.anchors, self.candidates, self.across, self.rules = anchors, candidates, across, rules
-        self.rows, self.columns = sum(map(len, anchors)), sum(map(len, candidates))
+        self.anchor_count, self.candidate_count = sum(map(len, anchors)), sum(map(len, candidates))
 
     @cached_property
     def sources(self) -> list[Embeddings]:
@@ -189,13 +190,17 @@ class Layout:
 
     @property
     def anchors_are_candidates(self) -> bool:
-        """True if the first candidates are the very anchors."""
+        """True if the first candidates are the same objects as the anchors, as they are on one process."""
         same = (own is other for own, other in zip(self.anchors, self.candidates, strict=False))
         return len(self.anchors) <= len(self.candidates) and all(same)
 
     @cached_property
     def symmetric(self) -> bool:
-        """True if s_ij = s_ji and the relation too is the same both ways, so that one tile serves i and j."""
+        """True if s_ij = s_ji and the relation too is the same both ways, so that one tile serves i and j.
+
+        Not of remembered anchors, whose own sample is no negative of others while they are its; and not on another
+        device, where views are not looked at.
+        """
         views = [block.view for block in self.anchor_blocks]
         return self.anchors_are_candidates and all(view is not None and view >= 0 for view in views)
 
@@ -239,7 +244,7 @@ class Layout:
         pairs = self._equal(self.anchor.group, self.candidate.group)
         if pairs is None:
             return None
-        view, other_view = self.anchor.view[pairs.rows], self.candidate.view[pairs.columns]
+        view, other_view = self.anchor.view[pairs.anchors], self.candidate.view[pairs.candidates]
         counts = ~self._is_itself(pairs) & (view != PADDING) & (other_view != PADDING)
         return pairs.where(counts & (view != other_view) if self.across else counts)
 
@@ -268,16 +273,16 @@ class Layout:
         return Listed(rows, present[order[first[rows] + within]])
 
     def _is_itself(self, pairs: Listed) -> Tensor:
-        other_view = self.candidate.view[pairs.columns]
-        same_view = (other_view == self.anchor.view[pairs.rows]) | (other_view == REMEMBERED)
-        return same_view & (self.candidate.sample[pairs.columns] == self.anchor.sample[pairs.rows])
+        other_view = self.candidate.view[pairs.candidates]
+        same_view = (other_view == self.anchor.view[pairs.anchors]) | (other_view == REMEMBERED)
+        return same_view & (self.candidate.sample[pairs.candidates] == self.anchor.sample[pairs.anchors])
 
     def places(self, pairs: Listed) -> Tensor:
         """Arrange listed pairs as (N, k): the places of each anchor's candidates, -1 where it has fewer than k."""
-        counts = torch.bincount(pairs.rows, minlength=self.rows)
-        order = pairs.rows.argsort(stable=True)
-        rows, columns = pairs.rows[order], pairs.columns[order]
-        places = torch.full((self.rows, int(counts.max()) if len(rows) else 0), -1)
+        counts = torch.bincount(pairs.anchors, minlength=self.anchor_count)
+        order = pairs.anchors.argsort(stable=True)
+        rows, columns = pairs.anchors[order], pairs.candidates[order]
+        places = torch.full((self.anchor_count, int(counts.max()) if len(rows) else 0), -1)
         places[rows, torch.arange(len(rows)) - (counts.cumsum(0) - counts)[rows]] = columns
         return places
 
@@ -285,29 +290,29 @@ class Layout:
     def groups(self) -> tuple[Tensor, Tensor, int]:
         """The groups of anchors and of candidates numbered from 0, and how many there are."""
         values, numbers = torch.unique(torch.cat([self.anchor.group, self.candidate.group]), return_inverse=True)
-        return *numbers.split([self.rows, self.columns]), len(values)
+        return *numbers.split([self.anchor_count, self.candidate_count]), len(values)
 
     def count(self, over: Relation, among: Tensor | None = None, rows: Tensor | None = None) -> Tensor | None:
         """Count each anchor's candidates, (N,) int64, from lists and group sizes; None where that is not possible."""
         if over == "positive" and among is None and self.positive is not None:
-            counts = torch.bincount(self.positive.rows, minlength=self.rows)
+            counts = torch.bincount(self.positive.anchors, minlength=self.anchor_count)
             return counts if rows is None else counts * rows
         if self.itself is None or (self.rules and over != "positive"):
             return None
-        own, others, kinds = self.groups
-        counts = torch.zeros(self.rows, dtype=torch.int64)
+        own, others, total = self.groups
+        counts = torch.zeros(self.anchor_count, dtype=torch.int64)
         for view in set(torch.unique(self.anchor.view).tolist()) - {PADDING}:
-            reached, mine = self._reached(view, over, among), self.anchor.view == view
-            of_group = torch.bincount(others[reached], minlength=kinds)[own[mine]]
-            counts[mine] = of_group if over == "positive" else reached.sum() - (of_group if over != "all" else 0)
+            met, mine = self._candidates_of(view, over, among), self.anchor.view == view
+            of_group = torch.bincount(others[met], minlength=total)[own[mine]]
+            counts[mine] = of_group if over == "positive" else met.sum() - (of_group if over != "all" else 0)
             # What is no candidate at all was counted with its group, or outside of it.
             i, j = self.itself
             same = own[i] == others[j]
             wrong = same if over == "positive" else torch.ones_like(same) if over == "all" else ~same
-            counts -= torch.bincount(i[wrong & mine[i] & reached[j]], minlength=self.rows)
+            counts -= torch.bincount(i[wrong & mine[i] & met[j]], minlength=self.anchor_count)
         return counts if rows is None else counts * rows
 
-    def _reached(self, view: int, over: Relation, among: Tensor | None) -> Tensor:
+    def _candidates_of(self, view: int, over: Relation, among: Tensor | None) -> Tensor:
         """Return (M,) bool: the candidates of anchors of a view, before groups and samples are compared."""
         other_view = self.candidate.view
         reached = other_view != PADDING if over != "remembered" else other_view == REMEMBERED

@@ -14,20 +14,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from contrast.core.reductions.formulas import Derivative, Sums
-from contrast.core.reductions.function import Gradients, Saved
+from contrast.core.reductions.formulas import formula
 from contrast.core.reductions.kinds import (
     Count,
     Kth,
     Reduction,
     arguments,
-    pair_functions,
-    tensor_arguments,
-    with_tensors,
 )
 from contrast.core.reductions.layout import Block, Layout
-from contrast.core.reductions.pair_functions import Evaluated, PairFunctions, SidedFunction
-from contrast.core.reductions.tile import ArgumentGradients, Tile
+from contrast.core.reductions.pair_functions import Evaluated, SidedFunction
+from contrast.core.reductions.terms import Gradients, Saved
+from contrast.core.reductions.tile import Backward, ReductionTerm, Tile
 
 ROWS = 1024
 """Anchors whose candidates are copied side by side at a time."""
@@ -41,7 +38,7 @@ def accepts(layout: Layout, asked: Reduction) -> bool:
 
 
 class Similarities:
-    """<x_i, y_j> for each anchor i and k candidates j: a term of `function.apply`.
+    """<x_i, y_j> for each anchor i and k candidates j: a term of `terms.compute`.
 
     Args:
         layout: anchors and candidates.
@@ -110,8 +107,8 @@ class _Piece:
     there: Tensor
 
 
-class ListedReductions:
-    """Reductions over few positives: a term of `function.apply`.
+class ListedReductions(ReductionTerm):
+    """Reductions over few positives: a term of `terms.compute`.
 
     Args:
         layout: anchors and candidates; positives can be listed.
@@ -119,37 +116,34 @@ class ListedReductions:
     """
 
     def __init__(self, layout: Layout, asked: Sequence[Reduction]) -> None:
-        self.layout, self.asked = layout, asked
+        super().__init__(layout, asked)
         self.similarities = Similarities(layout, layout.positive_places)
-        tensors = tensor_arguments(asked)
-        self.slots, self.functions = list(tensors), PairFunctions(pair_functions(asked), layout)
-        self.arguments = [*tensors.values(), *self.functions.tensors]
 
-    def forward(self, z: Sequence[Tensor], given: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """Return the reductions, (N,) or (H, N) each, and a normaliser of each; then the similarities are kept."""
+    def forward(self, z: Sequence[Tensor], arguments: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """Return the reductions, (N,) or (H, N) each; keep the similarities, and a normaliser of each."""
+        asked, tensors = self.given(arguments)
         s = self.similarities.of(z)
-        tile = PositivesTile(self, s, given[len(self.slots) :])
-        found = []
-        for one in with_tensors(self.asked, self.slots, given):
-            sums = Sums(one, None, s.new_zeros(s.shape[:-1]))
+        tile, found = PositivesTile(self, s, tensors), []
+        for one in asked:
+            sums = formula(one, None, s.new_zeros(s.shape[:-1]))
             sums.add(tile, torch.empty_like(s), tile.rows)
             found.append(sums.finish())
         outputs, normalisers = zip(*found, strict=True)
-        return list(outputs), [*normalisers, s]
+        return list(outputs), [s, *normalisers]
 
     def backward(self, saved: Saved, upstream: Sequence[Tensor], to_z: Gradients, to_arguments: Gradients) -> None:
         """Add the gradients of the vectors and of the arguments."""
-        asked, s = with_tensors(self.asked, self.slots, saved.arguments), saved.kept[-1]
-        by_name = {(id(asked[number]), name): to for (number, name), to in zip(self.slots, to_arguments, strict=False)}
-        to_tensors = to_arguments[len(self.slots) :]
-        tile = PositivesTile(self, s, saved.arguments[len(self.slots) :], by_name, to_tensors)
-        to_s = torch.zeros_like(s)
-        for k, one in enumerate(asked):
+        asked, tensors = self.given(saved.arguments)
+        s, *normalisers = saved.kept
+        into, to_s = self.into(asked, to_z, to_arguments), torch.zeros_like(s)
+        tile = PositivesTile(self, s, tensors, into)
+        for one, output, normaliser, g in zip(asked, saved.outputs, normalisers, upstream, strict=True):
             if not isinstance(one, Count):
-                derivative = Derivative(one, None, saved.outputs[k], saved.kept[k], upstream[k])
-                to_s += derivative.of_tile(tile, torch.empty_like(s), partial(_per_pair, tile, one))
+                sums = formula(one, None, s.new_zeros(()))
+                sums.prepare(output, normaliser, g)
+                to_s += sums.gradient(tile, torch.empty_like(s), partial(tile.spread, one, tile.rows, None))
         for function, to_values in tile.to_values.items():
-            self.functions.backward(tile.evaluated[function], to_values, to_s, to_tensors)
+            self.functions.backward(tile.evaluated[function], to_values, to_s, into.tensors)
         self.similarities.add_gradients(saved.z, to_s, to_z)
 
 
@@ -160,20 +154,15 @@ class PositivesTile(Tile):
         term: whose anchors and positives.
         s: (N, k) or (H, N, k), the similarities.
         tensors: what PairFunctions read, without history.
-        to_arguments: in the backward pass, the gradients of the arguments.
-        to_tensors: in the backward pass, the gradients of `tensors`.
+        into: in the backward pass, where gradients are added.
     """
 
     def __init__(
-        self,
-        term: ListedReductions,
-        s: Tensor,
-        tensors: Sequence[Tensor],
-        to_arguments: ArgumentGradients | None = None,
-        to_tensors: Gradients | None = None,
+        self, term: ListedReductions, s: Tensor, tensors: Sequence[Tensor], into: Backward | None = None
     ) -> None:
-        super().__init__(s, slice(0, term.layout.rows), to_arguments)
-        self.term, self.places, self.tensors, self.to_tensors = term, term.layout.positive_places, tensors, to_tensors
+        super().__init__(s, slice(0, term.layout.anchor_count), None if into is None else into.arguments)
+        self.term, self.places, self.tensors = term, term.layout.positive_places, tensors
+        self.to_tensors = None if into is None else into.tensors
 
     def part_of(self, argument: Tensor) -> Tensor:
         """Return an argument of the anchors as it is, one of the candidates at their places."""
@@ -206,12 +195,6 @@ class PositivesTile(Tile):
         masks += [] if asked.among is None else [asked.among[self.places]]
         masks += [] if asked.rows is None else [asked.rows.unsqueeze(-1)]
         return [], masks
-
-
-def _per_pair(tile: PositivesTile, asked: Any, of_rows: Tensor) -> Tensor:
-    """Spread a number per anchor over its positives; 0 where a similarity does not reach the threshold."""
-    reached = tile.reached(asked, tile.rows, -1)
-    return of_rows.unsqueeze(-1) if reached is None else reached.mul_(of_rows.unsqueeze(-1))
 
 
 def gather(z: Tensor, index: Tensor) -> Tensor:

@@ -24,10 +24,10 @@ import torch
 from torch import Tensor
 
 from contrast.core.embeddings import PADDING
-from contrast.core.reductions.function import Gradients, Saved
 from contrast.core.reductions.kinds import Mean
 from contrast.core.reductions.layout import Block, Layout
 from contrast.core.reductions.listed import Similarities
+from contrast.core.reductions.terms import Gradients, Saved
 from contrast.core.reductions.tiled import add_rows
 
 ROWS = 4096
@@ -49,7 +49,7 @@ def accepts(layout: Layout, asked: Any) -> bool:
 
 
 class SummedMean:
-    """The mean of each anchor's row from sums over candidates: a term of `function.apply`.
+    """The mean of each anchor's row from sums over candidates: a term of `terms.compute`.
 
     Args:
         layout: anchors and candidates.
@@ -66,7 +66,7 @@ class SummedMean:
     def forward(self, z: Sequence[Tensor], given: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:  # noqa: ARG002
         """Return the mean, (N,) or (H, N), and its mass m, inf for an empty row."""
         layout, ones = self.layout, [one.new_ones(one.shape[-2], 1) for one in z]
-        total, mass = z[0].new_zeros(2, *layout.heads, layout.rows)
+        total, mass = z[0].new_zeros(2, *layout.heads, layout.anchor_count)
         for run in self.anchor_runs:
             of_y, of_1 = (self._collect(1, self._candidates(run, vectors)) for vectors in (z, ones))
             if of_y is None or of_1 is None:
@@ -107,8 +107,8 @@ class SummedMean:
         collected: Tensor | None = None
         for block, vectors in parts:
             if self.asked.over == "positive":
-                groups, kinds = self.layout.groups[role][block.all], self.layout.groups[2]
-                sums = vectors.new_zeros(*vectors.shape[:-2], kinds, vectors.shape[-1]).index_add_(-2, groups, vectors)
+                groups, total = self.layout.groups[role][block.all], self.layout.groups[2]
+                sums = vectors.new_zeros(*vectors.shape[:-2], total, vectors.shape[-1]).index_add_(-2, groups, vectors)
             else:
                 sums = self._features(block, vectors).mT @ vectors
             collected = sums if collected is None else collected + sums
@@ -152,14 +152,14 @@ class SummedMean:
         """Find the pairs of an anchor with itself that the sums hold, as (N, k) listed pairs with their weights."""
         layout, itself = self.layout, self.layout.itself
         assert itself is not None
-        view, other_view = layout.anchor.view[itself.rows], layout.candidate.view[itself.columns]
+        view, other_view = layout.anchor.view[itself.anchors], layout.candidate.view[itself.candidates]
         held = (view != PADDING) & (other_view != PADDING)
         if layout.across:
             held &= view != other_view
         if self.asked.among is not None:
-            held &= self.asked.among[itself.columns]
+            held &= self.asked.among[itself.candidates]
         if self.asked.over == "positive":
-            held &= layout.anchor.group[itself.rows] == layout.candidate.group[itself.columns]
+            held &= layout.anchor.group[itself.anchors] == layout.candidate.group[itself.candidates]
         places = layout.places(itself.where(held))
         self.itself = Similarities(layout, places) if places.shape[1] else None
         self.itself_weight = (places >= 0).to(z[0].dtype)

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from contrast.core import distributed
 from contrast.core.embeddings import Embeddings
-from contrast.core.reductions.function import Gradients
 from contrast.core.reductions.layout import Block, Layout
+from contrast.core.reductions.terms import Gradients
 
 
 @runtime_checkable

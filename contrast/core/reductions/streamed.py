@@ -16,12 +16,12 @@ from typing import Any
 
 from torch import Tensor
 
-from contrast.core.reductions import function, listed, means, strips, triton_backend
-from contrast.core.reductions.function import Term
-from contrast.core.reductions.kinds import Count, Kth, Reduction, Relation, with_thresholds
+from contrast.core.reductions import listed, means, strips, terms, triton_backend
+from contrast.core.reductions.kinds import Count, Kth, Reduction, with_thresholds
 from contrast.core.reductions.layout import Layout
 from contrast.core.reductions.listed import ListedReductions
 from contrast.core.reductions.means import SummedMean
+from contrast.core.reductions.terms import Term
 from contrast.core.reductions.tiled import TiledReductions
 from contrast.core.reductions.triton_backend import KernelReductions
 
@@ -52,24 +52,19 @@ def reduce(layout: Layout, asked: Sequence[Reduction], size: int, triton: bool =
         else:
             (kernels if _on_kernels(layout, one, triton) else tiled).append(number)
 
-    settled: list[Any] = with_thresholds(asked, lambda wanted: strips.thresholds(layout, wanted, size))
-    terms: list[tuple[Term, list[int]]] = [(SummedMean(layout, settled[number]), [number]) for number in summed]
+    resolved: list[Any] = with_thresholds(asked, lambda wanted: strips.thresholds(layout, wanted, size))
+    parts: list[tuple[Term, list[int]]] = [(SummedMean(layout, resolved[number]), [number]) for number in summed]
     if few:
-        terms.append((ListedReductions(layout, [settled[number] for number in few]), few))
+        parts.append((ListedReductions(layout, [resolved[number] for number in few]), few))
     if kernels:
-        terms.append((KernelReductions(layout, [settled[number] for number in kernels]), kernels))
+        parts.append((KernelReductions(layout, [resolved[number] for number in kernels]), kernels))
     if tiled:
-        terms.append((TiledReductions(layout, [settled[number] for number in tiled], size), tiled))
-    if terms:
-        outputs = function.apply(layout, [term for term, _ in terms])
-        for (_, numbers), of_term in zip(terms, outputs, strict=True):
+        parts.append((TiledReductions(layout, [resolved[number] for number in tiled], size), tiled))
+    if parts:
+        outputs = terms.compute(layout, [term for term, _ in parts])
+        for (_, numbers), of_term in zip(parts, outputs, strict=True):
             found |= dict(zip(numbers, of_term, strict=True))
     return tuple(found[number] for number in range(len(asked)))
-
-
-def topk(layout: Layout, k: int, over: Relation, among: Tensor | None, size: int) -> tuple[Tensor, Tensor]:
-    """Return the k largest similarities of each row, with gradient, and the places of their candidates, -1 for none."""
-    return strips.topk(layout, k, over, among, size)
 
 
 def _count(layout: Layout, asked: Reduction) -> Tensor | None:

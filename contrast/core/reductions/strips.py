@@ -16,11 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from contrast.core.reductions import function
-from contrast.core.reductions.function import Gradients, Saved
+from contrast.core.reductions import terms
 from contrast.core.reductions.kinds import Count, Kth, Relation, below
 from contrast.core.reductions.layout import Block, Layout
 from contrast.core.reductions.listed import Similarities
+from contrast.core.reductions.terms import Gradients, Saved
 from contrast.core.reductions.tiled import BlockTile, Buffers, Grid
 
 STRIP = 2**21
@@ -32,7 +32,7 @@ SAMPLED = 16
 
 
 class Thresholds:
-    """The k-th largest similarity of each row, lowered a little (`Kth`): a term of `function.apply`."""
+    """The k-th largest similarity of each row, lowered a little (`Kth`): a term of `terms.compute`."""
 
     def __init__(self, layout: Layout, asked: Kth, size: int) -> None:
         self.layout, self.asked, self.size = layout, asked, size
@@ -40,7 +40,7 @@ class Thresholds:
 
     def forward(self, z: Sequence[Tensor], given: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:  # noqa: ARG002
         """Return the thresholds, (N,) or (H, N); 0 for a row without candidates."""
-        found = z[0].new_zeros(*self.layout.heads, self.layout.rows)
+        found = z[0].new_zeros(*self.layout.heads, self.layout.anchor_count)
         for block, strip in _strips(self.layout, self.asked, self.size, z):
             number = (strip > -torch.inf).sum(dim=-1)
             k = torch.as_tensor(self.asked.k, device=strip.device)
@@ -53,7 +53,7 @@ class Thresholds:
 
 
 class Nearest:
-    """The places of the k nearest candidates of each row, -1 for none: a term of `function.apply`."""
+    """The places of the k nearest candidates of each row, -1 for none: a term of `terms.compute`."""
 
     def __init__(self, layout: Layout, k: int, asked: Count, size: int) -> None:
         self.layout, self.k, self.asked, self.size = layout, k, asked, size
@@ -61,7 +61,7 @@ class Nearest:
 
     def forward(self, z: Sequence[Tensor], given: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:  # noqa: ARG002
         """Return the places among all candidates, (N, k) or (H, N, k)."""
-        found = torch.full((*self.layout.heads, self.layout.rows, self.k), -1, device=z[0].device)
+        found = torch.full((*self.layout.heads, self.layout.anchor_count, self.k), -1, device=z[0].device)
         for block, strip in _strips(self.layout, self.asked, self.size, z):
             padded = F.pad(strip, (0, max(self.k - strip.shape[-1], 0)), value=-torch.inf)
             values, places = padded.topk(self.k, dim=-1)
@@ -75,15 +75,16 @@ class Nearest:
 @torch.no_grad()
 def thresholds(layout: Layout, asked: Sequence[Kth], size: int) -> list[Tensor]:
     """Return the k-th largest similarity of each row, (N,) or (H, N), and the smallest where there are fewer."""
-    found = function.apply(layout, [Thresholds(layout, one, size) for one in asked]) if asked else []
+    found = terms.compute(layout, [Thresholds(layout, one, size) for one in asked])
     return [threshold for (threshold,) in found]
 
 
 def topk(layout: Layout, k: int, over: Relation, among: Tensor | None, size: int) -> tuple[Tensor, Tensor]:
     """Return the k largest similarities of each row, with gradient, and the places of their candidates, -1 for none."""
+    # A `Count` says among which candidates is selected.
     with torch.no_grad():
-        ((places,),) = function.apply(layout, [Nearest(layout, k, Count(over, among), size)])
-    ((similarities,),) = function.apply(layout, [Similarities(layout, places)])
+        ((places,),) = terms.compute(layout, [Nearest(layout, k, Count(over, among), size)])
+    ((similarities,),) = terms.compute(layout, [Similarities(layout, places)])
     return similarities, places
 
 
@@ -91,16 +92,16 @@ def _strips(layout: Layout, asked: Kth | Count, size: int, z: Sequence[Tensor]) 
     """Compute the similarities of whole rows, block by block in one buffer, -inf where a pair does not count."""
     heads = math.prod(layout.heads)
     area = max(1, size**2 // heads)
-    height = max(1, min(math.isqrt(area), max(16, STRIP // max(1, heads * layout.columns))))
+    height = max(1, min(math.isqrt(area), max(16, STRIP // max(1, heads * layout.candidate_count))))
     grid = Grid(layout, [asked], [None], height, max(1, area // height))
-    tallest = max((block.stop - block.start for block in grid.rows), default=0)
-    buffer, buffers, steps = z[0].new_empty(heads * tallest * layout.columns), Buffers(z[0]), iter(grid.steps)
+    tallest = max((block.stop - block.start for block in grid.row_blocks), default=0)
+    buffer, buffers, steps = z[0].new_empty(heads * tallest * layout.candidate_count), Buffers(z[0]), iter(grid.steps)
     step = next(steps, None)
-    for i, rows in enumerate(grid.rows):
-        shape = (*layout.heads, rows.stop - rows.start, layout.columns)
+    for i, rows in enumerate(grid.row_blocks):
+        shape = (*layout.heads, rows.stop - rows.start, layout.candidate_count)
         strip = buffer[: math.prod(shape)].view(shape).fill_(-torch.inf)
         while step is not None and step.i == i:
-            columns = grid.columns[step.j]
+            columns = grid.column_blocks[step.j]
             s = buffers.product(z[rows.source][..., rows.own, :], z[columns.source][..., columns.own, :])
             strip[..., columns.all] = BlockTile(grid, step, z, s).minus_infinity(s, asked)
             step = next(steps, None)

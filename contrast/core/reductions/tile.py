@@ -4,21 +4,70 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from contrast.core.reductions.kinds import Mean
-from contrast.core.reductions.pair_functions import Evaluated
+from contrast.core.reductions.kinds import Mean, Reduction, pair_functions, tensor_arguments, with_tensors
+from contrast.core.reductions.layout import Layout
+from contrast.core.reductions.pair_functions import Evaluated, PairFunctions
+from contrast.core.reductions.terms import Gradients
 
 ArgumentGradients = Mapping[tuple[int, str], Tensor | None]
 """The gradients of arguments by (id of the reduction, name of the argument); None where none is needed."""
 
 
+class Backward(NamedTuple):
+    """Where a backward pass adds gradients.
+
+    Args:
+        z: those of the sources' vectors.
+        arguments: those of the reductions' arguments.
+        tensors: those of what PairFunctions read and learn.
+    """
+
+    z: Gradients
+    arguments: ArgumentGradients
+    tensors: Gradients
+
+
+class ReductionTerm:
+    """What the terms share that compute reductions from tiles: their arguments and PairFunctions.
+
+    Args:
+        layout: anchors and candidates.
+        asked: the reductions, with tensors for thresholds.
+
+    Attributes:
+        arguments: the tensors among the reductions' arguments, then those of the PairFunctions, with history.
+    """
+
+    def __init__(self, layout: Layout, asked: Sequence[Reduction]) -> None:
+        self.layout, self._asked = layout, asked
+        tensors = tensor_arguments(asked)
+        self._places, self.functions = list(tensors), PairFunctions(pair_functions(asked), layout)
+        self.arguments = [*tensors.values(), *self.functions.tensors]
+
+    def given(self, arguments: Sequence[Tensor]) -> tuple[list[Any], Sequence[Tensor]]:
+        """Return the reductions with these arguments, and the tensors of the PairFunctions."""
+        return with_tensors(self._asked, self._places, arguments), arguments[len(self._places) :]
+
+    def into(self, asked: Sequence[Any], to_z: Gradients, to_arguments: Gradients) -> Backward:
+        """Return where the gradients of these reductions are added."""
+        by_name = {
+            (id(asked[number]), name): to for (number, name), to in zip(self._places, to_arguments, strict=False)
+        }
+        return Backward(to_z, by_name, to_arguments[len(self._places) :])
+
+
 class Tile(ABC):
     """Similarities of some anchors, in rows, and some of their candidates.
+
+    Three methods say which pairs count, for the three kinds of formulas: `zero` looks at identities and masks only,
+    since thresholds belong to a side (`reached`, `spread`); `minus_infinity` and `counts`, which serve one side only,
+    look at the thresholds of the rows too.
 
     Args:
         s: (n, m) or (H, n, m), the similarities.
@@ -104,6 +153,18 @@ class Tile(ABC):
             part += share.sum(dim=-1).sum_to_size(part.shape)
         elif to_argument is not None:
             self.add_part(to_argument, share)
+
+    def spread(self, asked: Any, rows: slice | None, columns: slice | None, of_anchors: Tensor) -> Tensor:
+        """Spread a number per anchor over the pairs: of the anchors in rows, of those in columns, or the sum of both.
+
+        Where a similarity does not reach the threshold of its anchor, that anchor's number counts as 0.
+        """
+        sides = []
+        for anchors, dim in ((rows, -1), (columns, -2)):
+            if anchors is not None:
+                own, reached = of_anchors[..., anchors].unsqueeze(dim), self.reached(asked, anchors, dim)
+                sides.append(own if reached is None else reached.mul_(own))
+        return sides[0] if len(sides) == 1 else sides[0] + sides[1]
 
     def reached(self, asked: Any, rows: slice, dim: int) -> Tensor | None:
         """Return 1 where a similarity reaches the threshold of its row, 0 elsewhere; None without thresholds."""

@@ -1,9 +1,9 @@
 """Reductions without the (N, M) matrix: a tile of similarities at a time, computed again in the backward pass.
 
 A tile is x y^T for a block of anchors x and a block of candidates y, at most TILE rows and columns, so that it stays in
-the processor's cache. The forward pass adds each tile to the sums of its rows (`formulas.Sums`). The backward pass
-computes the tile again, forms G_ij = dL/ds_ij (`formulas.Derivative`), and adds G y to the gradient of the anchors and
-G^T x to that of the candidates. Memory is O(N + M).
+the processor's cache. The forward pass adds each tile to the sums of its rows, and the backward pass computes it again,
+forms G_ij = dL/ds_ij (both by `formulas`), and adds G y to the gradient of the anchors and G^T x to that of the
+candidates. Memory is O(N + M).
 
 **Symmetric tiles.** Where the anchors are the first candidates, tile (j, i) is the transpose of tile (i, j). If every
 argument is a number, only the tiles with i <= j are computed: row sums belong to the anchors i, column sums to the
@@ -27,8 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from contrast.core.embeddings import Embeddings
-from contrast.core.reductions.formulas import Derivative, Sums, shift_of
-from contrast.core.reductions.function import Gradients, Saved
+from contrast.core.reductions.formulas import Formula, formula, shift_of
 from contrast.core.reductions.kinds import (
     Count,
     LogSumExp,
@@ -36,13 +35,11 @@ from contrast.core.reductions.kinds import (
     Relation,
     arguments,
     is_number,
-    pair_functions,
-    tensor_arguments,
-    with_tensors,
 )
 from contrast.core.reductions.layout import Block, Layout, Listed, relation
 from contrast.core.reductions.pair_functions import Evaluated, PairFunctions
-from contrast.core.reductions.tile import ArgumentGradients, Tile
+from contrast.core.reductions.terms import Gradients, Saved
+from contrast.core.reductions.tile import Backward, ReductionTerm, Tile
 
 TILE = 512
 """Rows and columns of a tile: with its few copies it stays in the processor's cache."""
@@ -79,12 +76,18 @@ class Grid:
         self, layout: Layout, asked: Sequence[Any], shifts: Sequence[float | None], height: int, width: int
     ) -> None:
         self.layout, self.asked, self.shifts = layout, asked, shifts
-        self.rows = [block for run in layout.anchor_blocks for block in run.cut(height)]
-        self.columns = [block for run in layout.candidate_blocks for block in run.cut(width)]
+        self.row_blocks = [block for run in layout.anchor_blocks for block in run.cut(height)]
+        self.column_blocks = [block for run in layout.candidate_blocks for block in run.cut(width)]
         self._listed: dict[str, dict[tuple[int, int], Tensor] | None] = {}
-        masked = [(_covered(getattr(one, "rows", None), self.rows), _covered(one.among, self.columns)) for one in asked]
+        masked = [
+            (_covered(getattr(one, "rows", None), self.row_blocks), _covered(one.among, self.column_blocks))
+            for one in asked
+        ]
         self.masks_cut_blocks = any(None in side for sides in masked for side in sides)
         """True if `rows` or `among` of a reduction name a part of a block only."""
+        # A base is symmetric where its arguments are numbers and its exponents have a fixed shift; a rule, a mask that
+        # cuts a block, and the thresholds of a count are applied to rows alone; and blocks of anchors must be blocks of
+        # candidates. The reductions share their tiles, so that all of them must allow it.
         numbers = all(value is None or is_number(value) for one in asked for value in arguments(one).values())
         thresholds = any(isinstance(one, Count) and one.above is not None for one in asked)
         self.symmetric = (
@@ -94,8 +97,8 @@ class Grid:
         self.steps = list(self._steps(masked))
 
     def _steps(self, masked: Sequence[tuple[list[bool | None], list[bool | None]]]) -> Iterator[Step]:
-        for i, j in itertools.product(range(len(self.rows)), range(len(self.columns))):
-            both = self.symmetric and j < len(self.rows)
+        for i, j in itertools.product(range(len(self.row_blocks)), range(len(self.column_blocks))):
+            both = self.symmetric and j < len(self.row_blocks)
             if both and j < i:
                 continue
             serves = []
@@ -109,7 +112,7 @@ class Grid:
                 yield Step(i, j, serves)
 
     def _may_count(self, i: int, j: int, over: Relation) -> bool:
-        if not self.layout.may_count(self.rows[i], self.columns[j], over):
+        if not self.layout.may_count(self.row_blocks[i], self.column_blocks[j], over):
             return False
         positives = self.listed("positive") if over == "positive" else None
         return positives is None or (i, j) in positives
@@ -122,14 +125,14 @@ class Grid:
         return self._listed[name]
 
     def _by_tile(self, pairs: Listed) -> dict[tuple[int, int], Tensor]:
-        starts = [torch.tensor([block.start for block in blocks]) for blocks in (self.rows, self.columns)]
-        width = torch.tensor([block.stop - block.start for block in self.columns])
+        starts = [torch.tensor([block.start for block in blocks]) for blocks in (self.row_blocks, self.column_blocks)]
+        width = torch.tensor([block.stop - block.start for block in self.column_blocks])
         i, j = (torch.bucketize(place, start, right=True) - 1 for place, start in zip(pairs, starts, strict=True))
-        flat = (pairs.rows - starts[0][i]) * width[j] + pairs.columns - starts[1][j]
-        tile, order = (i * len(self.columns) + j).sort(stable=True)
+        flat = (pairs.anchors - starts[0][i]) * width[j] + pairs.candidates - starts[1][j]
+        tile, order = (i * len(self.column_blocks) + j).sort(stable=True)
         tiles, counts = torch.unique_consecutive(tile, return_counts=True)
         pieces = torch.split(flat[order], counts.tolist())
-        return {divmod(key, len(self.columns)): piece for key, piece in zip(tiles.tolist(), pieces, strict=True)}
+        return {divmod(key, len(self.column_blocks)): piece for key, piece in zip(tiles.tolist(), pieces, strict=True)}
 
 
 class BlockTile(Tile):
@@ -156,10 +159,14 @@ class BlockTile(Tile):
         backward: Backward | None = None,
     ) -> None:
         self.grid, self.step, self.functions, self.tensors, self.backward = grid, step, functions, tensors, backward
-        self.row_block, self.column_block = grid.rows[step.i], grid.columns[step.j]
+        self.row_block, self.column_block = grid.row_blocks[step.i], grid.column_blocks[step.j]
         self.columns = self.column_block.all
         super().__init__(s, self.row_block.all, None if backward is None else backward.arguments)
         self.x, self.y = (z[block.source][..., block.own, :] for block in (self.row_block, self.column_block))
+
+    def sides(self, to_rows: bool, to_columns: bool) -> tuple[slice | None, slice | None]:
+        """Return the places of the anchors in rows and in columns, None for those that this tile does not serve."""
+        return self.rows if to_rows else None, self.columns if to_columns else None
 
     @cached_property
     def embeddings(self) -> tuple[Embeddings, Embeddings]:
@@ -224,22 +231,8 @@ class BlockTile(Tile):
         return [], [mask]
 
 
-class Backward(NamedTuple):
-    """Where a backward pass adds gradients.
-
-    Args:
-        z: those of the sources' vectors.
-        arguments: those of the reductions' arguments.
-        tensors: those of what PairFunctions read and learn.
-    """
-
-    z: Gradients
-    arguments: ArgumentGradients
-    tensors: Gradients
-
-
-class TiledReductions:
-    """Reductions of each anchor's row from tiles: a term of `function.apply`.
+class TiledReductions(ReductionTerm):
+    """Reductions of each anchor's row from tiles: a term of `terms.compute`.
 
     Args:
         layout: anchors and candidates.
@@ -248,21 +241,20 @@ class TiledReductions:
     """
 
     def __init__(self, layout: Layout, asked: Sequence[Reduction], size: int) -> None:
-        self.layout, self.asked = layout, list(asked)
+        super().__init__(layout, asked)
         # Fewer rows and columns for several heads.
         self.size = max(1, int(size / math.sqrt(math.prod(layout.heads))))
-        tensors = tensor_arguments(asked)
-        self.slots, self.functions = list(tensors), PairFunctions(pair_functions(asked), layout)
-        self.arguments = [*tensors.values(), *self.functions.tensors]
 
-    def forward(self, z: Sequence[Tensor], given: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """Return the reductions, (N,) or (H, N) each, and a normaliser of each."""
-        asked, longest = with_tensors(self.asked, self.slots, given), self._longest(z)
-        sums = self._sums(z, given, asked, [shift_of(one, longest, z[0].dtype) for one in asked])
-        if any(map(self._lost_terms, sums)):
-            sums = self._sums(z, given, asked, [None for _ in asked])
-        outputs, normalisers = zip(*(one.finish() for one in sums), strict=True)
-        return list(outputs), list(normalisers)
+    def forward(self, z: Sequence[Tensor], arguments: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """Return the reductions, (N,) or (H, N) each; keep normalisers, and what saves work in the backward pass."""
+        asked, tensors = self.given(arguments)
+        longest = self._longest(z)
+        formulas, kept = self._pass(z, asked, tensors, [shift_of(one, longest, z[0].dtype) for one in asked])
+        if any(map(self._lost_terms, formulas)):
+            # One row is enough: the reductions share their tiles, and scales with so wide a range are rare.
+            formulas, kept = self._pass(z, asked, tensors, [None for _ in asked])
+        outputs, normalisers = zip(*(one.finish() for one in formulas), strict=True)
+        return list(outputs), [*normalisers, *kept]
 
     def _longest(self, z: Sequence[Tensor]) -> float:
         """Return the length of the longest anchor times that of the longest candidate; inf if not to be looked at."""
@@ -272,122 +264,120 @@ class TiledReductions:
         sides = (self.layout.anchor_blocks, self.layout.candidate_blocks)
         return math.prod(max((lengths.get(block.source, 0.0) for block in blocks), default=0.0) for blocks in sides)
 
-    def _sums(
-        self, z: Sequence[Tensor], given: Sequence[Tensor], asked: Sequence[Any], shifts: Sequence[float | None]
-    ) -> list[Sums]:
-        """Add all tiles to the sums of the reductions; keep what the backward pass can use."""
+    def _pass(
+        self, z: Sequence[Tensor], asked: Sequence[Any], tensors: Sequence[Tensor], shifts: Sequence[float | None]
+    ) -> tuple[list[Formula], list[Tensor]]:
+        """Add all tiles to the sums of the reductions; return these, and what is kept for the backward pass.
+
+        What identities and shifts decide stays in attributes: the grid, and which tiles were kept or are done.
+        """
         self.grid = Grid(self.layout, asked, shifts, self.size, self.size)
-        zeros = z[0].new_zeros(*self.layout.heads, self.layout.rows)
-        sums = [Sums(one, shift, zeros) for one, shift in zip(asked, shifts, strict=True)]
+        zeros = z[0].new_zeros(*self.layout.heads, self.layout.anchor_count)
+        formulas = [formula(one, shift, zeros) for one, shift in zip(asked, shifts, strict=True)]
         differentiable = any(tensor.requires_grad for tensor in (*self.layout.vectors, *self.arguments))
-        room = KEPT if differentiable and zeros.numel() * self.layout.columns <= 8 * KEPT else 0
-        self.kept: dict[tuple[int, int], Tensor] = {}
-        self.weighted = self._weighted_candidates(z, asked, shifts) if differentiable else None
-        buffers = Buffers(z[0])
+        # Where only a small part could be kept, it is not worth its memory.
+        room = KEPT if differentiable and zeros.numel() * self.layout.candidate_count <= 8 * KEPT else 0
+        self.kept_tiles: list[tuple[int, int]] = []
+        self.weighted = self._weighted_candidates(asked, shifts) if differentiable else None
+        kept, buffers = [], Buffers(z[0])
         for step in self.grid.steps:
-            tile = self._tile(step, z, buffers, given)
+            s = self._product(step, z, buffers)
+            tile = BlockTile(self.grid, step, z, s, self.functions, tensors)
             for number, to_rows, to_columns in step.serves:
-                sides = tile.rows if to_rows else None, tile.columns if to_columns else None
-                base = sums[number].add(tile, buffers.like(1, tile.s), *sides)
-            if self.weighted is not None and self.weighted.take(tile, base):
+                base = formulas[number].add(tile, buffers.like(1, s), *tile.sides(to_rows, to_columns))
+            if self.weighted is not None and self.weighted.take(tile, base, zeros):
                 continue
-            room -= tile.s.numel()
+            room -= s.numel()
             if room >= 0:
-                self.kept[step.i, step.j] = buffers.release(0, tile.s)
-        return sums
+                self.kept_tiles.append((step.i, step.j))
+                kept.append(buffers.release(0, s))
+        return formulas, kept + ([] if self.weighted is None else self.weighted.sums)
 
-    def _tile(
-        self,
-        step: Step,
-        z: Sequence[Tensor],
-        buffers: Buffers,
-        given: Sequence[Tensor],
-        backward: Backward | None = None,
-    ) -> BlockTile:
-        s = self.kept.get((step.i, step.j))
-        if s is None:
-            rows, columns = self.grid.rows[step.i], self.grid.columns[step.j]
-            s = buffers.product(z[rows.source][..., rows.own, :], z[columns.source][..., columns.own, :])
-        return BlockTile(self.grid, step, z, s, self.functions, given[len(self.slots) :], backward)
+    def _product(self, step: Step, z: Sequence[Tensor], buffers: Buffers) -> Tensor:
+        rows, columns = self.grid.row_blocks[step.i], self.grid.column_blocks[step.j]
+        return buffers.product(z[rows.source][..., rows.own, :], z[columns.source][..., columns.own, :])
 
-    def _weighted_candidates(
-        self, z: Sequence[Tensor], asked: Sequence[Any], shifts: Sequence[float | None]
-    ) -> WeightedCandidates | None:
+    def _weighted_candidates(self, asked: Sequence[Any], shifts: Sequence[float | None]) -> WeightedCandidates | None:
         frozen = [not tensor.requires_grad for tensor in self.layout.vectors]
         suits = len(asked) == 1 and isinstance(asked[0], LogSumExp) and shifts[0] is not None and asked[0].above is None
-        return WeightedCandidates(self.layout, z, frozen) if suits and any(frozen) else None
+        return WeightedCandidates(self.layout.anchor_blocks, frozen) if suits and any(frozen) else None
 
-    def _lost_terms(self, sums: Sums) -> bool:
+    def _lost_terms(self, sums: Formula) -> bool:
         """True if a row that has candidates may have lost terms which were too small beside the shift."""
-        faint = sums.faint()
-        if faint is None or not bool(faint.any()):
+        small = sums.underflowed()
+        if small is None or not bool(small.any()):
             return False
         count = self.layout.count(sums.asked.over, sums.asked.among, sums.asked.rows)
-        return count is None or bool((faint & (count > 0)).any())
+        return count is None or bool((small & (count > 0)).any())
 
     def backward(self, saved: Saved, upstream: Sequence[Tensor], to_z: Gradients, to_arguments: Gradients) -> None:
         """Add the gradients, from the tiles computed again."""
-        asked = with_tensors(self.asked, self.slots, saved.arguments)
-        derivatives = [
-            None if isinstance(one, Count) else Derivative(one, self.grid.shifts[k], saved.outputs[k], saved.kept[k], g)
-            for k, (one, g) in enumerate(zip(asked, upstream, strict=True))
-        ]
-        by_name = {(id(asked[number]), name): to for (number, name), to in zip(self.slots, to_arguments, strict=False)}
-        into = Backward(to_z, by_name, to_arguments[len(self.slots) :])
-        if self.weighted is not None and derivatives[0] is not None:
-            self.weighted.backward(saved.z, derivatives[0], to_z, by_name.get((id(asked[0]), "scale")))
+        (asked, tensors), kept = self.given(saved.arguments), saved.kept[len(saved.outputs) :]
+        similarities = dict(zip(self.kept_tiles, kept, strict=False))
+        into, zeros = self.into(asked, to_z, to_arguments), saved.z[0].new_zeros(())
+        formulas = [formula(one, shift, zeros) for one, shift in zip(asked, self.grid.shifts, strict=True)]
+        for one, output, normaliser, g in zip(formulas, saved.outputs, saved.kept, upstream, strict=False):
+            one.prepare(output, normaliser, g)
+        if self.weighted is not None and self.weighted.done:
+            self.weighted.backward(saved.z, kept[-1], formulas[0], into)
         needed = any(gradient is not None for gradient in to_arguments)
         buffers = Buffers(saved.z[0])
         for step in self.grid.steps:
-            to_x, to_y = (to_z[block.source] for block in (self.grid.rows[step.i], self.grid.columns[step.j]))
+            to_x, to_y = (
+                to_z[block.source] for block in (self.grid.row_blocks[step.i], self.grid.column_blocks[step.j])
+            )
             done = self.weighted is not None and (step.i, step.j) in self.weighted.done
             if done or (to_x is None and to_y is None and not needed):
                 continue
-            tile = self._tile(step, saved.z, buffers, saved.arguments, into)
-            gradient: Tensor | None = None
+            s = similarities.get((step.i, step.j))
+            s = self._product(step, saved.z, buffers) if s is None else s
+            tile = BlockTile(self.grid, step, saved.z, s, self.functions, tensors, into)
+            to_s: Tensor | None = None
             for number, to_rows, to_columns in step.serves:
-                derivative = derivatives[number]
-                if derivative is not None:
-                    per_pair = partial(_per_pair, tile, asked[number], to_rows, to_columns)
-                    share = derivative.of_tile(tile, buffers.like(1 if gradient is None else 2, tile.s), per_pair)
-                    gradient = share if gradient is None else gradient.add_(share)
-            if gradient is not None:
+                one = formulas[number]
+                if not isinstance(one.asked, Count):
+                    per_pair = partial(tile.spread, one.asked, *tile.sides(to_rows, to_columns))
+                    share = one.gradient(tile, buffers.like(1 if to_s is None else 2, s), per_pair)
+                    to_s = share if to_s is None else to_s.add_(share)
+            if to_s is not None:
                 for function, to_values in tile.to_values.items():
-                    self.functions.backward(tile.evaluated[function], to_values, gradient, into.tensors)
-                add_product(to_x, tile.row_block.own, gradient, tile.y)
-                add_product(to_y, tile.column_block.own, gradient.mT, tile.x)
+                    self.functions.backward(tile.evaluated[function], to_values, to_s, into.tensors)
+                add_product(to_x, tile.row_block.own, to_s, tile.y)
+                add_product(to_y, tile.column_block.own, to_s.mT, tile.x)
 
 
 class WeightedCandidates:
     """sum_j b_ij y_j over candidates without gradient, from the forward pass of one log-sum-exp.
 
     Args:
-        layout: anchors and candidates.
-        z: the vectors of each source.
+        blocks: the anchors.
         frozen: which sources have no gradient.
     """
 
-    def __init__(self, layout: Layout, z: Sequence[Tensor], frozen: Sequence[bool]) -> None:
-        self.blocks, self.frozen = layout.anchor_blocks, frozen
-        self.sum = z[0].new_zeros(*layout.heads, layout.rows, z[0].shape[-1])
+    def __init__(self, blocks: Sequence[Block], frozen: Sequence[bool]) -> None:
+        self.blocks, self.frozen = blocks, frozen
+        self.sums: list[Tensor] = []
+        """(N, D) or (H, N, D), once there is a tile; the forward pass keeps it."""
         self.done: set[tuple[int, int]] = set()
         """The tiles that the backward pass does not need."""
 
-    def take(self, tile: BlockTile, base: Tensor) -> bool:
-        """Add a tile, if its candidates have no gradient; return whether they have none."""
+    def take(self, tile: BlockTile, base: Tensor, zeros: Tensor) -> bool:
+        """Add a tile, if its candidates have no gradient and serve its rows alone; return whether that is so."""
         ((_, _, to_columns),) = tile.step.serves
         if to_columns or not self.frozen[tile.column_block.source]:
             return False
-        self.sum[..., tile.rows, :] += base @ tile.y
+        if not self.sums:
+            self.sums.append(zeros.new_zeros(*zeros.shape, tile.y.shape[-1]))
+        self.sums[0][..., tile.rows, :] += base @ tile.y
         self.done.add((tile.step.i, tile.step.j))
         return True
 
-    def backward(self, z: Sequence[Tensor], derivative: Derivative, to_z: Gradients, to_scale: Tensor | None) -> None:
+    def backward(self, z: Sequence[Tensor], weighted: Tensor, sums: Formula, into: Backward) -> None:
         """Add c_i scale sum_j b_ij y_j to the gradient of the anchors, and c_i <x_i, sum_j b_ij y_j> to the scale's."""
-        scale = derivative.asked.scale
+        scale, to_scale = sums.asked.scale, into.arguments.get((id(sums.asked), "scale"))
         for block in self.blocks:
-            share = derivative.c[..., block.all].unsqueeze(-1) * self.sum[..., block.all, :]
-            add_rows(to_z[block.source], block, share * scale)
+            share = sums.c[..., block.all].unsqueeze(-1) * weighted[..., block.all, :]
+            add_rows(into.z[block.source], block, share * scale)
             if to_scale is not None:
                 along = (share * z[block.source][..., block.own, :]).sum(dim=(-2, -1), keepdim=True)
                 to_scale += along.sum().reshape(to_scale.shape) if to_scale.numel() == 1 else along
@@ -437,16 +427,6 @@ def add_product(to: Tensor | None, rows: slice, left: Tensor, right: Tensor) -> 
     if to is not None:
         part = to[..., rows, :]
         part += (left @ right).sum_to_size(part.shape)
-
-
-def _per_pair(tile: BlockTile, asked: Any, to_rows: bool, to_columns: bool, of_rows: Tensor) -> Tensor:
-    """Spread a number per anchor over a tile: of its rows, of its columns, or the sum of both."""
-    sides = []
-    for wanted, rows, dim in ((to_rows, tile.rows, -1), (to_columns, tile.columns, -2)):
-        if wanted:
-            own, reached = of_rows[..., rows].unsqueeze(dim), tile.reached(asked, rows, dim)
-            sides.append(own if reached is None else reached.mul_(own))
-    return sides[0] if len(sides) == 1 else sides[0] + sides[1]
 
 
 def _covered(mask: Tensor | None, blocks: Sequence[Block]) -> list[bool | None]:

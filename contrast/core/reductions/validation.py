@@ -17,7 +17,7 @@ def check(asked: Reduction, layout: Layout) -> None:
     """
     if asked.over not in ("positive", "negative", "remembered", "all"):
         raise ValueError(f"over is 'positive', 'negative', 'remembered' or 'all'; got {asked.over!r}.")
-    for name, size in (("among", layout.columns), ("rows", layout.rows)):
+    for name, size in (("among", layout.candidate_count), ("rows", layout.anchor_count)):
         mask = getattr(asked, name, None)
         if mask is not None and (mask.dtype != torch.bool or mask.shape != (size,)):
             raise ValueError(f"{name} is ({size},) bool; got {mask.dtype} of shape {tuple(mask.shape)}.")
@@ -26,7 +26,11 @@ def check(asked: Reduction, layout: Layout) -> None:
     above = getattr(asked, "above", None)
     if isinstance(above, Kth):
         check(above, layout)
-    elif above is not None and not isinstance(above, Tensor):
+    elif isinstance(above, Tensor):
+        shape = (*layout.heads, layout.anchor_count)
+        if above.shape not in (shape, shape[-1:]):
+            raise ValueError(f"above is a tensor of thresholds, {shape}, or a Kth; got the shape {tuple(above.shape)}.")
+    elif above is not None:
         raise ValueError(f"above is a tensor of thresholds, (N,) or (H, N), or a Kth; got {above!r}.")
     for name, value in arguments(asked).items():
         if isinstance(value, Tensor):
@@ -45,7 +49,7 @@ def check(asked: Reduction, layout: Layout) -> None:
 def _check_k(k: int | Tensor, layout: Layout) -> None:
     """Refuse a k that is not a number of candidates, for all anchors or for each."""
     if isinstance(k, Tensor):
-        shape = (*layout.heads, layout.rows)
+        shape = (*layout.heads, layout.anchor_count)
         if k.dtype != torch.int64 or k.shape not in ((), shape, shape[-1:]):
             raise ValueError(f"k is a number, or {tuple(shape)} int64; got {k.dtype} of shape {tuple(k.shape)}.")
     elif not isinstance(k, int) or isinstance(k, bool) or k < 1:

@@ -56,7 +56,7 @@ class Saved(NamedTuple):
 Gradients = Sequence[Tensor | None]
 
 
-def apply(layout: Layout, terms: Sequence[Term]) -> list[list[Tensor]]:
+def compute(layout: Layout, terms: Sequence[Term]) -> list[list[Tensor]]:
     """Compute the outputs of each term, with gradient."""
     call = _Call(terms, len(layout.sources))
     flat = _Reduce.apply(call, *layout.vectors, *(tensor for term in terms for tensor in term.arguments))
@@ -68,7 +68,9 @@ class _Call:
         self.terms, self.sources = terms, sources
         self.inputs = [sources, *(len(term.arguments) for term in terms)]
         self.sizes: list[int] = []
-        """The numbers of outputs of each term, then of tensors that each term keeps."""
+        """How many outputs each term has, then how many tensors each keeps: the function returns the outputs of all
+        terms, then what all keep. With outputs (a, b) and (c), and kept (d) and (e, f), these are a, b, c, d, e, f, and
+        the sizes are 2, 1, 1, 2."""
 
     def forward(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         z, *arguments = _split([tensor.detach() for tensor in tensors], self.inputs)
