@@ -151,11 +151,16 @@ def _kth(pairs: _AllPairs, asked: Kth) -> Tensor:
     return below(ordered.gather(-1, place).squeeze(-1)).masked_fill(number == 0, 0)
 
 
+def _count(pairs: _AllPairs, asked: Count) -> Tensor:
+    counts, layout = pairs.counts(asked).sum(dim=-1), pairs.layout
+    return counts if layout.heads_count_alike(asked.over, asked.above) else counts.expand(*layout.heads, -1)
+
+
 _REDUCE: dict[type, Callable[..., Tensor]] = {
     LogSumExp: _logsumexp,
     Mean: _mean,
     SoftMean: _soft_mean,
     SoftplusSum: _softplus_sum,
     Kth: _kth,
-    Count: lambda pairs, asked: pairs.counts(asked).sum(dim=-1),
+    Count: _count,
 }

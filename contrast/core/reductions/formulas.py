@@ -268,12 +268,9 @@ class _Mean(Formula):
 class _Count(Formula):
     def __init__(self, asked: Any, shift: float | None, zeros: Tensor) -> None:
         super().__init__(asked, shift, zeros.to(torch.int64))
-        self.heads_agree = asked.above is None
 
     def base(self, tile: Tile, out: Tensor) -> Tensor:  # noqa: ARG002
-        counts = tile.counts(self.asked)
-        self.heads_agree = self.heads_agree and counts.ndim == 2
-        return counts
+        return tile.counts(self.asked)
 
     def add(self, tile: Tile, out: Tensor, rows: slice | None, columns: slice | None = None) -> Tensor:
         # `tile.counts` looks at the thresholds itself.
@@ -284,7 +281,7 @@ class _Count(Formula):
         return counts
 
     def finish(self) -> tuple[Tensor, Tensor]:
-        return self.mass[0] if self.heads_agree and self.mass.ndim == 2 else self.mass, self.mass.new_empty(0)
+        return self.mass, self.mass.new_empty(0)
 
     def gradient(self, tile: Tile, out: Tensor, per_pair: PerPair) -> Tensor:
         raise NotImplementedError("a number of candidates has no gradient")

@@ -292,6 +292,10 @@ class Layout:
         values, numbers = torch.unique(torch.cat([self.anchor.group, self.candidate.group]), return_inverse=True)
         return *numbers.split([self.anchor_count, self.candidate_count]), len(values)
 
+    def heads_count_alike(self, over: Relation, above: object | None) -> bool:
+        """True if a count is (N,) with heads too: neither a threshold nor a rule reads their similarities."""
+        return above is None and (over == "positive" or not self.rules)
+
     def count(self, over: Relation, among: Tensor | None = None, rows: Tensor | None = None) -> Tensor | None:
         """Count each anchor's candidates, (N,) int64, from lists and group sizes; None where that is not possible."""
         if over == "positive" and among is None and self.positive is not None:

@@ -64,6 +64,9 @@ def reduce(layout: Layout, asked: Sequence[Reduction], size: int, triton: bool =
         outputs = terms.compute(layout, [term for term, _ in parts])
         for (_, numbers), of_term in zip(parts, outputs, strict=True):
             found |= dict(zip(numbers, of_term, strict=True))
+    for number, one in enumerate(asked):
+        if isinstance(one, Count) and found[number].ndim == 2 and layout.heads_count_alike(one.over, one.above):
+            found[number] = found[number][0]
     return tuple(found[number] for number in range(len(asked)))
 
 
