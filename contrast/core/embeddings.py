@@ -117,7 +117,8 @@ class _Normalise(torch.autograd.Function):
         unit = z / largest
         length = torch.linalg.vector_norm(unit, dim=-1, keepdim=True)
         unit /= length.clamp(min=0.5)
-        return unit, torch.where(length > 0, 1 / (length * largest), 0)
+        # A row of subnormal numbers has no length that could be divided by; it has no gradient, as a row of zeros.
+        return unit, torch.where(length >= 0.5, 1 / (length * largest), 0)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor], output: tuple[Tensor, Tensor]) -> None:  # noqa: ARG004
@@ -168,8 +169,8 @@ def unknown_samples(count: int, device: torch.device, place: int = 0) -> Tensor:
         device: where.
         place: tells several sets of one call apart where calls cannot be counted, in a compiled graph.
     """
-    # 2**24 rows per call, 2**10 processes: 2**29 calls before int64 ends.
+    # Below all that a user may write; 2**24 rows per call and 2**10 processes leave 2**28 calls.
     world, rank = distributed.world_size(), distributed.rank()
     call = place if torch.compiler.is_compiling() else next(_calls)
-    first = -1 - (call * 2**24 * world + rank)
+    first = -(2**32) - (call * 2**24 * world + rank)
     return torch.arange(first, first - count * world, -world, device=device)

@@ -27,7 +27,7 @@ from contrast.core.reductions.kinds import (
     with_thresholds,
 )
 from contrast.core.reductions.layout import Layout
-from contrast.core.reductions.pair_functions import shared
+from contrast.core.reductions.pair_functions import averaged
 
 
 def reduce(layout: Layout, asked: Sequence[Reduction]) -> tuple[Tensor, ...]:
@@ -51,8 +51,9 @@ def topk(layout: Layout, k: int, over: Relation, among: Tensor | None) -> tuple[
 
 def similarity(layout: Layout) -> Tensor:
     """Compute the inner products, (N, M) or (H, N, M)."""
-    anchor = concatenate(layout.anchors)
-    return torch.cat([product(anchor.z, part.z) for part in layout.candidates], dim=-1)
+    vectors = dict(zip(map(id, layout.sources), layout.vectors, strict=True))
+    x = torch.cat([vectors[id(part)] for part in layout.anchors], dim=-2)
+    return torch.cat([product(x, vectors[id(part)]) for part in layout.candidates], dim=-1)
 
 
 def relation(layout: Layout, over: Relation) -> Tensor:
@@ -99,7 +100,7 @@ class _AllPairs:
         if not isinstance(value, nn.Module):
             return value
         anchor = concatenate(self.layout.anchors)
-        parameters = {name: shared(parameter) for name, parameter in value.named_parameters()}
+        parameters = {name: averaged(parameter) for name, parameter in value.named_parameters()}
         tiles = [functional_call(value, parameters, (anchor, part)) for part in self.layout.candidates]
         return torch.cat(tiles, dim=-1).to(self.s.dtype)
 
@@ -148,7 +149,9 @@ def _kth(pairs: _AllPairs, asked: Kth) -> Tensor:
         return ordered.sum(dim=-1)
     place = (torch.minimum(torch.as_tensor(asked.k, device=number.device), number) - 1).clamp(min=0)
     place = place.expand(ordered.shape[:-1]).unsqueeze(-1)
-    return below(ordered.gather(-1, place).squeeze(-1)).masked_fill(number == 0, 0)
+    longest = max(torch.linalg.vector_norm(part.z, dim=-1).max() for part in pairs.layout.candidates if len(part))
+    reach = torch.linalg.vector_norm(concatenate(pairs.layout.anchors).z, dim=-1) * longest
+    return below(ordered.gather(-1, place).squeeze(-1), reach.detach()).masked_fill(number == 0, 0)
 
 
 def _count(pairs: _AllPairs, asked: Count) -> Tensor:

@@ -101,9 +101,14 @@ _LEARNABLE: dict[type, tuple[str, ...]] = {
 }
 
 
-def below(similarity: Tensor) -> Tensor:
-    """Return what is smaller by 8 units in the last place: a threshold that products in any order reach."""
-    return similarity - 8 * torch.finfo(similarity.dtype).eps * similarity.abs().clamp(min=0.125)
+def below(similarity: Tensor, reach: Tensor) -> Tensor:
+    """Lower a threshold by 8 units in the last place, so that the same product computed in another order reaches it.
+
+    Args:
+        similarity: (N,) or (H, N).
+        reach: the length of each anchor times that of the longest candidate, whose rounding a product has.
+    """
+    return similarity - 8 * torch.finfo(similarity.dtype).eps * torch.maximum(similarity.abs(), reach / 8)
 
 
 def arguments(asked: Reduction) -> dict[str, Any]:

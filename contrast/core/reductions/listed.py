@@ -143,7 +143,7 @@ class ListedReductions(ReductionTerm):
                 sums.prepare(output, normaliser, g)
                 to_s += sums.gradient(tile, torch.empty_like(s), partial(tile.spread, one, tile.rows, None))
         for function, to_values in tile.to_values.items():
-            self.functions.backward(tile.evaluated[function], to_values, to_s, into.tensors)
+            self.functions.backward(tile.evaluated[function], to_values, to_s)
         self.similarities.add_gradients(saved.z, to_s, to_z)
 
 

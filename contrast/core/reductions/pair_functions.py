@@ -1,18 +1,22 @@
 """PairFunctions in a pass over tiles: how they are evaluated, and how gradients reach what they read and learn.
 
-A PairFunction is a module whose value belongs to a pair, such as a learned temperature. On a tile it is evaluated with
-autograd on copies of what it reads, its *leaves*; in the backward pass the gradient of its values goes to these, and
-from there is added to the gradients of the whole.
+A PairFunction is a module whose value belongs to a pair, such as a learned temperature. What it reads of the vectors
+and what it learns are arguments of the pass, so that the backward pass evaluates it on the tensors of the forward pass,
+whatever the module holds by then (`torch.func.functional_call` puts other parameters in for a call).
+
+On a tile it is evaluated with autograd on *leaves*, detached parts of these tensors; in the backward pass the gradient
+of its values goes to the leaves, and from there is added to the gradients of the whole.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from contrast.core import distributed
 from contrast.core.embeddings import Embeddings
@@ -43,15 +47,15 @@ class Evaluated(NamedTuple):
 
     Args:
         values: (n, m) or (H, n, m), with history in the backward pass.
-        leaves: what they depend on: the similarities first, where the function reads these.
-        targets: where the gradient of each leaf is added; None where it is not needed.
-        reads_s: whether the first leaf is the similarities.
+        s: the leaf of the similarities, where the function reads these.
+        leaves: the leaves of what else it reads, and of what it learns.
+        targets: the places to which the gradients of `leaves` are added; None where one is not needed.
     """
 
     values: Tensor
+    s: Tensor | None
     leaves: list[Tensor]
     targets: list[Tensor | None]
-    reads_s: bool
 
 
 class PairFunctions:
@@ -60,23 +64,33 @@ class PairFunctions:
     Args:
         functions: the functions.
         layout: whose vectors they read.
+
+    Attributes:
+        tensors: their sides and what they learn: arguments of the pass, with history.
     """
 
     def __init__(self, functions: Sequence[nn.Module], layout: Layout) -> None:
         self.tensors: list[Tensor] = []
-        """The sides of the functions, then what they learn: arguments of the pass, with history."""
-        self._places: dict[tuple[nn.Module, int, int], int] = {}
+        self._sides: dict[tuple[nn.Module, int, int], int] = {}
         """(function, role, source) -> the place of that side among `tensors`; roles: 0 anchor, 1 candidate."""
+        self._learned: dict[nn.Module, dict[str, int]] = {}
+        """function -> name of a parameter -> its place among `tensors`."""
+        self._held: dict[nn.Module, list[int]] = {}
+        """function -> the places of tensors with a gradient that it holds as attributes."""
         roles = [{block.source for block in blocks} for blocks in (layout.anchor_blocks, layout.candidate_blocks)]
         for function in functions:
             if isinstance(function, SidedFunction):
                 for role, side in enumerate((function.anchor_side, function.candidate_side)):
                     for source in roles[role]:
-                        self._places[function, role, source] = len(self.tensors)
-                        self.tensors.append(side(layout.vectors[source]))
-        self._first_learned = len(self.tensors)
-        self._learned = list({id(tensor): tensor for function in functions for tensor in learned(function)}.values())
-        self.tensors += [shared(tensor) for tensor in self._learned]
+                        self._sides[function, role, source] = self._add(side(layout.vectors[source]))
+            self._learned[function] = {
+                name: self._add(averaged(parameter)) for name, parameter in function.named_parameters()
+            }
+            self._held[function] = [self._add(tensor) for tensor in held(function)]
+
+    def _add(self, tensor: Tensor) -> int:
+        self.tensors.append(tensor)
+        return len(self.tensors) - 1
 
     def on_blocks(
         self,
@@ -97,22 +111,23 @@ class PairFunctions:
             tensors: `tensors` without history.
             gradients: in the backward pass, those of the sources' vectors and of `tensors`; None in the forward pass.
         """
-        differentiable = gradients is not None
+        to_z, to_tensors = gradients or ((), ())
         if isinstance(function, SidedFunction):
-            places = [self._places[function, role, block.source] for role, block in enumerate(blocks)]
-            leaves = [tensors[place][..., block.own, :] for place, block in zip(places, blocks, strict=True)]
-            to = [gradients[1][place] for place in places] if gradients is not None else []
+            places = [self._sides[function, role, block.source] for role, block in enumerate(blocks)]
+            read = [tensors[place][..., block.own, :] for place, block in zip(places, blocks, strict=True)]
+            to = [to_tensors[place] for place in places] if gradients else []
         else:
-            leaves = [part.z for part in embeddings]
-            to = [gradients[0][block.source] for block in blocks] if gradients is not None else []
+            read = [part.z for part in embeddings]
+            to = [to_z[block.source] for block in blocks] if gradients else []
         targets = [None if one is None else one[..., block.own, :] for one, block in zip(to, blocks, strict=False)]
-        leaves = [leaf.detach().requires_grad_(differentiable) for leaf in leaves]
-        with torch.set_grad_enabled(differentiable):
+
+        def values(call: Callable[..., Tensor], s: Tensor, x: Tensor, y: Tensor) -> Tensor:
             if isinstance(function, SidedFunction):
-                of_s = s.detach().requires_grad_(differentiable)
-                return Evaluated(function.of_sides(of_s, *leaves), [of_s, *leaves], [None, *targets], reads_s=True)
-            anchor, candidate = (replace(part, z=z) for part, z in zip(embeddings, leaves, strict=True))
-            return Evaluated(function(anchor, candidate), leaves, targets, reads_s=False)
+                return call(s, x, y)
+            anchor, candidate = embeddings
+            return call(replace(anchor, z=x), replace(candidate, z=y))
+
+        return self._evaluate(function, values, s, read, targets, tensors, to_tensors if gradients else None)
 
     def on_listed(
         self,
@@ -133,44 +148,96 @@ class PairFunctions:
             tensors: `tensors` without history.
             to_tensors: in the backward pass, the gradients of `tensors`; None in the forward pass.
         """
-        assert isinstance(function, SidedFunction)
         number = {id(part): place for place, part in enumerate(layout.sources)}
         of_parts = [
-            [self._places[function, role, number[id(part)]] for part in parts]
+            [self._sides[function, role, number[id(part)]] for part in parts]
             for role, parts in enumerate((layout.anchors, layout.candidates))
         ]
         used = list(dict.fromkeys(place for of_role in of_parts for place in of_role))
-        differentiable = to_tensors is not None
-        leaves = [one.detach().requires_grad_(differentiable) for one in (s, *(tensors[place] for place in used))]
-        targets = [None, *(to_tensors[place] for place in used)] if to_tensors is not None else []
-        with torch.set_grad_enabled(differentiable):
-            side = {place: leaf.expand(*layout.heads, -1, -1) for place, leaf in zip(used, leaves[1:], strict=True)}
+        targets = [to_tensors[place] for place in used] if to_tensors is not None else []
+
+        def values(call: Callable[..., Tensor], s: Tensor, *sides: Tensor) -> Tensor:
+            side = {place: one.expand(*layout.heads, -1, -1) for place, one in zip(used, sides, strict=True)}
             a, b = (torch.cat([side[place] for place in of_role], dim=-2) for of_role in of_parts)
             # Each anchor is a tile of its own: one row beside its k candidates, (..., N, 1, k).
             beside = b[..., places.clamp(min=0), :]
-            values = function.of_sides(leaves[0].unsqueeze(-2), a.unsqueeze(-2), beside).squeeze(-2)
-        return Evaluated(values, leaves, targets, reads_s=True)
+            return call(s.unsqueeze(-2), a.unsqueeze(-2), beside).squeeze(-2)
 
-    def backward(self, evaluated: Evaluated, to_values: Tensor, to_s: Tensor, to_tensors: Gradients) -> None:
+        return self._evaluate(function, values, s, [tensors[place] for place in used], targets, tensors, to_tensors)
+
+    def _evaluate(
+        self,
+        function: nn.Module,
+        values: Callable[..., Tensor],
+        s: Tensor,
+        read: Sequence[Tensor],
+        targets: Sequence[Tensor | None],
+        tensors: Sequence[Tensor],
+        to_tensors: Gradients | None,
+    ) -> Evaluated:
+        """Evaluate a function with the parameters that are among `tensors`; with history in the backward pass."""
+        backward = to_tensors is not None
+        parameters = self._learned[function]
+        leaves = [
+            one.detach().requires_grad_(backward)
+            for one in (s, *read, *(tensors[place] for place in parameters.values()))
+        ]
+        learned = dict(zip(parameters, leaves[1 + len(read) :], strict=True))
+        sided = isinstance(function, SidedFunction)
+        module = _OfSides(function) if sided else function
+        given = {f"function.{name}": leaf for name, leaf in learned.items()} if sided else learned
+
+        def call(*arguments: object) -> Tensor:
+            called: Tensor = functional_call(module, given, arguments)
+            return called
+
+        with torch.enable_grad():
+            found = values(call, *leaves[: 1 + len(read)])
+        kept = held(function)
+        if not backward and found.requires_grad and not kept:
+            raise ValueError(
+                f"{type(function).__name__} reads a tensor that has a gradient and is neither its parameter nor its "
+                "attribute, so that its gradient would be lost: self.weight = nn.Parameter(...)."
+            )
+        places = [*parameters.values(), *self._held[function]]
+        to_learned = [to_tensors[place] for place in places] if to_tensors is not None else []
+        return Evaluated(found, leaves[0] if sided else None, [*leaves[1:], *kept], [*targets, *to_learned])
+
+    @staticmethod
+    def backward(evaluated: Evaluated, to_values: Tensor, to_s: Tensor) -> None:
         """Add the gradient of a function's values to those of similarities, vectors, sides and learned tensors."""
-        values, leaves, targets, reads_s = evaluated
+        values, s, leaves, targets = evaluated
         if not values.requires_grad:
             return
         given = to_values.sum_to_size(values.shape).to(values.dtype)
-        found = torch.autograd.grad(values, [*leaves, *self._learned], given, allow_unused=True)
-        if reads_s and found[0] is not None:
-            to_s += found[0]
-        for target, gradient in zip((*targets, *to_tensors[self._first_learned :]), found, strict=True):
+        inputs = leaves if s is None else [s, *leaves]
+        found = list(torch.autograd.grad(values, inputs, given, allow_unused=True))
+        of_s = None if s is None else found.pop(0)
+        if of_s is not None:
+            to_s += of_s
+        for target, gradient in zip(targets, found, strict=True):
             if target is not None and gradient is not None:
                 target += gradient.sum_to_size(target.shape)
 
 
-def learned(function: nn.Module) -> list[Tensor]:
-    """Return what a PairFunction learns: its parameters, and tensors it holds that have a gradient of their own."""
-    held = (value for part in function.modules() for value in vars(part).values() if isinstance(value, Tensor))
-    return [tensor for tensor in (*function.parameters(), *held) if tensor.requires_grad]
+class _OfSides(nn.Module):
+    """The method `of_sides` as a module of its own, for `functional_call`."""
+
+    def __init__(self, function: nn.Module) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, s: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        assert isinstance(self.function, SidedFunction)
+        return self.function.of_sides(s, a, b)
 
 
-def shared(tensor: Tensor) -> Tensor:
+def held(function: nn.Module) -> list[Tensor]:
+    """Return the tensors with a gradient that a module and its parts hold as attributes, beside their parameters."""
+    attributes = (value for part in function.modules() for value in vars(part).values())
+    return [value for value in attributes if isinstance(value, Tensor) and value.requires_grad]
+
+
+def averaged(tensor: Tensor) -> Tensor:
     """Average a learned tensor's gradient over the processes, if it is a parameter."""
     return distributed.shared(tensor) if isinstance(tensor, nn.Parameter) else tensor

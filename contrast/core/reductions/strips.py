@@ -41,11 +41,16 @@ class Thresholds:
     def forward(self, z: Sequence[Tensor], given: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:  # noqa: ARG002
         """Return the thresholds, (N,) or (H, N); 0 for a row without candidates."""
         found = z[0].new_zeros(*self.layout.heads, self.layout.anchor_count)
+        sources = {block.source for block in self.layout.candidate_blocks if block.start < block.stop}
+        longest = torch.stack(
+            [found.new_zeros(()), *(torch.linalg.vector_norm(z[k], dim=-1).max() for k in sources)]
+        ).max()
         for block, strip in _strips(self.layout, self.asked, self.size, z):
             number = (strip > -torch.inf).sum(dim=-1)
             k = torch.as_tensor(self.asked.k, device=strip.device)
             k = torch.minimum(k[..., block.all] if k.ndim else k, number).clamp(min=1)
-            found[..., block.all] = below(kth_largest(strip, k)).masked_fill(number == 0, 0)
+            reach = torch.linalg.vector_norm(z[block.source][..., block.own, :], dim=-1) * longest
+            found[..., block.all] = below(kth_largest(strip, k), reach).masked_fill(number == 0, 0)
         return [found], []
 
     def backward(self, saved: Saved, upstream: Sequence[Tensor], to_z: Gradients, to_arguments: Gradients) -> None:

@@ -341,7 +341,7 @@ class TiledReductions(ReductionTerm):
                     to_s = share if to_s is None else to_s.add_(share)
             if to_s is not None:
                 for function, to_values in tile.to_values.items():
-                    self.functions.backward(tile.evaluated[function], to_values, to_s, into.tensors)
+                    self.functions.backward(tile.evaluated[function], to_values, to_s)
                 add_product(to_x, tile.row_block.own, to_s, tile.y)
                 add_product(to_y, tile.column_block.own, to_s.mT, tile.x)
 

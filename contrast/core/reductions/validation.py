@@ -34,16 +34,33 @@ def check(asked: Reduction, layout: Layout) -> None:
         raise ValueError(f"above is a tensor of thresholds, (N,) or (H, N), or a Kth; got {above!r}.")
     for name, value in arguments(asked).items():
         if isinstance(value, Tensor):
-            if name != "bias" and value.ndim >= 2 and value.shape[-2] > 1 and value.shape[-1] > 1:
-                raise ValueError(
-                    "a scale, weight or log_weight spans at most one of N and M: (N, 1), (1, M) or (H, 1, 1); got the "
-                    f"shape {tuple(value.shape)}. For a value of each pair give a PairFunction, a module "
-                    "(anchor, candidate) -> tile."
-                )
+            _check_shape(name, value, layout)
         elif isinstance(value, str):
             if value != "reference":
                 raise ValueError(f"weight is 'reference', a number, a tensor or a PairFunction; got {value!r}.")
             layout.check_references()
+
+
+def _check_shape(name: str, value: Tensor, layout: Layout) -> None:
+    """Refuse an argument that cannot be spread over the pairs, or that spans both N and M."""
+    n, m, heads = layout.anchor_count, layout.candidate_count, layout.heads
+    if value.numel() == 1:
+        return
+    if name == "bias":
+        if value.shape not in ((n,), (*heads, n)):
+            raise ValueError(f"bias is a number, ({n},) or {(*heads, n)}; got the shape {tuple(value.shape)}.")
+        return
+    if value.ndim >= 2 and value.shape[-2] > 1 and value.shape[-1] > 1:
+        raise ValueError(
+            "a scale, weight or log_weight spans at most one of N and M: (N, 1), (1, M) or (H, 1, 1); got the shape "
+            f"{tuple(value.shape)}. For a value of each pair give a PairFunction, a module (anchor, candidate) -> tile."
+        )
+    fits = zip(reversed(value.shape), (m, n, *heads), strict=False)
+    if value.ndim > 2 + len(heads) or not all(size in (1, whole) for size, whole in fits):
+        raise ValueError(
+            f"{name} must be spread over {(*heads, n, m)} pairs: a number, ({n}, 1), (1, {m})"
+            f"{f' or ({heads[0]}, 1, 1)' if heads else ''}; got the shape {tuple(value.shape)}."
+        )
 
 
 def _check_k(k: int | Tensor, layout: Layout) -> None:
