@@ -1,4 +1,4 @@
-"""Which candidates are whose positives, and the row reductions from which losses are made."""
+"""Anchors with their candidates, positives and negatives, and the row reductions from which losses are made."""
 
 from __future__ import annotations
 
@@ -55,8 +55,9 @@ class Pairs:
     Every reduction returns (N,), or (H, N) for H heads, with gradient. Over no candidates it is 0 (a logsumexp:
     `finfo.min / 2`) with zero gradient. Arguments that reductions share:
 
-    * `scale`, `log_weight`, `weight`: a number; a tensor that spans at most one of N and M: (N, 1), (1, M),
-      (H, 1, 1); or a PairFunction, a module `(anchor, candidate) -> (n, m)` or `(H, n, m)`. They may be learnable.
+    * `scale`, `log_weight`, `weight`: a number; a tensor that spans at most one of N and M: (N, 1), (1, M), with heads
+      also (H, 1, 1), (H, N, 1) or (H, 1, M); or a PairFunction, a module `(anchor, candidate) -> (n, m)` or
+      `(H, n, m)`. They may be learnable.
     * `over`: "positive", "negative", "remembered" (negatives that come from a memory) or "all" (positive + negative).
     * `among`: (M,) bool, only these candidates.
     * `above`: (N,) or (H, N), only similarities >= it; or a `Kth` of these pairs, which is computed on the way.
@@ -151,7 +152,7 @@ class Pairs:
         among: Tensor | None = None,
         rows: Tensor | None = None,
     ) -> Tensor:
-        """Compute sum_j log(1 + exp(scale * s_ij + bias_i)); bias: a number or (N,), differentiable."""
+        """Compute sum_j log(1 + exp(scale * s_ij + bias_i)); bias: a number, (N,) or (H, N), differentiable."""
         return self.reduce(SoftplusSum(scale, bias, over, among, rows))[0]
 
     def topk(self, k: int, over: Relation, *, among: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -4,6 +4,14 @@
 * `tiled`: the default. No matrix and O(N + M) memory, on any device; see `streamed` for what becomes of a reduction.
 * `triton`: the same, with CUDA kernels for what they know; the default on CUDA.
 
+One call, `pairs.reduce(LogSumExp(...), Mean("positive"))`, in the order of its files:
+
+1. `layout` finds what the identities say: blocks of one view, listed positives, group sizes.
+2. `streamed` makes each reduction part of a *term*: `listed` pairs, `means` from sums, `strips`, tiles (`tiled`).
+3. `terms` runs them as one autograd function, whose inputs are the vectors and the tensors among the arguments.
+4. Each tile (`tile`) goes through the `formulas` of the reductions: sums in the forward pass, dL/ds in the backward
+   pass, from which the term computes the gradients of vectors and arguments (through `pair_functions`, if there are).
+
 A row without candidates gives 0 (a log-sum-exp: `finfo.min / 2`) and no gradient. To add a reduction: its class and
 arguments in `kinds`, its formula for all pairs in `dense`, its class in `formulas`, its method in `Pairs`.
 """

@@ -11,7 +11,8 @@ SoftplusSum sigmoid(scale s + bias)     sum log(1 + e^(scale s + bias))  that su
 Mean        weight                      B = sum b, T = sum b s         T / B                   b c
 =========== =========================== ============================== ======================= =========================
 
-with two *coefficients* of the row: c_i = g_i / B_i (SoftplusSum: g_i) and d_i = c_i R_i. The gradients of arguments are
+with two *coefficients* of the row: c_i = g_i / B_i (SoftplusSum: g_i) and d_i = c_i R_i. (A factor e^-shift of the base
+goes into B too, and so cancels.) The gradients of arguments are
 linear in them too: b c of a log_weight or bias, b c s of a scale, c s - d of a weight.
 
 **Symmetric tiles.** Where the anchors are the candidates, s_ij = s_ji, and the base is the same for both. Then one tile
@@ -83,7 +84,7 @@ class Formula(ABC):
     def __init__(self, asked: Any, shift: float | None, zeros: Tensor) -> None:
         self.asked, self.shift = asked, shift
         self.mass = zeros.clone()
-        """B, relative to the shift or to the largest exponent; the sum of a SoftplusSum, the number of a Count."""
+        """B, with the base as it is computed (see Range); a SoftplusSum or a Count has its own sum here."""
         self.c = self.d = zeros
 
     @abstractmethod
@@ -170,7 +171,7 @@ class _OfExponentials(Formula):
 
     def prepare(self, output: Tensor, normaliser: Tensor, upstream: Tensor) -> None:
         # b / B = e^(exponent - shift) e^(shift - log B): the first factor belongs to the pair, the second to the row.
-        # With running maxima the shift is log B itself.
+        # Where the forward pass had running maxima, log B itself is subtracted here, and the second factor is 1.
         self.subtracted = normaliser if self.shift is None else self.shift
         self.c = upstream if self.shift is None else upstream * (self.shift - normaliser).exp()
         self.d = self.c * output

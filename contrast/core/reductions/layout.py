@@ -198,8 +198,8 @@ class Layout:
     def symmetric(self) -> bool:
         """True if s_ij = s_ji and the relation too is the same both ways, so that one tile serves i and j.
 
-        Not of remembered anchors, whose own sample is no negative of others while they are its; and not on another
-        device, where views are not looked at.
+        Not where anchors are remembered entries: a remembered candidate of the anchor's sample is ignored, and the
+        relation is not the same in the other direction. Not on another device, where views are not looked at.
         """
         views = [block.view for block in self.anchor_blocks]
         return self.anchors_are_candidates and all(view is not None and view >= 0 for view in views)
@@ -234,13 +234,16 @@ class Layout:
 
     @cached_property
     def itself(self) -> Listed | None:
-        """The pairs of one sample that are no candidates: the anchor itself, or remembered; None for too many."""
+        """The pairs of one sample that are no candidates: the anchor itself, and remembered entries of its sample.
+
+        None where samples are repeated too often to list them. The relation as a mask is `relation`.
+        """
         pairs = self._equal(self.anchor.sample, self.candidate.sample)
         return None if pairs is None else pairs.where(self._is_itself(pairs))
 
     @cached_property
     def positive(self) -> Listed | None:
-        """The positives; None where groups are too large to list them."""
+        """The positives, as `relation` has them; None where groups are too large to list them."""
         pairs = self._equal(self.anchor.group, self.candidate.group)
         if pairs is None:
             return None
@@ -304,15 +307,18 @@ class Layout:
         if self.itself is None or (self.rules and over != "positive"):
             return None
         own, others, total = self.groups
+        i, j = self.itself
         counts = torch.zeros(self.anchor_count, dtype=torch.int64)
         for view in set(torch.unique(self.anchor.view).tolist()) - {PADDING}:
             met, mine = self._candidates_of(view, over, among), self.anchor.view == view
             of_group = torch.bincount(others[met], minlength=total)[own[mine]]
-            counts[mine] = of_group if over == "positive" else met.sum() - (of_group if over != "all" else 0)
-            # What is no candidate at all was counted with its group, or outside of it.
-            i, j = self.itself
-            same = own[i] == others[j]
-            wrong = same if over == "positive" else torch.ones_like(same) if over == "all" else ~same
+            # The pairs of an anchor with itself are among these numbers; they are counted apart and subtracted.
+            if over == "positive":
+                counts[mine], wrong = of_group, own[i] == others[j]
+            elif over == "all":
+                counts[mine], wrong = met.sum(), torch.ones_like(i, dtype=torch.bool)
+            else:
+                counts[mine], wrong = met.sum() - of_group, own[i] != others[j]
             counts -= torch.bincount(i[wrong & mine[i] & met[j]], minlength=self.anchor_count)
         return counts if rows is None else counts * rows
 

@@ -19,6 +19,10 @@ from contrast.core.reductions.layout import Layout
 class Term(Protocol):
     """A part of a call: some outputs, and how their gradient is computed.
 
+    An instance serves one call: one forward pass, then any number of backward passes. What the forward pass finds out
+    and the backward pass needs is either a tensor, which is returned to be kept, or a plan that holds no vectors, which
+    may stay in an attribute.
+
     Attributes:
         arguments: the tensors that it reads beside the vectors, with history.
     """

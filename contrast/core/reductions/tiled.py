@@ -78,7 +78,6 @@ class Grid:
         self.layout, self.asked, self.shifts = layout, asked, shifts
         self.row_blocks = [block for run in layout.anchor_blocks for block in run.cut(height)]
         self.column_blocks = [block for run in layout.candidate_blocks for block in run.cut(width)]
-        self._listed: dict[str, dict[tuple[int, int], Tensor] | None] = {}
         masked = [
             (_covered(getattr(one, "rows", None), self.row_blocks), _covered(one.among, self.column_blocks))
             for one in asked
@@ -114,17 +113,22 @@ class Grid:
     def _may_count(self, i: int, j: int, over: Relation) -> bool:
         if not self.layout.may_count(self.row_blocks[i], self.column_blocks[j], over):
             return False
-        positives = self.listed("positive") if over == "positive" else None
+        positives = self.positives if over == "positive" else None
         return positives is None or (i, j) in positives
 
-    def listed(self, name: str) -> dict[tuple[int, int], Tensor] | None:
-        """Return the listed pairs of a name by tile, as positions in the flat tile; None where they are too many."""
-        if name not in self._listed:
-            pairs: Listed | None = getattr(self.layout, name)
-            self._listed[name] = None if pairs is None else self._by_tile(pairs)
-        return self._listed[name]
+    @cached_property
+    def itself(self) -> dict[tuple[int, int], Tensor] | None:
+        """`Layout.itself` by tile, as positions in the flat tile; None where they are too many to list."""
+        return self._by_tile(self.layout.itself)
 
-    def _by_tile(self, pairs: Listed) -> dict[tuple[int, int], Tensor]:
+    @cached_property
+    def positives(self) -> dict[tuple[int, int], Tensor] | None:
+        """`Layout.positive` by tile, as positions in the flat tile; None where they are too many to list."""
+        return self._by_tile(self.layout.positive)
+
+    def _by_tile(self, pairs: Listed | None) -> dict[tuple[int, int], Tensor] | None:
+        if pairs is None:
+            return None
         starts = [torch.tensor([block.start for block in blocks]) for blocks in (self.row_blocks, self.column_blocks)]
         width = torch.tensor([block.stop - block.start for block in self.column_blocks])
         i, j = (torch.bucketize(place, start, right=True) - 1 for place, start in zip(pairs, starts, strict=True))
@@ -212,14 +216,14 @@ class BlockTile(Tile):
     def _by_relation(self, over: Relation) -> tuple[list[Tensor], list[Tensor]]:
         grid, layout, at = self.grid, self.grid.layout, (self.step.i, self.step.j)
         one_view_each = self.row_block.view is not None and self.column_block.view is not None
-        itself = grid.listed("itself") if one_view_each else None
+        itself = grid.itself if one_view_each else None
         if itself is None or (layout.rules and over != "positive"):
             rules = [(rule, [values[self.rows] for values in given]) for rule, given in layout.rules]
             return [], [relation(*self.embeddings, over, layout.across, rules, self.s)]
         positions = [itself[at]] if at in itself else []
         if over == "all":
             return positions, []
-        positives = grid.listed("positive")
+        positives = grid.positives
         if positives is None:
             own, others, _ = layout.groups
             same = own[self.rows, None] == others[self.columns]
@@ -251,7 +255,7 @@ class TiledReductions(ReductionTerm):
         longest = self._longest(z)
         formulas, kept = self._pass(z, asked, tensors, [shift_of(one, longest, z[0].dtype) for one in asked])
         if any(map(self._lost_terms, formulas)):
-            # One row is enough: the reductions share their tiles, and scales with so wide a range are rare.
+            # For all reductions, also where one row of one of them was lost: scales with so wide a range are rare.
             formulas, kept = self._pass(z, asked, tensors, [None for _ in asked])
         outputs, normalisers = zip(*(one.finish() for one in formulas), strict=True)
         return list(outputs), [*normalisers, *kept]
