@@ -93,6 +93,11 @@ class Pairs:
         return sum(len(part) for part in self.anchor_parts)
 
     @property
+    def view(self) -> Tensor:
+        """(N,) int64, the views of the anchors; `pairs.anchor` would copy their vectors too."""
+        return torch.cat([part.view for part in self.anchor_parts])
+
+    @property
     def layout(self) -> Layout:
         """What the identities say about these pairs, for the reductions; nothing is looked at before it is needed."""
         # torch.compile cannot trace `cached_property` in Python 3.11, and a compiled graph looks at nothing.

@@ -95,7 +95,7 @@ class AMCL(PairLoss):
 
     def per_anchor(self, pairs: Pairs) -> Tensor:
         """Return what the negatives repel minus what the positives attract."""
-        z = pairs.anchor.z
+        z = pairs.anchor_parts[0].z
         temperatures = self.temperatures.shared(z)
         score = Score(temperatures, self.regulariser_weight, z.shape[-1])
         repulsion = nearest_score if self.form == "max" else log_sum_of_scores

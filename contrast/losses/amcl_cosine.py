@@ -79,7 +79,7 @@ class AMCLCosine(PairLoss):
 
     def per_anchor(self, pairs: Pairs) -> Tensor:
         """Return minus what the positives attract."""
-        return -mean_score(pairs, self.temperatures.shared(pairs.anchor.z), 2 * self.regulariser_weight)
+        return -mean_score(pairs, self.temperatures.shared(pairs.anchor_parts[0].z), 2 * self.regulariser_weight)
 
     @torch.no_grad()
     def measure(self, pairs: Pairs) -> dict[str, Tensor]:

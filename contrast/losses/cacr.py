@@ -112,7 +112,7 @@ class CACR(PairLoss):
                 positive = 1 - pairs.mean("positive", among=among, rows=rows)
                 far = (far - self.positive_prior * positive) / (1 - self.positive_prior)
             repulsion = repulsion + far * self._share(pairs, met, number, near.dtype)
-        return torch.as_tensor(repulsion, device=pairs.anchor.view.device)
+        return torch.as_tensor(repulsion, device=pairs.view.device)
 
     @staticmethod
     def _share(
@@ -154,5 +154,5 @@ def meetings(pairs: Pairs) -> Iterator[tuple[Tensor, Tensor]]:
 def _meeting(pairs: Pairs, number: int) -> Tensor:
     """Return (N,) bool: the anchors that meet this part."""
     view = pairs.candidates[number].view[:1]
-    own = pairs.anchor.view
+    own = pairs.view
     return own != view if pairs.across else own < view

@@ -130,7 +130,7 @@ class CACRRBF(PairLoss):
         for (among, rows), above, below in zip(met, sums[::2], sums[1::2], strict=True):
             there = pairs.count("negative", among=among, rows=rows) > 0
             for view in range(views):
-                counted = there & (pairs.anchor.view == view)
+                counted = there & (pairs.view == view)
                 logarithms.append(_logsumexp(above - below - cost, counted))
                 counts.append(counted.sum())
         count = distributed.total(torch.stack(counts).to(logarithms[0].dtype))

@@ -81,7 +81,7 @@ class CWCL(InfoNCE):
     def per_anchor(self, pairs: Pairs) -> Tensor:
         """Return twice log of the denominator minus the (weighted) mean logit: twice, since a sum is two means."""
         scale = self.scale()
-        frozen = pairs.anchor.view == 0
+        frozen = pairs.view == 0
         denominator, weighted, plain = pairs.reduce(
             LogSumExp(scale, "all"),
             Mean("all", weight="reference", rows=frozen),
@@ -92,7 +92,7 @@ class CWCL(InfoNCE):
     @torch.no_grad()
     def measure(self, pairs: Pairs) -> dict[str, Tensor]:
         """Measure the similarities, the entropy of the frozen anchors' weights, and the weighted term's excess."""
-        frozen = self._valid(pairs) & (pairs.anchor.view == 0)
+        frozen = self._valid(pairs) & (pairs.view == 0)
         starts = range(0, max(len(pairs), 1), CHUNK)
         entropy = torch.cat([_entropy(pairs.block(slice(start, start + CHUNK))) for start in starts])
         mass = frozen.sum().clamp(min=1)

@@ -64,7 +64,7 @@ class HardNegative(PairLoss):
 
     def _log_negatives(self, pairs: Pairs) -> Tensor:
         """Return log G: in the logarithm, since at a temperature of 0.01 its terms differ by e^200."""
-        scale, beta, dtype = 1 / self.temperature, self.hardness, pairs.anchor.z.dtype
+        scale, beta, dtype = 1 / self.temperature, self.hardness, pairs.anchor_parts[0].z.dtype
         log_count = _log_count(pairs, "negative", dtype)
         asked = [LogSumExp((1 + beta) * scale, "negative")]
         if beta:

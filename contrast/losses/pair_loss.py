@@ -117,7 +117,9 @@ class PairLoss(nn.Module):
                 reference=inputs.references(type(self).__name__, reference, views, targets),
                 extra=extras,
             )
-            rows = self.combine([self.rows(pairs) for pairs in prepared], [pairs.anchor for pairs in prepared])
+            rows: Sequence[Tensor] = [self.rows(pairs) for pairs in prepared]
+            if type(self).combine is not PairLoss.combine:  # most losses need no copy of their anchors
+                rows = self.combine(rows, [pairs.anchor for pairs in prepared])
             self._last = [pairs.detach() for pairs in prepared]
             valid = torch.cat([self._valid(pairs) for pairs in prepared])
             row = torch.where(valid, torch.cat(list(rows)), 0)
@@ -191,7 +193,7 @@ class PairLoss(nn.Module):
         row = self.per_anchor(pairs)
         if row.ndim == 1:
             return row
-        return row.mean(dim=0) if pairs.anchor.z.ndim == 3 and row.shape[-1] == len(pairs) else row.mean(dim=1)
+        return row.mean(dim=0) if pairs.anchor_parts[0].z.ndim == 3 and row.shape[-1] == len(pairs) else row.mean(dim=1)
 
     def combine(self, rows: Sequence[Tensor], anchors: Sequence[Embeddings]) -> Sequence[Tensor]:  # noqa: ARG002
         """Change the rows by statistics over anchors, once per call; (N,) for each Pairs. Here: as they are."""
@@ -223,7 +225,7 @@ class PairLoss(nn.Module):
 
     def _valid(self, pairs: Pairs) -> Tensor:
         """Return (N,) bool: the anchors that have what the loss needs."""
-        valid = pairs.anchor.view != PADDING
+        valid = pairs.view != PADDING
         for needed, over in zip((self.needs_positive, self.needs_negative), diagnostics.SIDES, strict=True):
             if needed:
                 count = pairs.count(over)

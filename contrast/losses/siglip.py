@@ -69,7 +69,7 @@ class SigLIP(PairLoss):
         """Return -log sigmoid of t s + b summed over the positives, and of -(t s + b) over the negatives."""
         scale, bias = self._scale_and_bias()
         if isinstance(bias, Tensor):
-            bias = bias.to(pairs.anchor.z.dtype)
+            bias = bias.to(pairs.anchor_parts[0].z.dtype)
         positive, negative = pairs.reduce(SoftplusSum(-scale, -bias, "positive"), SoftplusSum(scale, bias, "negative"))
         return positive + negative
 

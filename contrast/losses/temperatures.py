@@ -270,7 +270,7 @@ def mean_score(pairs: Pairs, temperature: PairTemperature, weight: float) -> Ten
     attraction: Tensor = similarity * inverse
     if not weight:
         return attraction
-    dim = pairs.anchor.z.shape[-1]
+    dim = pairs.anchor_parts[0].z.shape[-1]
     regulariser = dim / 2 * (logarithm[0] + math.log(lowest)) + inverse
     return torch.where(count > 0, attraction - weight * regulariser, 0)
 
@@ -279,7 +279,7 @@ def mean_temperatures(
     pairs: Pairs, temperature: PairTemperature, relations: Sequence[Relation] = ("positive", "negative")
 ) -> dict[str, Tensor]:
     """Return the mean temperature of each relation's pairs, for `metrics`; 0 where there is no such pair."""
-    temperature = temperature.shared(pairs.anchor.z)
+    temperature = temperature.shared(pairs.anchor_parts[0].z)
     measured = {}
     for over in relations:
         total = pairs.logsumexp(0.0, over, log_weight=OfTemperature(temperature, torch.log))

@@ -310,16 +310,16 @@ class Layout:
         i, j = self.itself
         counts = torch.zeros(self.anchor_count, dtype=torch.int64)
         for view in set(torch.unique(self.anchor.view).tolist()) - {PADDING}:
-            met, mine = self._candidates_of(view, over, among), self.anchor.view == view
-            of_group = torch.bincount(others[met], minlength=total)[own[mine]]
+            reachable, mine = self._candidates_of(view, over, among), self.anchor.view == view
+            of_group = torch.bincount(others[reachable], minlength=total)[own[mine]]
             # The pairs of an anchor with itself are among these numbers; they are counted apart and subtracted.
             if over == "positive":
                 counts[mine], wrong = of_group, own[i] == others[j]
             elif over == "all":
-                counts[mine], wrong = met.sum(), torch.ones_like(i, dtype=torch.bool)
+                counts[mine], wrong = reachable.sum(), torch.ones_like(i, dtype=torch.bool)
             else:
-                counts[mine], wrong = met.sum() - of_group, own[i] != others[j]
-            counts -= torch.bincount(i[wrong & mine[i] & met[j]], minlength=self.anchor_count)
+                counts[mine], wrong = reachable.sum() - of_group, own[i] != others[j]
+            counts -= torch.bincount(i[wrong & mine[i] & reachable[j]], minlength=self.anchor_count)
         return counts if rows is None else counts * rows
 
     def _candidates_of(self, view: int, over: Relation, among: Tensor | None) -> Tensor:
