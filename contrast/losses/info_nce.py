@@ -55,6 +55,13 @@ class InfoNCE(PairLoss):
     Raises:
         ValueError: for a temperature that is not positive, or below 0.01 where it is learned.
 
+    Example:
+        >>> z_a, z_b = torch.randn(2, 64, 128)
+        >>> loss = InfoNCE(temperature=0.2)(z_a, z_b)
+        >>> rows = InfoNCE()(z_a, group=torch.arange(64) % 8, reduction="none")
+        >>> rows.shape
+        torch.Size([64])
+
     Source: van den Oord et al. 2018, arXiv:1807.03748; Chen et al. 2020 (SimCLR), arXiv:2002.05709; Khosla et al. 2020
     (SupCon), arXiv:2004.11362; He et al. 2019 (MoCo), arXiv:1911.05722; Radford et al. 2021 (CLIP), arXiv:2103.00020.
     """

@@ -43,6 +43,14 @@ class PairLoss(nn.Module):
         reference_of: what a training loop passes as `reference`: a frozen tower's vectors of each "sample", or of each
             "view".
         traced: whether torch.compile traces it; False where a PairFunction or a rule is evaluated on pairs.
+
+    Example:
+        >>> class Decoupled(PairLoss):
+        ...     needs_negative = True
+        ...
+        ...     def per_anchor(self, pairs):
+        ...         return pairs.logsumexp(10.0, over="negative") - 10.0 * pairs.mean(over="positive")
+        >>> value = Decoupled()(torch.randn(64, 128), torch.randn(64, 128))
     """
 
     needs_positive: ClassVar[bool] = True
