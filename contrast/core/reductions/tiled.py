@@ -43,8 +43,6 @@ from contrast.core.reductions.tile import Backward, ReductionTerm, Tile
 
 TILE = 512
 """Rows and columns of a tile: with its few copies it stays in the processor's cache."""
-KEPT = 2**21
-"""Similarities that the forward pass keeps for the backward pass, which saves computing these again."""
 
 
 class Step(NamedTuple):
@@ -273,29 +271,21 @@ class TiledReductions(ReductionTerm):
     ) -> tuple[list[Formula], list[Tensor]]:
         """Add all tiles to the sums of the reductions; return these, and what is kept for the backward pass.
 
-        What identities and shifts decide stays in attributes: the grid, and which tiles were kept or are done.
+        What identities and shifts decide stays in attributes: the grid, and which tiles are done.
         """
         self.grid = Grid(self.layout, asked, shifts, self.size, self.size)
         zeros = z[0].new_zeros(*self.layout.heads, self.layout.anchor_count)
         formulas = [formula(one, shift, zeros) for one, shift in zip(asked, shifts, strict=True)]
         differentiable = any(tensor.requires_grad for tensor in (*self.layout.vectors, *self.arguments))
-        # Where only a small part could be kept, it is not worth its memory.
-        room = KEPT if differentiable and zeros.numel() * self.layout.candidate_count <= 8 * KEPT else 0
-        self.kept_tiles: list[tuple[int, int]] = []
         self.weighted = self._weighted_candidates(asked, shifts) if differentiable else None
-        kept, buffers = [], Buffers(z[0])
+        buffers = Buffers(z[0])
         for step in self.grid.steps:
-            s = self._product(step, z, buffers)
-            tile = BlockTile(self.grid, step, z, s, self.functions, tensors)
+            tile = BlockTile(self.grid, step, z, self._product(step, z, buffers), self.functions, tensors)
             for number, to_rows, to_columns in step.serves:
-                base = formulas[number].add(tile, buffers.like(1, s), *tile.sides(to_rows, to_columns))
-            if self.weighted is not None and self.weighted.take(tile, base, zeros):
-                continue
-            room -= s.numel()
-            if room >= 0:
-                self.kept_tiles.append((step.i, step.j))
-                kept.append(buffers.release(0, s))
-        return formulas, kept + ([] if self.weighted is None else self.weighted.sums)
+                base = formulas[number].add(tile, buffers.like(1, tile.s), *tile.sides(to_rows, to_columns))
+            if self.weighted is not None:
+                self.weighted.take(tile, base, zeros)
+        return formulas, [] if self.weighted is None else self.weighted.sums
 
     def _product(self, step: Step, z: Sequence[Tensor], buffers: Buffers) -> Tensor:
         rows, columns = self.grid.row_blocks[step.i], self.grid.column_blocks[step.j]
@@ -317,7 +307,6 @@ class TiledReductions(ReductionTerm):
     def backward(self, saved: Saved, upstream: Sequence[Tensor], to_z: Gradients, to_arguments: Gradients) -> None:
         """Add the gradients, from the tiles computed again."""
         (asked, tensors), kept = self.given(saved.arguments), saved.kept[len(saved.outputs) :]
-        similarities = dict(zip(self.kept_tiles, kept, strict=False))
         into, zeros = self.into(asked, to_z, to_arguments), saved.z[0].new_zeros(())
         formulas = [formula(one, shift, zeros) for one, shift in zip(asked, self.grid.shifts, strict=True)]
         for one, output, normaliser, g in zip(formulas, saved.outputs, saved.kept, upstream, strict=False):
@@ -333,8 +322,7 @@ class TiledReductions(ReductionTerm):
             done = self.weighted is not None and (step.i, step.j) in self.weighted.done
             if done or (to_x is None and to_y is None and not needed):
                 continue
-            s = similarities.get((step.i, step.j))
-            s = self._product(step, saved.z, buffers) if s is None else s
+            s = self._product(step, saved.z, buffers)
             tile = BlockTile(self.grid, step, saved.z, s, self.functions, tensors, into)
             to_s: Tensor | None = None
             for number, to_rows, to_columns in step.serves:
@@ -365,16 +353,15 @@ class WeightedCandidates:
         self.done: set[tuple[int, int]] = set()
         """The tiles that the backward pass does not need."""
 
-    def take(self, tile: BlockTile, base: Tensor, zeros: Tensor) -> bool:
-        """Add a tile, if its candidates have no gradient and serve its rows alone; return whether that is so."""
+    def take(self, tile: BlockTile, base: Tensor, zeros: Tensor) -> None:
+        """Add a tile, if its candidates have no gradient and it serves its rows alone."""
         ((_, _, to_columns),) = tile.step.serves
         if to_columns or not self.frozen[tile.column_block.source]:
-            return False
+            return
         if not self.sums:
             self.sums.append(zeros.new_zeros(*zeros.shape, tile.y.shape[-1]))
         self.sums[0][..., tile.rows, :] += base @ tile.y
         self.done.add((tile.step.i, tile.step.j))
-        return True
 
     def backward(self, z: Sequence[Tensor], weighted: Tensor, sums: Formula, into: Backward) -> None:
         """Add c_i scale sum_j b_ij y_j to the gradient of the anchors, and c_i <x_i, sum_j b_ij y_j> to the scale's."""
@@ -412,11 +399,6 @@ class Buffers:
         """Compute x y^T in buffer 0."""
         heads = max(x.shape[:-2], y.shape[:-2], key=len)
         return torch.matmul(x, y.mT, out=self._tensor(0, (*heads, x.shape[-2], y.shape[-2])))
-
-    def release(self, number: int, tile: Tensor) -> Tensor:
-        """Return a tile whose buffer is not written to again."""
-        del self._flat[number]
-        return tile
 
 
 def add_rows(to: Tensor | None, block: Block, gradient: Tensor) -> None:
