@@ -28,10 +28,7 @@ from contrast.core.reductions.kinds import Mean
 from contrast.core.reductions.layout import Block, Layout
 from contrast.core.reductions.listed import Similarities
 from contrast.core.reductions.terms import Gradients, Saved
-from contrast.core.reductions.tiled import add_rows
-
-ROWS = 4096
-"""Vectors that are copied at a time."""
+from contrast.core.reductions.tiled import ROWS, add_rows
 
 Role = Literal[0, 1]
 """0: anchors, 1: candidates."""

@@ -43,6 +43,8 @@ from contrast.core.reductions.tile import Backward, ReductionTerm, Tile
 
 TILE = 512
 """Rows and columns of a tile: with its few copies it stays in the processor's cache."""
+ROWS = 4096
+"""Vectors that are copied at a time."""
 
 
 class Step(NamedTuple):
@@ -285,7 +287,7 @@ class TiledReductions(ReductionTerm):
                 base = formulas[number].add(tile, buffers.like(1, tile.s), *tile.sides(to_rows, to_columns))
             if self.weighted is not None:
                 self.weighted.take(tile, base, zeros)
-        return formulas, [] if self.weighted is None else self.weighted.sums
+        return formulas, [] if self.weighted is None else self.weighted.release()
 
     def _product(self, step: Step, z: Sequence[Tensor], buffers: Buffers) -> Tensor:
         rows, columns = self.grid.row_blocks[step.i], self.grid.column_blocks[step.j]
@@ -349,7 +351,7 @@ class WeightedCandidates:
     def __init__(self, blocks: Sequence[Block], frozen: Sequence[bool]) -> None:
         self.blocks, self.frozen = blocks, frozen
         self.sums: list[Tensor] = []
-        """(N, D) or (H, N, D), once there is a tile; the forward pass keeps it."""
+        """(N, D) or (H, N, D), once there is a tile."""
         self.done: set[tuple[int, int]] = set()
         """The tiles that the backward pass does not need."""
 
@@ -363,10 +365,15 @@ class WeightedCandidates:
         self.sums[0][..., tile.rows, :] += base @ tile.y
         self.done.add((tile.step.i, tile.step.j))
 
+    def release(self) -> list[Tensor]:
+        """Return the sum, if there is one, without holding it: it is free once the backward pass used it."""
+        sums, self.sums = self.sums, []
+        return sums
+
     def backward(self, z: Sequence[Tensor], weighted: Tensor, sums: Formula, into: Backward) -> None:
         """Add c_i scale sum_j b_ij y_j to the gradient of the anchors, and c_i <x_i, sum_j b_ij y_j> to the scale's."""
         scale, to_scale = sums.asked.scale, into.arguments.get((id(sums.asked), "scale"))
-        for block in self.blocks:
+        for block in (block for run in self.blocks for block in run.cut(ROWS)):
             share = sums.c[..., block.all].unsqueeze(-1) * weighted[..., block.all, :]
             add_rows(into.z[block.source], block, share * scale)
             if to_scale is not None:
