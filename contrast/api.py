@@ -9,15 +9,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from contrast import config as configuration
-from contrast import named_models, runs
-from contrast.build import read_data
 from contrast.evaluation.features import raw_input
 from contrast.evaluation.protocols import Evaluation
 from contrast.evaluation.protocols import evaluate as measure
-from contrast.named_models import Model, load
-from contrast.runs import Run, Stopped
-from contrast.train.results_file import write_evaluations
+from contrast.experiment import config as configuration
+from contrast.experiment import named_models
+from contrast.experiment import run as runs
+from contrast.experiment.build import read_data
+from contrast.experiment.named_models import Model, load
+from contrast.experiment.results import write_evaluations
+from contrast.experiment.run import Run, Stopped
 from contrast.train.run_folder import RunFolder
 
 __all__ = ["Model", "Run", "Stopped", "evaluate", "load", "pretrain"]

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from contrast.core.registry import InputError, nearest
+from contrast.core.registry import InputError, did_you_mean
 
 # OpenMP's threads wait for each other by spinning; beside another busy process that makes every step several times
 # slower. It is read when torch is loaded, which no import above does.
@@ -75,7 +75,7 @@ def answer(command: Callable[[], int]) -> int:
     except OSError as error:
         return _say(f"{error.strerror or error}: {error.filename or ''}".rstrip(": "), FAILED)
     except Exception as error:
-        from contrast.runs import Stopped
+        from contrast.experiment.run import Stopped
         from contrast.train.callbacks import TrainingFailure
 
         if isinstance(error, Stopped):
@@ -138,14 +138,14 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _pretrain(words: argparse.Namespace) -> None:
-    from contrast import runs
+    from contrast.experiment import run as runs
 
     loaded, name = _experiment(words.words)
     _print_run(runs.start(loaded, out=words.out, name=name))
 
 
 def _resume(words: argparse.Namespace) -> None:
-    from contrast import runs
+    from contrast.experiment import run as runs
 
     for word in words.words:
         _need_setting(word)
@@ -153,7 +153,7 @@ def _resume(words: argparse.Namespace) -> None:
 
 
 def _check(words: argparse.Namespace) -> None:
-    from contrast.checking import check
+    from contrast.experiment.check import check
 
     loaded, _ = _experiment(words.words)
     print(check(loaded, out=words.out))
@@ -176,7 +176,7 @@ def _evaluate(words: argparse.Namespace) -> None:
 
 
 def _show(words: argparse.Namespace) -> None:
-    from contrast import config as configuration
+    from contrast.experiment import config as configuration
 
     first, *rest = words.words
     if Path(first).is_dir() and (Path(first) / "config.yaml").is_file():
@@ -201,10 +201,10 @@ def _show_model(path: str) -> None:
 
 
 def _list(words: argparse.Namespace) -> None:
-    from contrast import config as configuration
     from contrast.data import SOURCES
     from contrast.data.loader import SAMPLERS
     from contrast.evaluation.protocols import PROTOCOLS
+    from contrast.experiment import config as configuration
     from contrast.losses import LOSSES
     from contrast.memory import MEMORIES
     from contrast.models import BACKBONES, HEADS
@@ -232,7 +232,9 @@ def _list(words: argparse.Namespace) -> None:
         "data": dict(SOURCES),
     }
     if words.what is not None and words.what not in lists:
-        raise InputError(f"there is no list of {words.what!r}.{nearest(words.what, lists)} Known: {', '.join(lists)}.")
+        raise InputError(
+            f"there is no list of {words.what!r}.{did_you_mean(words.what, lists)} Known: {', '.join(lists)}."
+        )
     for what in [words.what] if words.what else lists:
         if not words.what:
             print(f"{what}:")
@@ -243,7 +245,7 @@ def _list(words: argparse.Namespace) -> None:
 
 def _experiment(words: Sequence[str]) -> tuple[Any, str | None]:
     """Sort words into a config, data and settings, in any order, and load them."""
-    from contrast import config as configuration
+    from contrast.experiment import config as configuration
 
     config: str | None = None
     data: str | None = None
@@ -268,11 +270,11 @@ def _experiment(words: Sequence[str]) -> tuple[Any, str | None]:
 
 
 def _need_data(word: str) -> None:
-    from contrast import config as configuration
+    from contrast.experiment import config as configuration
 
     if not _is_data(word) and not configuration.is_config(word):
         raise InputError(
-            f"'{word}' is no file or folder here, and no shipped config.{nearest(word, configuration.shipped())} "
+            f"'{word}' is no file or folder here, and no shipped config.{did_you_mean(word, configuration.shipped())} "
             f"Shipped: {', '.join(configuration.shipped())}."
         )
 
@@ -287,7 +289,7 @@ def _is_model(word: str) -> bool:
 
 
 def _is_setting(word: str) -> bool:
-    from contrast import config as configuration
+    from contrast.experiment import config as configuration
 
     return configuration.is_setting(word)
 

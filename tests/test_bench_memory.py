@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from contrast import config as configuration
+from contrast.experiment import config as configuration
 from contrast.train.run_folder import RunFolder
 from tests.test_bench_bad_pairs import FACTS, row_of
 from tools import bench_memory as bench

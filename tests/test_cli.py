@@ -14,7 +14,7 @@ from PIL import Image
 
 import contrast
 from contrast import cli
-from contrast.train.callbacks import Checkpoints, OnlineProbe, Recorder
+from contrast.train.callbacks import Checkpoints, MetricsLogger, OnlineProbe
 from tests.tiny import QUICK, QUICK_SERIES, images, series
 
 
@@ -129,20 +129,20 @@ def test_a_stopped_and_resumed_run_equals_an_unbroken_one_bit_for_bit(words, tmp
     images(tmp_path / "bars.npz")
     settings = ["bars.npz", *words, "budget=9 steps", "probe.every=2", *QUICK]
     assert contrast_says("pretrain", *settings, "--out", "whole")[0] == 0
-    record = Recorder.on_train_batch_end
+    record = MetricsLogger.on_train_batch_end
 
     def stop_in_the_middle(self, trainer, module, *rest):
         record(self, trainer, module, *rest)
         if module.global_step == 5:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(Recorder, "on_train_batch_end", stop_in_the_middle)
+    monkeypatch.setattr(MetricsLogger, "on_train_batch_end", stop_in_the_middle)
     status, _, err = contrast_says("pretrain", *settings, "--out", "broken")
     assert status == 130
     assert "contrast resume broken" in err
     assert json.loads((tmp_path / "broken/state.json").read_text())["state"] == "stopped"
     assert not (tmp_path / "broken/results.json").exists()
-    monkeypatch.setattr(Recorder, "on_train_batch_end", record)
+    monkeypatch.setattr(MetricsLogger, "on_train_batch_end", record)
     assert contrast_says("resume", "broken")[0] == 0
     assert_same(weights(tmp_path / "whole"), weights(tmp_path / "broken"))
     assert numbers(tmp_path / "whole") == numbers(tmp_path / "broken")
@@ -411,7 +411,7 @@ def test_a_diverging_run_fails_in_a_sentence(tmp_path, contrast_says):
 
 def test_no_config_at_all_says_what_was_picked_and_writes_it(tmp_path, contrast_says, monkeypatch):
     images(tmp_path / "bars.npz", items=24)
-    monkeypatch.setattr("contrast.runs.pick_steps", lambda *_: 2)
+    monkeypatch.setattr("contrast.experiment.run.pick_steps", lambda *_: 2)
     status, _, err = contrast_says("pretrain", "bars.npz", "evaluate.protocols=[knn]", "logger=none")
     assert status == 0, err
     for picked in ("picked views: small_images", "picked encoder.backbone: small_conv", "picked budget: 2 steps"):
@@ -421,7 +421,7 @@ def test_no_config_at_all_says_what_was_picked_and_writes_it(tmp_path, contrast_
 
 def test_large_images_are_read_smaller_where_nothing_else_was_chosen(tmp_path, contrast_says, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr("contrast.runs.pick_steps", lambda *_: 1)
+    monkeypatch.setattr("contrast.experiment.run.pick_steps", lambda *_: 1)
     for name in ("cat", "dog"):
         (tmp_path / "pets" / name).mkdir(parents=True)
         for number in range(6):

@@ -2,8 +2,8 @@
 
 import pytest
 
-from contrast import config as configuration
 from contrast.core.registry import InputError
+from contrast.experiment import config as configuration
 from contrast.losses import LOSSES
 
 
@@ -201,7 +201,7 @@ def test_a_word_reaches_into_a_part_inside_a_plugins_part(tmp_path):
     (tmp_path / "around.py").write_text(
         "from contrast import LOSSES, PairLoss\n"
         "@LOSSES.register('around_from_a_plugin')\n"
-        "class Around(PairLoss):\n"
+        "class LossWrapper(PairLoss):\n"
         "    def __init__(self, loss: PairLoss) -> None:\n"
         "        super().__init__()\n"
         "        self.loss = loss\n"

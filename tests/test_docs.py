@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from contrast import config as configuration
+from contrast.experiment import config as configuration
 from contrast.losses import LOSSES
 
 ROOT = Path(__file__).parents[1]

@@ -1,4 +1,4 @@
-"""The layers of the house: who may import whom, read from the source of every file."""
+"""The layers of the package: which part may import which, read from the source of every file."""
 
 import ast
 import sys
@@ -8,32 +8,28 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "contrast"
 
-GROUND = {"core.autograd", "core.distributed", "core.registry", "core.seeding"}
-CORE = GROUND | {"core.embeddings", "core.reductions", "core.pairs"}
+LOWEST = {"core.autograd", "core.distributed", "core.registry", "core.seeding"}
+CORE = LOWEST | {"core.embeddings", "core.reductions", "core.pairs"}
 FOUNDATION = CORE | {"retrieval"}
-ROOMS = {"losses", "memory", "models", "data", "views"}
-UNDER_TRAIN = FOUNDATION | ROOMS | {"evaluation"}
-UNDER_COMMAND = UNDER_TRAIN | {"train", "report"}
-COMMAND = {"config", "build", "named_models", "runs", "checking", "api", "cli"}
+ALONE = {"losses", "memory", "models", "data", "views"}
+UNDER_TRAIN = FOUNDATION | ALONE | {"evaluation"}
+UNDER_EXPERIMENT = UNDER_TRAIN | {"train", "report"}
+COMMAND = {"experiment", "api", "cli"}
 
 MAY_IMPORT = {
-    **dict.fromkeys(GROUND, frozenset()),
+    **dict.fromkeys(LOWEST, frozenset()),
     "core": frozenset(),
-    "core.embeddings": GROUND,
-    "core.reductions": GROUND | {"core.embeddings"},
-    "core.pairs": GROUND | {"core.embeddings", "core.reductions"},
+    "core.embeddings": LOWEST,
+    "core.reductions": LOWEST | {"core.embeddings"},
+    "core.pairs": LOWEST | {"core.embeddings", "core.reductions"},
     "retrieval": {"core.registry"},
-    **dict.fromkeys(ROOMS, FOUNDATION),
+    **dict.fromkeys(ALONE, FOUNDATION),
     "evaluation": FOUNDATION | {"models", "data"},
     "train": UNDER_TRAIN,
     "report": UNDER_TRAIN,
-    "config": UNDER_COMMAND,
-    "build": UNDER_COMMAND | {"config"},
-    "named_models": UNDER_COMMAND | {"config", "build"},
-    "runs": UNDER_COMMAND | {"config", "build", "named_models"},
-    "checking": UNDER_COMMAND | {"config", "build", "named_models", "runs"},
-    "api": UNDER_COMMAND | {"config", "build", "named_models", "runs", "checking"},
-    "cli": UNDER_COMMAND | {"config", "build", "named_models", "runs", "checking", "api"},
+    "experiment": UNDER_EXPERIMENT,
+    "api": UNDER_EXPERIMENT | {"experiment"},
+    "cli": UNDER_EXPERIMENT | {"experiment", "api"},
     "__main__": {"cli"},
     # `import contrast` is as light as `import contrast.losses`: all else is imported when it is first used.
     "__init__": FOUNDATION | {"losses", "memory"},
@@ -52,10 +48,10 @@ LIGHT = FOUNDATION | {"core", "losses", "memory", "__init__"}
 """What needs torch and numpy alone."""
 
 MAY_LACK = {"core.reductions": {"triton"}, "retrieval": {"faiss"}}
-"""What a light room uses where it is installed, and does without where it is not."""
+"""What a light part uses where it is installed, and does without where it is not."""
 
 
-def room_of(path):
+def part_of(path):
     """Give the file or folder of the package that the path lies in."""
     return module_of([part.removesuffix(".py") for part in path.relative_to(PACKAGE).parts])
 
@@ -89,40 +85,40 @@ def imported(source):
     return found
 
 
-def wrong_imports(room, source):
+def wrong_imports(part, source):
     """Give a sentence for every import that the layers forbid."""
     wrong = []
     for module in imported(source):
         first, *rest = module.split(".")
         if first == "contrast":
             target = module_of(rest) if rest else "__init__"
-            if target not in MAY_IMPORT[room] | {room}:
-                wrong.append(f"{room} may not import {module}")
+            if target not in MAY_IMPORT[part] | {part}:
+                wrong.append(f"{part} may not import {module}")
         for library, places in ONLY_IN.items():
-            if f"{module}.".startswith(f"{library}.") and room not in places:
+            if f"{module}.".startswith(f"{library}.") and part not in places:
                 wrong.append(f"{module} belongs in {', '.join(sorted(places))}")
-        if room in LIGHT and first not in (
-            {"contrast", "torch", "numpy", *sys.stdlib_module_names} | MAY_LACK.get(room, set())
+        if part in LIGHT and first not in (
+            {"contrast", "torch", "numpy", *sys.stdlib_module_names} | MAY_LACK.get(part, set())
         ):
-            wrong.append(f"{room} needs torch and numpy alone, not {module}")
+            wrong.append(f"{part} needs torch and numpy alone, not {module}")
     return wrong
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_a_file_imports_only_what_stands_above_it(path):
-    room = room_of(path)
-    assert room in MAY_IMPORT, f"say in MAY_IMPORT where contrast/{room} stands"
-    assert wrong_imports(room, path.read_text()) == []
+    part = part_of(path)
+    assert part in MAY_IMPORT, f"say in MAY_IMPORT where contrast/{part} stands"
+    assert wrong_imports(part, path.read_text()) == []
 
 
-def test_no_file_uses_torch_distributed_by_another_door():
+def test_torch_distributed_is_named_in_one_file_only():
     for path in FILES:
-        if room_of(path) != "core.distributed":
+        if part_of(path) != "core.distributed":
             assert "torch.distributed" not in path.read_text(), path
 
 
 @pytest.mark.parametrize(
-    ("room", "source"),
+    ("part", "source"),
     [
         ("losses", "from contrast.train import module"),
         ("losses", "import timm"),
@@ -137,20 +133,20 @@ def test_no_file_uses_torch_distributed_by_another_door():
         ("evaluation", "import lightning.pytorch as pl"),
         ("evaluation", "from contrast.losses import LOSSES"),
         ("train", "from omegaconf import OmegaConf"),
-        ("train", "from contrast.config import Experiment"),
+        ("train", "from contrast.experiment.config import Experiment"),
         ("memory", "import faiss"),
         ("core.embeddings", "from contrast.core.pairs import Pairs"),
         ("core.registry", "from contrast.core import distributed"),
-        ("build", "from contrast.cli import main"),
+        ("experiment", "from contrast.cli import main"),
         ("__init__", "from contrast.data import open_data"),
     ],
 )
-def test_the_reading_finds_a_forbidden_import(room, source):
-    assert wrong_imports(room, source)
+def test_a_forbidden_import_is_found(part, source):
+    assert wrong_imports(part, source)
 
 
 @pytest.mark.parametrize(
-    ("room", "source"),
+    ("part", "source"),
     [
         (
             "core.reductions",
@@ -162,8 +158,8 @@ def test_the_reading_finds_a_forbidden_import(room, source):
         ("train", "import lightning"),
     ],
 )
-def test_the_reading_lets_a_rightful_import_pass(room, source):
-    assert wrong_imports(room, source) == []
+def test_an_allowed_import_passes(part, source):
+    assert wrong_imports(part, source) == []
 
 
 def test_the_files_of_the_core_import_each_other_in_one_direction():

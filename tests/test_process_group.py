@@ -240,7 +240,7 @@ def check_of_memory(rank, world):
         contrast.process_group(place()[0]),
         pytest.raises(ValueError) as refused,
     ):
-        room.check_room(8, 1, 0)
+        room.check_free_memory(8, 1, 0)
     return str(refused.value)
 
 

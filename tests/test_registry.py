@@ -5,7 +5,7 @@ from typing import Literal
 
 import pytest
 
-from contrast.core.registry import InputError, Registry, check_arguments, nearest
+from contrast.core.registry import InputError, Registry, check_arguments, did_you_mean
 
 
 @pytest.fixture
@@ -75,8 +75,8 @@ def test_two_parts_cannot_share_a_name(tools):
 
 
 def test_nearest_is_silent_where_nothing_is_near():
-    assert nearest("qqq", ["hammer"]) == ""
-    assert nearest("Hamer", ["hammer"]) == " Did you mean 'hammer'?"
+    assert did_you_mean("qqq", ["hammer"]) == ""
+    assert did_you_mean("Hamer", ["hammer"]) == " Did you mean 'hammer'?"
 
 
 def test_a_bare_name_is_short_for_a_mapping_with_that_name(tools):

@@ -15,13 +15,13 @@ from contrast.core.registry import InputError
 from contrast.retrieval import Found, auto_index, build_index, kmeans, merge, nearest
 
 
-def sorted_by_hand(queries, stored, k, strangers=()):
+def sorted_by_hand(queries, stored, k, exclude=()):
     """Every product by Python's exact sum, rounded to float32; then Python's sort."""
     rows = []
     for number, query in enumerate(queries.tolist()):
         found = []
         for place, other in enumerate(stored.tolist()):
-            if any(of_query[number] == of_stored[place] for of_query, of_stored in strangers):
+            if any(of_query[number] == of_stored[place] for of_query, of_stored in exclude):
                 continue
             product = math.fsum(a * b for a, b in zip(query, other, strict=True))
             found.append((-ctypes.c_float(product).value, place))
@@ -46,18 +46,18 @@ def tiles(monkeypatch, columns, tile, careful=4096, piece=2**19):
 
 
 ROADS = {
-    "tiles": lambda queries, stored, k, strangers: nearest(queries, stored, k, strangers=strangers),
-    "coarse": lambda queries, stored, k, strangers: nearest(
-        queries, stored, k, strangers=strangers, search_dtype=torch.bfloat16
+    "tiles": lambda queries, stored, k, exclude: nearest(queries, stored, k, exclude=exclude),
+    "coarse": lambda queries, stored, k, exclude: nearest(
+        queries, stored, k, exclude=exclude, search_dtype=torch.bfloat16
     ),
-    "exact": lambda queries, stored, k, strangers: build_index(stored, "exact").search(queries, k, strangers=strangers),
-    "Flat": lambda queries, stored, k, strangers: build_index(stored, "Flat").search(queries, k, strangers=strangers),
+    "exact": lambda queries, stored, k, exclude: build_index(stored, "exact").search(queries, k, exclude=exclude),
+    "Flat": lambda queries, stored, k, exclude: build_index(stored, "Flat").search(queries, k, exclude=exclude),
 }
 
 
 @st.composite
 def searches(draw):
-    """Few vectors or some hundreds; random, whole, nearly equal, copied or zero; strangers or none."""
+    """Few vectors or some hundreds; random, whole, nearly equal, copied or zero; exclude or none."""
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**16)))
     q, m, d = draw(st.integers(0, 6)), draw(st.sampled_from([1, 2, 7, 40, 150])), draw(st.sampled_from([1, 3, 17]))
     kind = draw(st.sampled_from(["random", "whole", "nearly equal", "copies", "zero"]))
@@ -72,21 +72,21 @@ def searches(draw):
             return x[torch.randint(0, max(1, count // 5), (count,), generator=generator)]
         return x if kind == "random" else x * torch.randint(0, 2, (count, 1), generator=generator)
 
-    numbers = draw(st.sampled_from([0, 2, 5, 1000]))  # Of 2, half of all are no strangers.
-    strangers = [
+    numbers = draw(st.sampled_from([0, 2, 5, 1000]))  # Of 2, half of all are no exclude.
+    exclude = [
         (torch.randint(0, most, (q,), generator=generator), torch.randint(0, most, (m,), generator=generator))
         for most in ([numbers] if numbers else [])
     ]
-    if strangers and draw(st.booleans()):
-        strangers.append((torch.arange(q), torch.arange(m)))
-    return vectors(q), vectors(m), draw(st.integers(0, m)), strangers
+    if exclude and draw(st.booleans()):
+        exclude.append((torch.arange(q), torch.arange(m)))
+    return vectors(q), vectors(m), draw(st.integers(0, m)), exclude
 
 
 @pytest.mark.parametrize("road", ROADS)
 @given(search=searches())
 def test_every_exact_road_answers_as_sorting_does(road, search):
-    queries, stored, k, strangers = search
-    assert_same(ROADS[road](queries, stored, k, strangers), sorted_by_hand(queries, stored, k, strangers))
+    queries, stored, k, exclude = search
+    assert_same(ROADS[road](queries, stored, k, exclude), sorted_by_hand(queries, stored, k, exclude))
 
 
 @given(
@@ -97,23 +97,23 @@ def test_every_exact_road_answers_as_sorting_does(road, search):
     piece=st.integers(1, 200),
 )
 def test_tiles_change_nothing(search, columns, tile, careful, piece):
-    queries, stored, k, strangers = search
+    queries, stored, k, exclude = search
     with pytest.MonkeyPatch.context() as patch:
         tiles(patch, columns, tile, careful, piece)
-        assert_same(nearest(queries, stored, k, strangers=strangers), sorted_by_hand(queries, stored, k, strangers))
+        assert_same(nearest(queries, stored, k, exclude=exclude), sorted_by_hand(queries, stored, k, exclude))
 
 
 @given(search=searches(), shards=st.integers(1, 4))
 def test_shards_merged_are_the_whole(search, shards):
-    queries, stored, k, strangers = search
+    queries, stored, k, exclude = search
     parts = []
     for first in range(shards):
         own = torch.arange(len(stored))[first::shards]
-        some = [(of_query, of_stored[own]) for of_query, of_stored in strangers]
-        part = nearest(queries, stored[own], min(k, len(own)), strangers=some)
+        some = [(of_query, of_stored[own]) for of_query, of_stored in exclude]
+        part = nearest(queries, stored[own], min(k, len(own)), exclude=some)
         position = own[part.position.clamp(min=0)] if len(own) else part.position
         parts.append(Found(part.similarity, torch.where(part.position < 0, -1, position)))
-    assert_same(merge(parts, k), sorted_by_hand(queries, stored, k, strangers))
+    assert_same(merge(parts, k), sorted_by_hand(queries, stored, k, exclude))
 
 
 def clustered(count=8000, clusters=100, dims=32, seed=0, noise=0.7):
@@ -139,23 +139,23 @@ def recall(found, right):
 
 @pytest.mark.parametrize("road", ["tiles", "coarse", "exact", "Flat"])
 def test_many_vectors_in_many_tiles_are_found_as_by_one_sort(road, fixed, monkeypatch):
-    stored, _, strangers, (value, position) = fixed
+    stored, _, exclude, (value, position) = fixed
     tiles(monkeypatch, columns=1024, tile=100_000)
-    assert_same(ROADS[road](stored[:200], stored, 10, strangers), Found(value[:, :10], position[:, :10]))
+    assert_same(ROADS[road](stored[:200], stored, 10, exclude), Found(value[:, :10], position[:, :10]))
 
 
 def test_the_certificate_spares_nearly_every_row_the_careful_search(fixed, monkeypatch):
-    stored, _, strangers, _ = fixed
+    stored, _, exclude, _ = fixed
     rows = []
     careful = retrieval._careful
     monkeypatch.setattr(
         retrieval, "_careful", lambda queries, *rest: rows.append(len(queries)) or careful(queries, *rest)
     )
-    nearest(stored[:200], stored, 10, strangers=strangers)
+    nearest(stored[:200], stored, 10, exclude=exclude)
     assert sum(rows) <= 4
-    # Also where most vectors are no strangers.
+    # Also where most vectors are no exclude.
     group = (torch.arange(len(stored)) % 10 > 0).long()
-    nearest(stored[:200], stored, 10, strangers=[*strangers, (group[:200], group)])
+    nearest(stored[:200], stored, 10, exclude=[*exclude, (group[:200], group)])
     assert sum(rows) <= 8
     nearest(stored[:5], stored[:1].expand(1000, -1), 10)
     assert rows[-1] == 5
@@ -166,8 +166,8 @@ def test_nearly_equal_vectors_are_told_apart_in_whatever_tile_they_lie(road, mon
     tiles(monkeypatch, columns=64, tile=200, careful=7, piece=40)
     generator = torch.Generator().manual_seed(0)
     stored, queries = (1 + 1e-7 * torch.randn(count, 5, generator=generator) for count in (150, 4))
-    strangers = [(torch.arange(4) % 3, torch.arange(150) % 3)]
-    assert_same(ROADS[road](queries, stored, 9, strangers), sorted_by_hand(queries, stored, 9, strangers))
+    exclude = [(torch.arange(4) % 3, torch.arange(150) % 3)]
+    assert_same(ROADS[road](queries, stored, 9, exclude), sorted_by_hand(queries, stored, 9, exclude))
 
 
 def test_merging_fills_up_what_is_lacking():
@@ -189,8 +189,8 @@ def test_merging_fills_up_what_is_lacking():
     ],
 )
 def test_an_approximate_index_finds_most_and_says_true_similarities(name, floor, fixed):
-    stored, _, strangers, (value, right) = fixed
-    found = build_index(stored, name).search(stored[:200], 10, strangers=strangers)
+    stored, _, exclude, (value, right) = fixed
+    found = build_index(stored, name).search(stored[:200], 10, exclude=exclude)
     assert recall(found, right) >= floor
     hit = found.position == right[:, :10]
     assert torch.equal(found.similarity[hit], value[:, :10][hit])
@@ -199,20 +199,20 @@ def test_an_approximate_index_finds_most_and_says_true_similarities(name, floor,
 
 
 def test_more_probes_find_more(fixed):
-    stored, _, strangers, (_, right) = fixed
+    stored, _, exclude, (_, right) = fixed
     index = build_index(stored, "IVF256,Flat", probes=1)
-    one = recall(index.search(stored[:200], 10, strangers=strangers), right)
+    one = recall(index.search(stored[:200], 10, exclude=exclude), right)
     index.probes = 256
-    assert one < 0.95 and recall(index.search(stored[:200], 10, strangers=strangers), right) == 1
+    assert one < 0.95 and recall(index.search(stored[:200], 10, exclude=exclude), right) == 1
 
 
 @pytest.mark.parametrize("name", ["IVF64,Flat", "HNSW32", "Flat"])
 def test_an_index_finds_strangers_of_large_groups(name, fixed):
     """The nearest eighty of a vector are of its own cluster, of which nothing may come."""
-    stored, cluster, strangers, _ = fixed
-    strangers = [*strangers, (cluster[:200], cluster)]
-    found = build_index(stored, name).search(stored[:200], 10, strangers=strangers)
-    exact = nearest(stored[:200], stored, 10, strangers=strangers)
+    stored, cluster, exclude, _ = fixed
+    exclude = [*exclude, (cluster[:200], cluster)]
+    found = build_index(stored, name).search(stored[:200], 10, exclude=exclude)
+    exact = nearest(stored[:200], stored, 10, exclude=exclude)
     assert (found.position >= 0).all()
     assert (cluster[found.position] != cluster[:200, None]).all()
     assert recall(found, exact.position) >= 0.9
@@ -222,7 +222,7 @@ def test_an_index_gives_fewer_only_where_there_are_no_more_strangers():
     stored, _ = clustered(2000, 5)
     group = (torch.arange(2000) >= 3).long()
     for name in ("IVF16,Flat", "HNSW32", "Flat", "exact"):
-        found = build_index(stored, name).search(stored[3:6], 5, strangers=[(group[3:6], group)])
+        found = build_index(stored, name).search(stored[3:6], 5, exclude=[(group[3:6], group)])
         assert (found.position[:, :3].sort(dim=1).values == torch.arange(3)).all(), name
         assert (found.position[:, 3:] == -1).all() and (found.similarity[:, 3:] == -math.inf).all()
 
@@ -302,7 +302,7 @@ def test_wrong_requests_are_answered_in_a_sentence():
         lambda: nearest(x, x * math.nan, 1): "some stored vectors are NaN",
         lambda: build_index(x * math.inf, "Flat"): "some stored vectors are NaN, infinite",
         lambda: nearest(x * 1e30, x, 1): "some queries are NaN, infinite or too long",
-        lambda: nearest(x, x, 1, strangers=[(torch.arange(4), torch.arange(5))]): r"\(5,\) of the queries",
+        lambda: nearest(x, x, 1, exclude=[(torch.arange(4), torch.arange(5))]): r"\(5,\) of the queries",
         lambda: nearest(x.to("meta"), x, 1): "on one device; got meta and cpu",
         lambda: build_index(x, "Flatt"): "faiss does not take 'Flatt'.*could not parse.*'IVF256,Flat'",
         lambda: build_index(x, "PQ3"): "multiple of the number of subquantizers",

@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from contrast import config as configuration
-from contrast.build import Experiment, build, read_data
 from contrast.core.seeding import derived
 from contrast.data import Data
 from contrast.data.dataset import Batch
 from contrast.evaluation.compare import Difference
+from contrast.experiment import config as configuration
+from contrast.experiment.build import Experiment, build, read_data
 from contrast.losses import BadPairs
 from contrast.models import Encoder
 from contrast.views.views import Views
@@ -32,7 +32,7 @@ FOLDER = ROOT / "runs" / "bench_bad_pairs"
 
 KINDS = ("clean", "noise_view", "other_sample", "noise_item")
 """What a sample can be; `clean` is 0."""
-WORDS = {
+GLOSSARY = {
     "clean": "nothing is done to it",
     "noise_view": "its second view is pure noise, drawn anew in each step",
     "other_sample": "its second view is a view of another sample, always the same one",
@@ -406,7 +406,7 @@ def page(found: Cells, names: Sequence[str], stem: str = "bad_pairs") -> str:
         stem: how the pictures beside the page are called.
     """
     some = next(iter(found.values()), {"epochs": EPOCHS, "warmup": WARMUP})
-    kinds = [f"- `{kind}`: {WORDS[kind]}." for kind in KINDS[1:]]
+    kinds = [f"- `{kind}`: {GLOSSARY[kind]}." for kind in KINDS[1:]]
     view, item = (100 * next(iter(CORRUPTIONS[name].values())) for name in ("views", "items"))
     facts = {"epochs": some["epochs"], "warmup": some["warmup"], "seeds": len(SEEDS), "kinds": "\n".join(kinds)}
     lines = [HEAD.format(noisy=NOISY_WIDTH, faulty=FAULTY_WIDTH, view=view, item=item, **facts)]

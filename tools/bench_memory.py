@@ -13,12 +13,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from contrast import config as configuration
-from contrast import runs
-from contrast.build import build, read_data
 from contrast.evaluation.compare import Difference
 from contrast.evaluation.features import Encode
-from contrast.named_models import encode_with, load
+from contrast.experiment import config as configuration
+from contrast.experiment import run as runs
+from contrast.experiment.build import build, read_data
+from contrast.experiment.named_models import encode_with, load
 from contrast.train.run_folder import RunFolder
 from tools import cells
 from tools.cells import ROOT, SETS, Cells

@@ -103,11 +103,11 @@ def structure(z: Tensor, label: Tensor) -> dict[str, Any]:
 def ivf_recall(z: Tensor) -> dict[str, float]:
     """Measure what an IVF index of 4 sqrt(N) lists finds of each vector's neighbours, by probes."""
     own = torch.arange(len(z))
-    right = nearest(z, z, NEIGHBOURS, strangers=[(own, own)]).position
+    right = nearest(z, z, NEIGHBOURS, exclude=[(own, own)]).position
     lists = default_lists(len(z))
     made = {}
     for probes in (1, 2, 4, 8, 16):
-        found = build_index(z, f"IVF{lists},Flat", probes=probes).search(z, NEIGHBOURS, strangers=[(own, own)])
+        found = build_index(z, f"IVF{lists},Flat", probes=probes).search(z, NEIGHBOURS, exclude=[(own, own)])
         made[str(probes)] = share_found(found.position, right)
     return made
 
@@ -204,10 +204,10 @@ def serve(folder: Path, size: int, name: str, device: str) -> None:
         if word == "search":
             if probes := int(rest[0]):
                 index.probes = probes
-            index.search(queries[:100], NEIGHBOURS, strangers=[(own[:100], numbers)])
+            index.search(queries[:100], NEIGHBOURS, exclude=[(own[:100], numbers)])
             reset_peak()
             before_search = held()
-            seconds = timed(lambda: made.append(index.search(queries, NEIGHBOURS, strangers=[(own, numbers)])))
+            seconds = timed(lambda: made.append(index.search(queries, NEIGHBOURS, exclude=[(own, numbers)])))
             found = made.pop()
             np.save(folder / f"found-{name}-{rest[0]}.npy", found.position.cpu().numpy())
             say(search=seconds, peak=status("VmHWM") - before_search if device == "cpu" else None)
@@ -508,7 +508,7 @@ def choice_section(found: Cells) -> Iterator[str]:
     yield "## Which index to take"
     yield ""
     yield (
-        f"Taken is what finds the {NEIGHBOURS} nearest of all vectors soonest, building included: exact search as "
+        f"StepOutput is what finds the {NEIGHBOURS} nearest of all vectors soonest, building included: exact search as "
         f"long as it takes at "
         f"most {SLOWER:g} times as long as the best IVF index with a recall of at least {RECALL} (and "
         f"`default_probes`). A graph (HNSW) is "

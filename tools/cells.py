@@ -129,7 +129,7 @@ def nearest_false(encode: Encode, data: Data, neighbours: int = 8) -> float:
     """Give the share of the training items' nearest strangers, by cosine of their features, that have their label."""
     features, target = extract(encode, data.train)
     unit, item = F.normalize(features), torch.arange(len(features))
-    found = nearest(unit, unit, neighbours, strangers=[(item, item)])
+    found = nearest(unit, unit, neighbours, exclude=[(item, item)])
     return float((target[found.position] == target[:, None]).double().mean())
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import sys
 import time
 
-from contrast import config as configuration
-from contrast import runs
 from contrast.cli import answer
+from contrast.experiment import config as configuration
+from contrast.experiment import run as runs
 
 SETS = {
     "demo_digits": "scikit-learn's digits: 1,797 images of 8x8",

@@ -48,7 +48,7 @@ PATIENCE, GRACE, START = 20, 2, 60
 TEAMS = 3
 """Groups of each size that work side by side, so that one that hangs keeps nobody else waiting."""
 
-WORDS = ("exact", "value", "scaled", "differs", "nothing", "NaN", "error", "hangs", "crashes")
+GLOSSARY = ("exact", "value", "scaled", "differs", "nothing", "NaN", "error", "hangs", "crashes")
 """What can come out, from good to bad."""
 
 
@@ -268,7 +268,7 @@ class Failure(Exception):
     """A case did not come to an end.
 
     Args:
-        word: one of `WORDS`.
+        word: one of `GLOSSARY`.
         sentence: what is known about it.
     """
 
@@ -338,7 +338,7 @@ class Group:
                     until = min(until, time.monotonic() + GRACE)
         if failures:
             # Where one process crashes, another may first tell that it lost the connection.
-            raise max(failures, key=lambda failure: WORDS.index(failure.word))
+            raise max(failures, key=lambda failure: GLOSSARY.index(failure.word))
         return [answers[pipe][1] for pipe in pipes]
 
     def close(self) -> None:
@@ -445,7 +445,7 @@ Found = Compared | Failure
 
 def worst(words: Sequence[str]) -> str:
     """Give the first word of the worst outcome."""
-    return max((word.split()[0] for word in words), key=WORDS.index)
+    return max((word.split()[0] for word in words), key=GLOSSARY.index)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ class InputError(ValueError):
     """What a user typed or passed is wrong; the message is one clear sentence."""
 
 
-def nearest(word: str, words: Iterable[str]) -> str:
+def did_you_mean(word: str, words: Iterable[str]) -> str:
     """Return " Did you mean 'x'?" for the most similar of `words`, or nothing where none is similar."""
     known = {other.lower(): other for other in words}
     similar = difflib.get_close_matches(word.lower(), list(known), n=1, cutoff=0.6)
@@ -57,7 +57,8 @@ class Registry(Mapping[str, Callable[..., Any]]):
         if (right := self._aliases.get(_plain(name))) is not None:
             raise InputError(f"the {self.kind} '{name}' is called '{right}' here.")
         raise InputError(
-            f"there is no {self.kind} '{name}'.{nearest(name, self._parts)} Known: {', '.join(sorted(self._parts))}."
+            f"there is no {self.kind} '{name}'.{did_you_mean(name, self._parts)} "
+            f"Known: {', '.join(sorted(self._parts))}."
         )
 
     def __contains__(self, name: object) -> bool:
@@ -165,7 +166,10 @@ def check_arguments(
             if accepts_any:
                 checked[key] = value
                 continue
-            near, takes = nearest(key, known), f" It takes: {', '.join(known)}." if known else " It takes no arguments."
+            near, takes = (
+                did_you_mean(key, known),
+                f" It takes: {', '.join(known)}." if known else " It takes no arguments.",
+            )
             raise InputError(
                 f"{where}.{key}: {owner} has no such argument.{near}{takes if not near or len(known) < 12 else ''}"
             )

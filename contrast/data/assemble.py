@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from contrast.core.registry import InputError, nearest
+from contrast.core.registry import InputError, did_you_mean
 from contrast.data.collection import Collection, number_labels, number_members, official_split, pick_column
 from contrast.data.dataset import Array, ArrayItems, Data, Samples
 from contrast.data.images import value_range
@@ -145,7 +145,9 @@ def _shares(splits: Mapping[str, float] | None) -> dict[str, float]:
     shares: dict[str, float] = {}
     for name, share in (splits or {}).items():
         if name not in ("test", "validation"):
-            hint = " Train is what the other two leave." if name == "train" else nearest(name, ("test", "validation"))
+            hint = (
+                " Train is what the other two leave." if name == "train" else did_you_mean(name, ("test", "validation"))
+            )
             raise InputError(
                 f"data.splits.{name}: expected the shares 'test' (of all) and 'validation' (of train).{hint}"
             )

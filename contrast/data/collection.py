@@ -8,7 +8,7 @@ from typing import Literal
 
 import numpy as np
 
-from contrast.core.registry import InputError, nearest
+from contrast.core.registry import InputError, did_you_mean
 from contrast.data.dataset import Array, Items
 
 SPLIT_WORDS = {
@@ -58,7 +58,7 @@ def pick_column(columns: dict[str, Array], name: str, *, key: str, source: str) 
     if name in columns:
         return columns[name]
     known = f"It has: {', '.join(columns)}." if columns else "It has no columns."
-    raise InputError(f"data.{key}: {source} has no column '{name}'.{nearest(name, columns)} {known}")
+    raise InputError(f"data.{key}: {source} has no column '{name}'.{did_you_mean(name, columns)} {known}")
 
 
 def number_members(values: Array) -> tuple[Array, list[str]]:

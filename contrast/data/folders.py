@@ -8,7 +8,7 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from contrast.core.registry import InputError, nearest
+from contrast.core.registry import InputError, did_you_mean
 from contrast.data.collection import SPLIT_WORDS, Collection
 from contrast.data.dataset import Array
 from contrast.data.images import IMAGE_ENDINGS, open_files
@@ -90,7 +90,7 @@ def _table(folder: Path, labels: str | None) -> Path | None:
     for place in (folder / labels, Path(labels).expanduser()):
         if place.is_file():
             return place
-    near = nearest(labels, [path.name for path in folder.iterdir() if path.is_file()][:10_000])
+    near = did_you_mean(labels, [path.name for path in folder.iterdir() if path.is_file()][:10_000])
     raise InputError(f"data.labels: expected a table in {folder} or a path to one; there is no '{labels}'.{near}")
 
 

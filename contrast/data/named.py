@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from contrast.core.registry import InputError, nearest
+from contrast.core.registry import InputError, did_you_mean
 from contrast.data.collection import Collection
 from contrast.data.dataset import ArrayItems
 from contrast.data.images import arrange_array, open_images
@@ -54,7 +54,7 @@ def read_aeon(name: str) -> Collection:
             return join_ts(parts)
     known = _archive_names()
     if name not in known:
-        raise InputError(f"aeon: there is no set '{name}' in the UCR and UEA archives.{nearest(name, known)}")
+        raise InputError(f"aeon: there is no set '{name}' in the UCR and UEA archives.{did_you_mean(name, known)}")
     _download(
         f"aeon:{name}",
         lambda: load_classification(name, extract_path=str(data_root())),
@@ -72,7 +72,7 @@ def read_torchvision(name: str, *, size: int | None, channels: int | None) -> Co
 
     known = [known for known in datasets.__all__ if inspect.isclass(getattr(datasets, known))]
     if name not in known:
-        raise InputError(f"torchvision has no set '{name}'.{nearest(name, known)} It has: {', '.join(known)}.")
+        raise InputError(f"torchvision has no set '{name}'.{did_you_mean(name, known)} It has: {', '.join(known)}.")
     build = getattr(datasets, name)
     takes = inspect.signature(build).parameters
     if "train" in takes:

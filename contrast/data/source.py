@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from contrast.core.registry import InputError, nearest
+from contrast.core.registry import InputError, did_you_mean
 from contrast.data.arrays import read_arrays
 from contrast.data.assemble import assemble
 from contrast.data.collection import Collection
@@ -91,12 +91,13 @@ def _find(source: str) -> Path | None:
         return None
     if (scheme := re.match(r"(\w+):", source)) is not None and "/" not in scheme[1]:
         raise InputError(
-            f"data.source: '{scheme[1]}:' is no known kind of source.{nearest(scheme[1], ('aeon', 'torchvision'))} "
+            f"data.source: '{scheme[1]}:' is no known kind of source."
+            f"{did_you_mean(scheme[1], ('aeon', 'torchvision'))} "
             f"Known: {', '.join(SOURCES)}."
         )
-    near = nearest(source, ["digits"])
+    near = did_you_mean(source, ["digits"])
     if not near and path.parent.is_dir():
-        near = nearest(path.name, [other.name for other in path.parent.iterdir()])
+        near = did_you_mean(path.name, [other.name for other in path.parent.iterdir()])
     raise InputError(
         f"data.source: there is no file or folder '{source}'.{near} Give a path that exists, or a set's name."
     )

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from contrast.core.registry import InputError, nearest
+from contrast.core.registry import InputError, did_you_mean
 from contrast.data.collection import LABEL_WORDS, as_text
 from contrast.data.dataset import Array
 
@@ -214,7 +214,7 @@ def _match(items: Array, files: Sequence[str], *, table: Path, item: str) -> Arr
     keys = [path.parts for path in wanted]
     absent = [str(path) for path, key in zip(wanted, keys, strict=True) if key not in places]
     if absent:
-        near = nearest(absent[0], [PurePosixPath(name).name for name in files[:10_000]])
+        near = did_you_mean(absent[0], [PurePosixPath(name).name for name in files[:10_000]])
         raise InputError(
             f"{table}: every '{item}' must be a file of the folder; {len(absent)} of {len(keys)} are not there, "
             f"the first '{absent[0]}'.{near} Correct or remove those rows."

@@ -12,8 +12,8 @@ from torch import Tensor
 from contrast.core import distributed
 from contrast.core.embeddings import Embeddings
 from contrast.core.pairs import Pairs
-from contrast.losses.around import Around
 from contrast.losses.pair_loss import LOSSES, Extra, PairLoss
+from contrast.losses.wrapper import LossWrapper
 
 UNIT = 2.0**24
 """The memory counts in whole numbers of 1 / UNIT: their sums do not depend on the order, so every process holds the
@@ -25,7 +25,7 @@ NORMAL, NOISY, FAULTY = 0, 1, 2
 
 
 @LOSSES.register("bad_pairs", aliases=("dbpm", "dynamic_bad_pair_mining"))
-class BadPairs(Around):
+class BadPairs(LossWrapper):
     r"""Any loss over pairs, with the samples that were always too easy or too hard weighed down.
 
     .. math::

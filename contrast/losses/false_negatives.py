@@ -10,12 +10,12 @@ from torch import Tensor
 
 from contrast.core.embeddings import Embeddings
 from contrast.core.pairs import Pairs
-from contrast.losses.around import Around
 from contrast.losses.pair_loss import LOSSES, Extra, PairLoss
+from contrast.losses.wrapper import LossWrapper
 
 
 @LOSSES.register("false_negatives", aliases=("false_negative_control", "gist", "gistembed"))
-class FalseNegatives(Around):
+class FalseNegatives(LossWrapper):
     r"""Any loss over pairs, without the negatives that one of these rules takes for false ones.
 
     .. math:: N'(i) = \{ j \in N(i) : s_{ij} \leq b_i, \; \langle u_i, u_j \rangle \leq g_i \}

@@ -12,11 +12,11 @@ from contrast.core import distributed
 from contrast.core.embeddings import Embeddings
 from contrast.memory.door import Width, refuse_other, refuse_unknown
 from contrast.memory.memory import MEMORIES
-from contrast.memory.room import check_room
-from contrast.memory.search import Shelf, vectors
+from contrast.memory.room import check_free_memory
+from contrast.memory.search import SearchIndex, vectors
 from contrast.memory.shards import from_owners, merged, whole_on_first
 from contrast.memory.store import Store
-from contrast.memory.wrong_samples import Watch, refuse_wrong
+from contrast.memory.wrong_samples import AsyncIndexCheck, refuse_wrong
 from contrast.retrieval import Found, build_index
 
 
@@ -60,13 +60,13 @@ class Bank(Store):
         super().__init__(Width(dim, heads, reference_dim))
         self.samples = samples
         self.bytes_per_process = bytes_per_process
-        check_room(samples, self.width.bytes, bytes_per_process)
+        check_free_memory(samples, self.width.bytes, bytes_per_process)
         never = torch.full((samples,), -1)
         self.held = {**self.width.zeros(samples), "group": never, "written": never.clone()}
         self.shard = (0, 1)
         self.pushed = 0
         self._complete = False
-        self._watch = Watch(samples)
+        self._watch = AsyncIndexCheck(samples)
 
     @property
     def sharded(self) -> bool:
@@ -134,16 +134,16 @@ class Bank(Store):
         """Whether nothing was ever put in."""
         return not self.pushed
 
-    def shelf(self, index: str | None = None, *, seed: int = 0) -> Shelf:
+    def shelf(self, index: str | None = None, *, seed: int = 0) -> SearchIndex:
         """Give what this process holds, all or its share, ready to be searched by an index of `retrieval`."""
         self._settle()
         rank, world = self.shard
         known = self.known
         known = known[known % world == rank] if self.sharded else known
         stored = self._embeddings(known, *self._rows(known // world))
-        return Shelf(stored, build_index(vectors(stored), index, seed=seed) if index and len(known) else None)
+        return SearchIndex(stored, build_index(vectors(stored), index, seed=seed) if index and len(known) else None)
 
-    def nearest(self, anchor: Embeddings, k: int, *, own_group: bool = True, shelf: Shelf | None = None) -> Found:
+    def nearest(self, anchor: Embeddings, k: int, *, own_group: bool = True, shelf: SearchIndex | None = None) -> Found:
         """Give the k nearest samples that are not the anchor's, nor of its group unless `own_group`; -1 for fewer.
 
         Where the bank is sharded every process calls it, with its own anchors, and searches its share for all.

@@ -10,7 +10,7 @@ from torch import Tensor
 from contrast.core.embeddings import Embeddings
 from contrast.memory.door import Width, refuse_other, refuse_unknown
 from contrast.memory.memory import MEMORIES
-from contrast.memory.search import Shelf
+from contrast.memory.search import SearchIndex
 from contrast.memory.store import Store
 from contrast.retrieval import Found
 
@@ -81,7 +81,7 @@ class Queue(Store):
     def nearest(self, anchor: Embeddings, k: int) -> Found:
         """Give the positions of the k nearest entries that are not of the anchor's sample; -1 where there are fewer."""
         self.follow(anchor.z.device)
-        return Shelf(self._all()).nearest(anchor, k)
+        return SearchIndex(self._all()).nearest(anchor, k)
 
     def at(self, position: Tensor) -> Embeddings:
         """Give the embeddings at (n,) positions."""

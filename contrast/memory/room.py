@@ -10,7 +10,7 @@ from contrast.core import distributed
 GIB = 2**30
 
 
-def check_room(samples: int, bytes_each: int, bytes_per_process: int) -> None:
+def check_free_memory(samples: int, bytes_each: int, bytes_per_process: int) -> None:
     """Refuse a bank that is larger than the free memory.
 
     Args:

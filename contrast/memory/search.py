@@ -13,7 +13,7 @@ from contrast.core.embeddings import Embeddings
 from contrast.retrieval import Found
 
 
-class Shelf(NamedTuple):
+class SearchIndex(NamedTuple):
     """Embeddings to search.
 
     Args:
@@ -30,14 +30,14 @@ class Shelf(NamedTuple):
         Where there are fewer, similarities are -inf and positions -1.
         """
         stored = self.stored
-        strangers = [(anchor.sample, stored.sample)]
+        exclude = [(anchor.sample, stored.sample)]
         if not own_group:
-            strangers.append((anchor.group, stored.group))
+            exclude.append((anchor.group, stored.group))
         count = min(k, len(stored)) if len(anchor) else 0
         if count and self.finder is not None:
-            found = self.finder.search(vectors(anchor), count, strangers=strangers)
+            found = self.finder.search(vectors(anchor), count, exclude=exclude)
         elif count:
-            found = retrieval.nearest(vectors(anchor), vectors(stored), count, strangers=strangers)
+            found = retrieval.nearest(vectors(anchor), vectors(stored), count, exclude=exclude)
         else:
             nothing = torch.zeros(len(anchor), 0, device=anchor.z.device)
             found = Found(nothing, nothing.long())

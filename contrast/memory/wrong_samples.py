@@ -27,7 +27,7 @@ def refuse_wrong(sample: Tensor, samples: int) -> None:
         )
 
 
-class Watch:
+class AsyncIndexCheck:
     """The same on a device that one does not wait for: each look reads what those before it found.
 
     Args:

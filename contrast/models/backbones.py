@@ -12,7 +12,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from contrast.core.registry import InputError, Registry, check_arguments, nearest
+from contrast.core.registry import InputError, Registry, check_arguments, did_you_mean
 from contrast.models.checkpoints import load_weights
 from contrast.models.image_networks import SmallConv
 from contrast.models.libraries import LIBRARIES, Library, build_network, knows, names
@@ -72,7 +72,7 @@ def feature_width(backbone: nn.Module, shape: Sequence[int], *, where: str = "en
     Raises:
         InputError: where the network cannot read data of this shape (C, H, W) or (C, L), or gives anything but (N, F).
     """
-    features = dry_run(backbone, (2, *shape), where)
+    features = output_of_zeros(backbone, (2, *shape), where)
     if features.dim() != 2 or len(features) != 2:
         raise InputError(
             f"{where}: {type(backbone).__name__} must give one vector a sample, (N, F); for an input of "
@@ -82,7 +82,7 @@ def feature_width(backbone: nn.Module, shape: Sequence[int], *, where: str = "en
 
 
 @torch.no_grad()
-def dry_run(module: nn.Module, shape: Sequence[int], where: str) -> Tensor:
+def output_of_zeros(module: nn.Module, shape: Sequence[int], where: str) -> Tensor:
     """Give what the module makes of zeros of this shape, in evaluation mode; leaves everything as it was."""
     parameter = next(module.parameters(), torch.zeros(()))
     training = {part: part.training for part in module.modules()}
@@ -138,7 +138,7 @@ def library_of(name: str, where: str) -> tuple[Library | None, str]:
             raise InputError(f"{where}: {error}") from None
     everything = [*BACKBONES, *(known for library in LIBRARIES for known in names(library))]
     raise InputError(
-        f"{where}: there is no backbone '{name}', here or in timm or torchvision.{nearest(name, everything)} "
+        f"{where}: there is no backbone '{name}', here or in timm or torchvision.{did_you_mean(name, everything)} "
         f"Ours: {', '.join(BACKBONES)}."
     )
 
@@ -181,7 +181,9 @@ def _import(name: str, where: str) -> Any:
     finally:
         sys.path.remove(here)
     if not hasattr(module, attribute):
-        raise InputError(f"{where}: the module {module_name} has no '{attribute}'.{nearest(attribute, dir(module))}")
+        raise InputError(
+            f"{where}: the module {module_name} has no '{attribute}'.{did_you_mean(attribute, dir(module))}"
+        )
     return cast(Callable[..., Any], getattr(module, attribute))
 
 

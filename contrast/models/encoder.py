@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from contrast.core.registry import InputError
-from contrast.models.backbones import Kind, Part, build_backbone, dry_run, feature_width
+from contrast.models.backbones import Kind, Part, build_backbone, feature_width, output_of_zeros
 from contrast.models.heads import HEADS
 from contrast.models.inputs import ImageInputs, SeriesInputs
 
@@ -194,14 +194,14 @@ def build_encoder(
     network = build_backbone(backbone, shape, kind)
     width = feature_width(network, shape)
     projection = HEADS.build(head, where="encoder.head", width=width)
-    embedding = dry_run(projection, (2, width), "encoder.head").shape
+    embedding = output_of_zeros(projection, (2, width), "encoder.head").shape
     predict = None
     if predictor is not None:
         if len(embedding) != 2:
             raise InputError("encoder.predictor: a predictor follows one head; take it away, or the multi_head.")
         dimensions = embedding[-1]
         predict = HEADS.build(predictor, where="encoder.predictor", width=dimensions, out=dimensions)
-        predicted = dry_run(predict, (2, dimensions), "encoder.predictor").shape
+        predicted = output_of_zeros(predict, (2, dimensions), "encoder.predictor").shape
         if predicted != embedding:
             raise InputError(
                 f"encoder.predictor must give as many dimensions as the head, {dimensions}; got {predicted[-1]}."

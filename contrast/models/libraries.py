@@ -10,7 +10,7 @@ from typing import Any, Literal, cast
 import torch.nn.functional as F
 from torch import nn
 
-from contrast.core.registry import InputError, nearest
+from contrast.core.registry import InputError, did_you_mean
 
 Library = Literal["timm", "torchvision"]
 Stem = Literal["auto", "small", "original"]
@@ -77,7 +77,7 @@ def build_network(
         InputError: for an unknown name or argument, a size the network cannot take, weights that cannot be had.
     """
     if not knows(library, name):
-        raise InputError(f"{where}: {library} has no network '{name}'.{nearest(name, names(library))}")
+        raise InputError(f"{where}: {library} has no network '{name}'.{did_you_mean(name, names(library))}")
     arguments = dict(arguments)
     stem = arguments.pop("stem", "auto")
     if stem not in ("auto", "small", "original"):
@@ -105,7 +105,7 @@ def _from_timm(
         config = timm.models.get_pretrained_cfg(name)
     except RuntimeError as error:
         tags = timm.list_pretrained(f"{name.partition('.')[0]}.*")
-        raise InputError(f"{where}: {error}{nearest(name, tags)}") from error
+        raise InputError(f"{where}: {error}{did_you_mean(name, tags)}") from error
     if pretrained and not timm.models.is_model_pretrained(name):
         raise InputError(f"{where}.pretrained: nobody published weights of timm:{name}; set it to false or to a file.")
     options = {"num_classes": 0, "in_chans": shape[0], **arguments}

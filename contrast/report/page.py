@@ -16,6 +16,7 @@ from markupsafe import Markup, escape
 
 from contrast.evaluation.features import health
 from contrast.evaluation.results import title
+from contrast.report.glossary import GLOSSARY
 from contrast.report.pictures import (
     POINTS_OF_A_CURVE,
     channels_remark,
@@ -25,7 +26,7 @@ from contrast.report.pictures import (
     sample_picture,
     shortened,
 )
-from contrast.report.record import Record, duration, flat, memory, moment, read_record
+from contrast.report.record import RunRecord, duration, flat, memory, moment, read_run
 from contrast.report.tables import (
     Table,
     number,
@@ -36,7 +37,6 @@ from contrast.report.tables import (
     spread_sentence,
     summary,
 )
-from contrast.report.words import WORDS
 
 LARGEST_PICTURE = 800_000  # bytes; views.png beyond it is made smaller, so that the page stays below 3 MB
 
@@ -52,7 +52,7 @@ def write_report(run: Path, *, samples: bool = True) -> Path:
     Raises:
         InputError: where the folder is no run's, or one of its files is damaged.
     """
-    record = read_record(run)
+    record = read_run(run)
     page = run / "report.html"
     draft = run / ".report.html.part"
     draft.write_text(render(record, samples=samples), encoding="utf-8")
@@ -60,7 +60,7 @@ def write_report(run: Path, *, samples: bool = True) -> Path:
     return page
 
 
-def render(record: Record, *, samples: bool = True) -> str:
+def render(record: RunRecord, *, samples: bool = True) -> str:
     """Give the page as text."""
     words, facts = _Words(), _facts(record)
     environment = Environment(
@@ -111,15 +111,15 @@ class _Words:
     def mention(self, word: str, text: str | None = None) -> Markup:
         """Give the word, or `text` in its place; a link at the first mention."""
         shown = escape(text or word)
-        if word in self.mentioned or word not in WORDS:
+        if word in self.mentioned or word not in GLOSSARY:
             return shown
         self.mentioned.add(word)
-        return Markup('<a class="word" href="#{}" title="{}">{}</a>').format(_anchor(word), WORDS[word], shown)
+        return Markup('<a class="word" href="#{}" title="{}">{}</a>').format(_anchor(word), GLOSSARY[word], shown)
 
     def glossary(self) -> str:
         """Give the mentioned words with their lines, in alphabetical order."""
         return "\n".join(
-            Markup('<div id="{}"><dt>{}</dt><dd>{}</dd></div>').format(_anchor(word), word, WORDS[word])
+            Markup('<div id="{}"><dt>{}</dt><dd>{}</dd></div>').format(_anchor(word), word, GLOSSARY[word])
             for word in sorted(self.mentioned, key=str.lower)
         )
 
@@ -128,7 +128,7 @@ def _anchor(word: str) -> str:
     return "word-" + re.sub(r"\W+", "-", word.lower())
 
 
-def _summary(record: Record, table: Table | None, kind: str) -> str:
+def _summary(record: RunRecord, table: Table | None, kind: str) -> str:
     if table is not None and (sentence := summary(table, kind)):
         return sentence
     step, loss = record.series("loss")
@@ -138,7 +138,7 @@ def _summary(record: Record, table: Table | None, kind: str) -> str:
     return f"{trained} There are no results: without labels, or before an evaluation, nothing can be measured."
 
 
-def _notes(record: Record, *, samples: bool) -> list[tuple[str, str]]:
+def _notes(record: RunRecord, *, samples: bool) -> list[tuple[str, str]]:
     """Give what a reader must know before the numbers: kind of note (info, warning) and sentence."""
     notes = []
     state, step = record.state.get("state"), record.state.get("step")
@@ -168,7 +168,7 @@ def _notes(record: Record, *, samples: bool) -> list[tuple[str, str]]:
     return notes
 
 
-def _facts(record: Record) -> list[tuple[str, str]]:
+def _facts(record: RunRecord) -> list[tuple[str, str]]:
     """Give what was run, as terms and values; what is not on record is left out."""
     _, spent = record.series("seconds")
     seconds = _first(_of_run(record, "seconds"), float(spent[-1]) if len(spent) else None)
@@ -193,13 +193,13 @@ def _facts(record: Record) -> list[tuple[str, str]]:
     return [(term, str(value)) for term, value in facts.items() if value not in (None, "")]
 
 
-def _commit(record: Record) -> str:
+def _commit(record: RunRecord) -> str:
     commit = _first(_of_run(record, "commit"), record.environment.get("commit"))
     dirty = _first(_of_run(record, "dirty"), record.environment.get("dirty"))
     return f"{str(commit)[:12]}{', with changes' if dirty else ''}" if commit else ""
 
 
-def _of_run(record: Record, key: str) -> Any:
+def _of_run(record: RunRecord, key: str) -> Any:
     run = record.results.get("run")
     return run.get(key) if isinstance(run, Mapping) else None
 
@@ -214,7 +214,7 @@ def _setting(config: str, key: str) -> str | None:
     return found.group(1).strip("'\"") if found and found.group(1) != "null" else None
 
 
-def _source(record: Record) -> str | None:
+def _source(record: RunRecord) -> str | None:
     for split in _splits(record):
         if split["source"]:
             return str(split["source"])
@@ -224,7 +224,7 @@ def _source(record: Record) -> str | None:
     return found.group(1).strip("'\" ") if found else None
 
 
-def _splits(record: Record) -> list[dict[str, str]]:
+def _splits(record: RunRecord) -> list[dict[str, str]]:
     data = record.results.get("data")
     if not isinstance(data, Mapping):
         return []
@@ -236,7 +236,7 @@ def _splits(record: Record) -> list[dict[str, str]]:
     ]
 
 
-def _curves(record: Record) -> dict[str, Any]:
+def _curves(record: RunRecord) -> dict[str, Any]:
     drawn: dict[str, Any] = {}
     step, loss = record.series("loss")
     if len(step):
@@ -250,7 +250,7 @@ def _curves(record: Record) -> dict[str, Any]:
     return drawn
 
 
-def _bad_pairs(record: Record, kind: str, *, samples: bool) -> dict[str, Any] | None:
+def _bad_pairs(record: RunRecord, kind: str, *, samples: bool) -> dict[str, Any] | None:
     """Give what bad-pair mining held to be noisy and faulty: shares over the epochs, and some of the samples."""
     step, noisy = record.series("noisy_samples")
     _, faulty = record.series("faulty_samples")
@@ -277,7 +277,7 @@ def _bad_pairs(record: Record, kind: str, *, samples: bool) -> dict[str, Any] | 
     return {"svg": Markup(svg), "noisy": float(noisy[-1]), "faulty": float(faulty[-1]), "shown": shown}
 
 
-def _map(record: Record) -> dict[str, Any] | None:
+def _map(record: RunRecord) -> dict[str, Any] | None:
     if not {"features", "target", "classes"} <= set(record.arrays):
         return None
     classes = [str(name) for name in record.arrays["classes"]]
@@ -289,7 +289,7 @@ def _map(record: Record) -> dict[str, Any] | None:
     return {"svg": Markup(drawn.svg), "legend": legend, "method": drawn.method, "points": drawn.points, "split": split}
 
 
-def _views(record: Record) -> str | None:
+def _views(record: RunRecord) -> str | None:
     if record.views is None:
         return None
     if len(record.views) <= LARGEST_PICTURE:
@@ -304,7 +304,7 @@ def _views(record: Record) -> str | None:
     return _data_address(file.getvalue(), "jpeg")
 
 
-def _neighbours(record: Record, kind: str) -> dict[str, Any] | None:
+def _neighbours(record: RunRecord, kind: str) -> dict[str, Any] | None:
     arrays = record.arrays
     if not {"x", "neighbours", "x_target", "x_name", "classes"} <= set(arrays):
         return None

@@ -17,7 +17,7 @@ from contrast.core.registry import InputError
 
 
 @dataclass(frozen=True)
-class Record:
+class RunRecord:
     """The files of a run's folder; what is missing is empty.
 
     Args:
@@ -54,7 +54,7 @@ class Record:
         return np.array(steps), np.array([found[step] for step in steps])
 
 
-def read_record(run: Path) -> Record:
+def read_run(run: Path) -> RunRecord:
     """Give what the folder of a run holds.
 
     Raises:
@@ -68,7 +68,7 @@ def read_record(run: Path) -> Record:
             f"{run} is no run's folder: it holds none of {', '.join(files)}. Give the one pretrain printed."
         )
     views = run / "views.png"
-    return Record(
+    return RunRecord(
         name=run.resolve().name,
         config=_text(run / "config.yaml"),
         command=_text(run / "command.txt").strip(),

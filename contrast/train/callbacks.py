@@ -24,7 +24,7 @@ class TrainingFailure(RuntimeError):
     """Training cannot go on; the message is one sentence."""
 
 
-class Recorder(lightning.Callback):
+class MetricsLogger(lightning.Callback):
     """Writes `metrics.jsonl` and the heartbeat, logs to TensorBoard, and moves the progress bar.
 
     Args:
@@ -207,7 +207,7 @@ class OnlineProbe(lightning.Callback):
         items: at most so many items on either side.
     """
 
-    def __init__(self, data: Data, recorder: Recorder, *, every: int, items: int = 1000) -> None:
+    def __init__(self, data: Data, recorder: MetricsLogger, *, every: int, items: int = 1000) -> None:
         labelled = data.train.target >= 0
         fit = (labelled & ~data.validation).nonzero()[0]
         held_out = (labelled & data.validation).nonzero()[0]

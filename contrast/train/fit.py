@@ -18,7 +18,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from contrast.core.registry import InputError
 from contrast.data.dataset import Data
 from contrast.data.loader import StepSampler, training_loader
-from contrast.train.callbacks import Checkpoints, OnlineProbe, Recorder, StopOnSignal, TrainingFailure
+from contrast.train.callbacks import Checkpoints, MetricsLogger, OnlineProbe, StopOnSignal, TrainingFailure
 from contrast.train.module import Pretraining
 from contrast.train.run_folder import RunFolder
 
@@ -80,7 +80,7 @@ def fit(
     """
     budget = module.budget
     log_every = max(1, (budget.steps or 20 * module.steps_per_epoch) // 200)
-    recorder = Recorder(run, every=log_every, quiet=quiet)
+    recorder = MetricsLogger(run, every=log_every, quiet=quiet)
     signals = StopOnSignal()
     callbacks: list[lightning.Callback] = [recorder]
     if probe_items:

@@ -16,7 +16,7 @@ from contrast.models.encoder import Encoder, Projections
 from contrast.views.views import Views
 
 
-class Taken(NamedTuple):
+class StepOutput(NamedTuple):
     """What a step gives.
 
     loss: ().
@@ -51,7 +51,7 @@ class Step:
     watching: Sequence[Memory] = ()
     reference: Callable[[Tensor], Tensor] | None = None
 
-    def take(self, batch: Batch, generator: torch.Generator) -> Taken:
+    def take(self, batch: Batch, generator: torch.Generator) -> StepOutput:
         """Give the loss of one batch, and what to remember of it."""
         prepared = self.encoder.prepare(batch.x)
         views = self.views(prepared, generator)
@@ -64,7 +64,7 @@ class Step:
         if given is not None:
             more["reference"] = given
         loss: Tensor = self.loss(*anchors, targets=targets, sample=batch.sample, group=batch.group, **more)
-        return Taken(loss, keys[-1], prepared, views)
+        return StepOutput(loss, keys[-1], prepared, views)
 
     def remember(self, keys: Sequence[Embeddings]) -> None:
         """Let every store take the keys of the steps behind it; after the optimiser's step."""

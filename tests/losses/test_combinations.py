@@ -251,7 +251,7 @@ COLUMNS: dict[str, Callable[[Case], Outcome]] = {
 }
 
 
-WORDS = """# What goes with what
+GLOSSARY = """# What goes with what
 
 Made by `python -m tests.losses.test_combinations`; the tests compute every cell anew. *Works* says that value and
 gradient are finite and that what the column names makes a difference. A number leads to the sentence with which the
@@ -297,7 +297,7 @@ def written() -> str:
     table = [["loss", *COLUMNS], ["---"] * (len(COLUMNS) + 1), *rows]
     lines = ["| " + " | ".join(cells) + " |" for cells in table]
     numbered = [f"{number}. {sentence}" for sentence, number in notes.items()]
-    return "\n".join([WORDS, *lines, "", *numbered, ""])
+    return "\n".join([GLOSSARY, *lines, "", *numbered, ""])
 
 
 def test_the_page_is_what_the_losses_do():

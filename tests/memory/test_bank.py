@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from contrast.core.embeddings import REMEMBERED
 from contrast.losses import InfoNCE
 from contrast.memory import MEMORIES, Bank, room
-from contrast.memory.wrong_samples import Watch
+from contrast.memory.wrong_samples import AsyncIndexCheck
 from tests.memory.model import DIM, PlainBank, anchor, entries, push, samples_of_pushes
 from tests.memory.test_queue import saved_and_loaded
 
@@ -110,7 +110,7 @@ def test_wrong_calls_are_answered_in_a_sentence(call, words):
 
 @pytest.mark.parametrize("sample", [[3, 1, 3], [12, 1], [-1, 2]])
 def test_where_looking_would_wait_a_later_update_names_what_was_wrong(sample):
-    watch = Watch(SAMPLES)
+    watch = AsyncIndexCheck(SAMPLES)
     for right in ([0, 1], [], [2]):
         assert watch.look(torch.tensor(right, dtype=torch.int64)).tolist() == right
     found = watch.look(torch.tensor(sample))

@@ -11,7 +11,7 @@ from PIL import Image
 
 from contrast.core.registry import InputError
 from contrast.report.page import render, write_report
-from contrast.report.record import read_record
+from contrast.report.record import read_run
 
 SECTIONS = ["results", "training", "views", "map", "neighbours", "run", "words"]
 
@@ -113,7 +113,7 @@ def test_without_samples_no_picture_and_no_name_is_left(page):
         names = [str(name) for name in content["x_name"]]
     whole = page.read_text(encoding="utf-8")
     assert all(name in whole for name in names)
-    text = render(read_record(page.parent), samples=False)
+    text = render(read_run(page.parent), samples=False)
     assert "data:image/" not in text.split("<body>")[1]
     assert "<img" not in text
     assert not any(name in text for name in names)
@@ -121,7 +121,7 @@ def test_without_samples_no_picture_and_no_name_is_left(page):
 
 
 def test_the_same_folder_gives_the_same_page(pages):
-    assert render(read_record(pages["series"].parent)) == pages["series"].read_text(encoding="utf-8")
+    assert render(read_run(pages["series"].parent)) == pages["series"].read_text(encoding="utf-8")
 
 
 def test_data_without_labels_have_a_page_without_results(image_folder, tmp_path):

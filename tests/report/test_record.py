@@ -1,12 +1,12 @@
 import pytest
 
-from contrast.report.record import duration, flat, memory, moment, read_record
+from contrast.report.record import duration, flat, memory, moment, read_run
 
 
 def test_the_latest_value_of_a_step_counts_and_steps_ascend(tmp_path):
     lines = ['{"step": 5, "loss": 3.0}', '{"step": 1, "loss": 9.0}', '{"step": 5, "loss": 2.0}', '{"step": 6, "lo']
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
-    step, loss = read_record(tmp_path).series("loss")
+    step, loss = read_run(tmp_path).series("loss")
     assert step.tolist() == [1, 5]
     assert loss.tolist() == [9.0, 2.0]
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from contrast.core.registry import InputError
 
-Strangers = Sequence[tuple[Tensor, Tensor]]
+Exclude = Sequence[tuple[Tensor, Tensor]]
 """Pairs (number of each query (Q,), number of each stored vector (M,)): of equal numbers, the vector is left out."""
 
 
@@ -33,7 +33,7 @@ class Found(NamedTuple):
 
 @torch.no_grad()
 def nearest(
-    queries: Tensor, stored: Tensor, k: int, *, strangers: Strangers = (), search_dtype: torch.dtype | None = None
+    queries: Tensor, stored: Tensor, k: int, *, exclude: Exclude = (), search_dtype: torch.dtype | None = None
 ) -> Found:
     r"""Give the k stored vectors with the largest inner products, exactly and without the (Q, M) matrix.
 
@@ -51,7 +51,7 @@ def nearest(
         queries: (Q, D) in any floating type; used as float32.
         stored: (M, D), on the same device.
         k: from 0 to M.
-        strangers: pairs of numbers, (Q,) and (M,) int64: a stored vector that has the query's number in any pair is
+        exclude: pairs of numbers, (Q,) and (M,) int64: a stored vector that has the query's number in any pair is
             left out before anything is counted (own sample, own group).
         search_dtype: bfloat16 or float16 to find candidates by coarser products, quicker on some GPUs.
 
@@ -59,26 +59,26 @@ def nearest(
         InputError: for shapes, devices or a k that do not fit, and for vectors that are not finite.
     """
     vectors = _Stored.of(stored)
-    queries = _fitting(queries, vectors, k, strangers)
+    queries = _fitting(queries, vectors, k, exclude)
     if queries.device.type == "mps":  # It has no float64.
-        pairs = [(of_query.cpu(), of_stored.cpu()) for of_query, of_stored in strangers]
-        found = nearest(queries.cpu(), stored.cpu(), k, strangers=pairs, search_dtype=search_dtype)
+        pairs = [(of_query.cpu(), of_stored.cpu()) for of_query, of_stored in exclude]
+        found = nearest(queries.cpu(), stored.cpu(), k, exclude=pairs, search_dtype=search_dtype)
         return Found(*(part.to(queries.device) for part in found))
     if not k or not len(queries):
         return _nothing(queries, k)
     with torch.autocast(queries.device.type, enabled=False):
         search = _Products(vectors, search_dtype)
-        most = _most_left_out(strangers)
-        masked: Strangers = strangers if most > FEW else ()
+        most = _most_left_out(exclude)
+        masked: Exclude = exclude if most > FEW else ()
         count = min(search.more_than(k) + (0 if masked else most), len(stored))
         parts, certain = [], []
         for rows in _slices(len(queries), search.rows):
-            few, own = queries[rows], _of(strangers, rows)
+            few, own = queries[rows], _of(exclude, rows)
             product, position = search.largest(few, count, _of(masked, rows))
             part = _ranked(few, vectors, position, k, own)
             parts.append(part)
             certain.append(_certain(part, product, search.error(few), count >= len(stored)))
-        return _completed(_joined(parts), torch.cat(certain), queries, vectors, k, strangers)
+        return _completed(_joined(parts), torch.cat(certain), queries, vectors, k, exclude)
 
 
 def merge(parts: Sequence[Found], k: int) -> Found:
@@ -110,9 +110,9 @@ class Index(ABC):
         self._stored = _Stored.of(stored)
 
     @abstractmethod
-    def search(self, queries: Tensor, k: int, *, strangers: Strangers = ()) -> Found:
+    def search(self, queries: Tensor, k: int, *, exclude: Exclude = ()) -> Found:
         """Give the k nearest stored vectors of queries (Q, D) as `nearest` does; positions are -1 only where there are
-        fewer than k strangers in all. Which vectors are found may be approximate; their similarities are not.
+        fewer than k exclude in all. Which vectors are found may be approximate; their similarities are not.
         """
 
     @abstractmethod
@@ -195,8 +195,8 @@ def _needs_no_faiss(index: str) -> bool:
 
 
 class _Exact(Index):
-    def search(self, queries: Tensor, k: int, *, strangers: Strangers = ()) -> Found:
-        return nearest(queries, self._stored.x, k, strangers=strangers)
+    def search(self, queries: Tensor, k: int, *, exclude: Exclude = ()) -> Found:
+        return nearest(queries, self._stored.x, k, exclude=exclude)
 
     def refill(self, stored: Tensor) -> None:
         self._stored = _Stored.of(stored)
@@ -265,22 +265,22 @@ class _Faiss(Index):
         self._index.add(self._own(self._stored.x))
 
     @torch.no_grad()
-    def search(self, queries: Tensor, k: int, *, strangers: Strangers = ()) -> Found:
-        queries = _fitting(queries, self._stored, k, strangers)
+    def search(self, queries: Tensor, k: int, *, exclude: Exclude = ()) -> Found:
+        queries = _fitting(queries, self._stored, k, exclude)
         if not k or not len(queries):
             return _nothing(queries, k)
-        most = _most_left_out(strangers)
+        most = _most_left_out(exclude)
         parts, done = [], []
         for rows in _slices(len(queries), AT_ONCE):
-            part, found = self._search_some(queries[rows], k, _of(strangers, rows), most)
+            part, found = self._search_some(queries[rows], k, _of(exclude, rows), most)
             parts.append(part)
             done.append(found)
-        return _completed(_joined(parts), torch.cat(done), queries, self._stored, k, strangers)
+        return _completed(_joined(parts), torch.cat(done), queries, self._stored, k, exclude)
 
-    def _search_some(self, queries: Tensor, k: int, strangers: Strangers, most: int) -> tuple[Found, Tensor]:
+    def _search_some(self, queries: Tensor, k: int, exclude: Exclude, most: int) -> tuple[Found, Tensor]:
         """Give what the index finds, and which rows are complete, (n,) bool: the others must be searched exactly.
 
-        Where many vectors are no strangers, the rows that lack some are searched again for more.
+        Where many vectors are no exclude, the rows that lack some are searched again for more.
         """
         everything = min(len(self._stored.x), 2048) if self._on_gpu else len(self._stored.x)
         # Vectors that were stored coarsely are found coarsely: more of them are looked at as they are.
@@ -292,7 +292,7 @@ class _Faiss(Index):
             rows = (~done).nonzero().squeeze(1)
             few = queries[rows]
             product, position = self._fetch(few, count)
-            part = _ranked(few, self._stored, position, k, _of(strangers, rows))
+            part = _ranked(few, self._stored, position, k, _of(exclude, rows))
             found.similarity[rows], found.position[rows] = part
             if self.name == "Flat":
                 error = _error(few, self._stored, operands=2.0**-10 if self._on_gpu else 0.0)
@@ -367,13 +367,13 @@ def _gpu_resources(number: int) -> Any:
 # ------------------------------------------------------------------------------------------------------- exact search
 
 FEW = 64
-"""Up to so many vectors that are no strangers are fetched and dropped; of more, the products are masked."""
+"""Up to so many vectors that are no exclude are fetched and dropped; of more, the products are masked."""
 TRAINED = 64
 """Vectors a list that lists are trained on; faiss takes 256, four times as long."""
 AT_ONCE = 2**15
 """Queries that are handed to an index at a time."""
 MOST_FETCHED = 1024
-"""An index is asked for no more than so many; queries that still lack strangers are searched exactly."""
+"""An index is asked for no more than so many; queries that still lack exclude are searched exactly."""
 COLUMNS = {"cpu": 16_384, "cuda": 65_536}
 TILE = {"cpu": 2**23, "cuda": 2**27}
 """How many products are held at a time, and of how many stored vectors."""
@@ -420,7 +420,7 @@ class _Products:
         """Bound the rounding error of the products of each query, (n,) float64."""
         return _error(queries, self.stored, operands=self._operands)
 
-    def largest(self, queries: Tensor, count: int, masked: Strangers) -> tuple[Tensor, Tensor]:
+    def largest(self, queries: Tensor, count: int, masked: Exclude) -> tuple[Tensor, Tensor]:
         """Give the `count` largest products of each query and their positions, (n, count), in no order."""
         best = queries.new_full((len(queries), count), -math.inf)
         where = torch.full_like(best, -1, dtype=torch.int64)
@@ -500,12 +500,12 @@ def _certain(part: Found, product: Tensor, error: Tensor, everything: bool) -> T
     return (part.similarity[:, -1].double() > least + error) | (least == -math.inf)
 
 
-def _completed(found: Found, certain: Tensor, queries: Tensor, stored: _Stored, k: int, strangers: Strangers) -> Found:
+def _completed(found: Found, certain: Tensor, queries: Tensor, stored: _Stored, k: int, exclude: Exclude) -> Found:
     """Search the rows that are not certain with care."""
     torn = (~certain).nonzero().squeeze(1)
     for few in torch.split(torn, max(1, TILE["cpu"] // 2 // min(len(stored.x), CAREFUL))):
         if len(few):
-            part = _careful(queries[few], stored, k, _of(strangers, few))
+            part = _careful(queries[few], stored, k, _of(exclude, few))
             found.similarity[few], found.position[few] = part
     return found
 
@@ -514,7 +514,7 @@ CAREFUL = 4096
 """Stored vectors in a tile of the careful search."""
 
 
-def _careful(queries: Tensor, stored: _Stored, k: int, strangers: Strangers) -> Found:
+def _careful(queries: Tensor, stored: _Stored, k: int, exclude: Exclude) -> Found:
     """Search by the similarities themselves, for rows of many nearly equal ones: in float64, a tile at a time.
 
     Every product of a query is rounded to the similarity, so that no certificate is needed.
@@ -527,7 +527,7 @@ def _careful(queries: Tensor, stored: _Stored, k: int, strangers: Strangers) -> 
         # What comes later must be larger to come in.
         above = best[:, -1:] if best.shape[1] == k else None
         similarity = _rounded(own @ stored.x[columns].double().T, queries, stored, place[columns], above)
-        for of_query, of_stored in strangers:
+        for of_query, of_stored in exclude:
             similarity.masked_fill_(of_query[:, None] == of_stored[columns], -math.inf)
         value, index = _largest_in_order(similarity, min(k, similarity.shape[1]))
         # The earlier tiles stand first, and the sort is stable: equal similarities stay in order.
@@ -548,10 +548,10 @@ def _largest_in_order(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return _ordered(values, index, k)
 
 
-def _ranked(queries: Tensor, stored: _Stored, position: Tensor, k: int, strangers: Strangers) -> Found:
-    """Give the k strangers at (n, count) positions with the largest similarities, in order."""
+def _ranked(queries: Tensor, stored: _Stored, position: Tensor, k: int, exclude: Exclude) -> Found:
+    """Give the k exclude at (n, count) positions with the largest similarities, in order."""
     missing, place = position < 0, position.clamp(min=0)
-    for of_query, of_stored in strangers:
+    for of_query, of_stored in exclude:
         missing |= of_query[:, None] == of_stored[place]
     value = _similarity(queries, stored, place).masked_fill_(missing, -math.inf)
     return merge([Found(value, position.masked_fill(missing, -1))], k)
@@ -609,7 +609,7 @@ def _defined(queries: Tensor, stored: Tensor, row: Tensor, position: Tensor) -> 
 # --------------------------------------------------------------------------------------------------------- small parts
 
 
-def _fitting(queries: Tensor, stored: _Stored, k: int, strangers: Strangers) -> Tensor:
+def _fitting(queries: Tensor, stored: _Stored, k: int, exclude: Exclude) -> Tensor:
     """Give queries as float32, or say in a sentence what does not fit."""
     shape = stored.x.shape
     if queries.ndim != 2 or queries.shape[1] != shape[1]:
@@ -625,10 +625,10 @@ def _fitting(queries: Tensor, stored: _Stored, k: int, strangers: Strangers) -> 
         raise InputError(
             f"{k} neighbours of each query are asked for, and {shape[0]} vectors are stored; ask for 0 to {shape[0]}."
         )
-    for of_query, of_stored in strangers:
+    for of_query, of_stored in exclude:
         if of_query.shape != (len(queries),) or of_stored.shape != (shape[0],):
             raise InputError(
-                f"strangers are pairs of numbers, ({len(queries)},) of the queries and ({shape[0]},) of the stored "
+                f"exclude are pairs of numbers, ({len(queries)},) of the queries and ({shape[0]},) of the stored "
                 f"vectors; got the shapes {tuple(of_query.shape)} and {tuple(of_stored.shape)}."
             )
     queries = queries.detach().to(torch.float32).contiguous()
@@ -653,18 +653,18 @@ def _slices(count: int, size: int) -> list[slice]:
     return [slice(start, min(start + size, count)) for start in range(0, count, size)]
 
 
-def _of(strangers: Strangers, rows: slice | Tensor) -> Strangers:
-    return [(of_query[rows], of_stored) for of_query, of_stored in strangers]
+def _of(exclude: Exclude, rows: slice | Tensor) -> Exclude:
+    return [(of_query[rows], of_stored) for of_query, of_stored in exclude]
 
 
 def _joined(parts: Sequence[Found]) -> Found:
     return Found(torch.cat([part.similarity for part in parts]), torch.cat([part.position for part in parts]))
 
 
-def _most_left_out(strangers: Strangers) -> int:
+def _most_left_out(exclude: Exclude) -> int:
     """Give how many stored vectors at most have the number of one query."""
     most = 0
-    for of_query, of_stored in strangers:
+    for of_query, of_stored in exclude:
         if len(of_query) and len(of_stored):
             known = of_stored.sort().values
             last = torch.searchsorted(known, of_query, right=True)

@@ -21,7 +21,7 @@ from contrast.train.step import Step
 
 
 @dataclass(frozen=True)
-class Rehearsal:
+class DryRun:
     """What a few steps showed.
 
     Args:
@@ -41,7 +41,7 @@ class Rehearsal:
     names: list[str]
 
 
-def rehearse(
+def dry_run(
     step: Step,
     optimizer: Optimizer,
     data: Data,
@@ -50,7 +50,7 @@ def rehearse(
     steps: int = 3,
     shown: int = 8,
     device: torch.device | None = None,
-) -> Rehearsal:
+) -> DryRun:
     """Train copies of the parts for some steps and forget them; random state and originals stay untouched.
 
     Raises:
@@ -67,12 +67,12 @@ def rehearse(
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     with torch.random.fork_rng():
-        torch.manual_seed(derived(sampler.seed, "rehearsal"))
+        torch.manual_seed(derived(sampler.seed, "dry_run"))
         for number in range(steps):
             start = time.perf_counter()
             positions = next(batches)
             batch = Batch(*(field.to(device) for field in data.train.__getitems__(positions)))
-            generator = torch.Generator(device).manual_seed(derived(sampler.seed, "rehearsal", number))
+            generator = torch.Generator(device).manual_seed(derived(sampler.seed, "dry_run", number))
             try:
                 taken = own.take(batch, generator)
             except InputError:
@@ -88,7 +88,7 @@ def rehearse(
             seconds.append(time.perf_counter() - start)
     if value != value:
         raise InputError("the loss is NaN on the first batches of this data; look for extreme values in it.")
-    return Rehearsal(
+    return DryRun(
         statistics.median(seconds[1:] or seconds),
         peak_bytes(device),
         value,

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from contrast import config as configuration
-from contrast.build import read_data
-from contrast.config import Loaded
 from contrast.data import Data, duplicates, leaks
-from contrast.runs import duration, prepare, views_of
+from contrast.experiment import config as configuration
+from contrast.experiment.build import read_data
+from contrast.experiment.config import Loaded
+from contrast.experiment.run import duration, prepare, views_of
 
 
 def check(loaded: Loaded, *, out: Path | None = None, steps: int = 20) -> str:
@@ -23,13 +23,13 @@ def check(loaded: Loaded, *, out: Path | None = None, steps: int = 20) -> str:
         InputError: for anything on which `pretrain` would stop.
     """
     data = read_data(loaded.config)
-    experiment, budget, rehearsal = prepare(loaded, data, steps=steps)
+    experiment, budget, trial = prepare(loaded, data, steps=steps)
     data = experiment.data
     picture = out or Path("views.png")
-    picture.write_bytes(views_of(rehearsal, data))
+    picture.write_bytes(views_of(trial, data))
     weights = sum(parameter.numel() for parameter in experiment.encoder.parameters() if parameter.requires_grad)
-    seconds = rehearsal.seconds_per_step * budget.steps if budget.steps else budget.seconds or 0
-    a_step = f"{rehearsal.seconds_per_step * 1000:.0f} ms a step of {experiment.config.batch_size} (median of {steps})"
+    seconds = trial.seconds_per_step * budget.steps if budget.steps else budget.seconds or 0
+    a_step = f"{trial.seconds_per_step * 1000:.0f} ms a step of {experiment.config.batch_size} (median of {steps})"
     epochs = f" = {budget.steps / experiment.sampler().steps_per_epoch:.1f} epochs" if budget.steps else ""
     facts = [
         (
@@ -45,7 +45,7 @@ def check(loaded: Loaded, *, out: Path | None = None, steps: int = 20) -> str:
         ("encoder", f"{weights:,} trained numbers, {experiment.encoder.width} features"),
         ("views", f"{picture} shows what the encoder will see; look at it before you train"),
         ("time", f"{a_step}; {budget}{epochs}: about {duration(seconds)} here"),
-        ("memory", f"{rehearsal.peak_bytes / 2**30:.2f} GiB at its highest"),
+        ("memory", f"{trial.peak_bytes / 2**30:.2f} GiB at its highest"),
     ]
     return "\n".join(f"{name:<8} {fact}" for name, fact in facts)
 

@@ -1,6 +1,6 @@
 """The words of the page that a reader may not know, a line each."""
 
-WORDS = {
+GLOSSARY = {
     "accuracy": "The share of samples whose class is named right; 1 is all of them.",
     "AUROC": "The chance that a sample of a class is ranked above one of another class; 0.5 is guessing, 1 is perfect.",
     "balanced accuracy": "Accuracy of each class by itself, then averaged, so that rare classes count as others do.",

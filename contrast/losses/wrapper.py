@@ -13,7 +13,7 @@ from contrast.core.pairs import Pairs
 from contrast.losses.pair_loss import Extra, PairLoss
 
 
-class Around(PairLoss):
+class LossWrapper(PairLoss):
     """Leaves everything to the loss inside; a subclass changes the pairs before its rows, or the rows after.
 
     Args:

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from contrast.build import inputs_of
-from contrast.config import Config
 from contrast.core.registry import InputError
 from contrast.data import Data
+from contrast.experiment.build import inputs_of
+from contrast.experiment.config import Config
 from contrast.models import Encoder, build_backbone, load_backbone
 from contrast.models.weights import read_description
 

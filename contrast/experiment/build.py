@@ -12,15 +12,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from contrast.config import Config
 from contrast.core.registry import InputError, schema
 from contrast.core.seeding import derived
 from contrast.data import Data, open_data
 from contrast.data.loader import SAMPLERS, Neighbours, Order, StepSampler
+from contrast.experiment.config import Config
 from contrast.losses import LOSSES, PairLoss
 from contrast.memory import MEMORIES, Bank, HardNegatives, Memory, NearestPositives, NeighbourTables
 from contrast.models import Encoder, ImageInputs, SeriesInputs, build_encoder
-from contrast.models.backbones import dry_run
+from contrast.models.backbones import output_of_zeros
 from contrast.train.budget import Budget
 from contrast.train.optimizers import OPTIMIZERS, Optimizer
 from contrast.train.step import Step
@@ -112,7 +112,7 @@ def build(config: Config, data: Data, reference: Callable[[Tensor], Tensor] | No
     views = build_views(config.views, data.shape, data.kind)
     encoder = build_encoder_for(config, data, views)
     optimizer = OPTIMIZERS.build(config.optimizer, where="optimizer")
-    *heads, _, dim = dry_run(encoder.head, (2, encoder.width), "encoder.head").shape
+    *heads, _, dim = output_of_zeros(encoder.head, (2, encoder.width), "encoder.head").shape
     facts = {
         "samples": int(data.train.sample.max()) + 1,  # indices count the items of every split
         "dim": dim,

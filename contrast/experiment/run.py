@@ -1,4 +1,4 @@
-"""A run from its config to its report: build, rehearse, train, evaluate, write."""
+"""A run from its config to its report: build, try out, train, evaluate, write."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from contrast import config as configuration
-from contrast.build import Experiment, build, build_encoder_for, pick_size, pick_steps, read_data
-from contrast.config import Config, Loaded
 from contrast.core.registry import InputError
 from contrast.data import Data
 from contrast.data.dataset import Samples
 from contrast.evaluation.compare import table
 from contrast.evaluation.features import extract, raw_input
 from contrast.evaluation.protocols import Evaluation, evaluate
+from contrast.experiment import config as configuration
+from contrast.experiment.build import Experiment, build, build_encoder_for, pick_size, pick_steps, read_data
+from contrast.experiment.config import Config, Loaded
+from contrast.experiment.dry_run import DryRun, dry_run, peak_bytes
+from contrast.experiment.named_models import Encode, encode_with, reference_of
+from contrast.experiment.results import write_results
 from contrast.losses import BadPairs
 from contrast.models import save_backbone
-from contrast.named_models import Encode, encode_with, reference_of
 from contrast.report import save_samples, views_picture, write_report
 from contrast.train.budget import Budget
 from contrast.train.fit import Outcome, check_trainer, fit
 from contrast.train.module import Pretraining
-from contrast.train.rehearsal import Rehearsal, peak_bytes, rehearse
-from contrast.train.results_file import write_results
 from contrast.train.run_folder import RunFolder, latest_step
 
 log = logging.getLogger("contrast")
@@ -84,7 +84,7 @@ def start(loaded: Loaded, *, out: Path | None = None, name: str | None = None, c
     if out is not None and _first_process():
         RunFolder.refuse_used(out)
     data = read_data(loaded.config)
-    experiment, budget, rehearsal = prepare(loaded, data)
+    experiment, budget, trial = prepare(loaded, data)
     config, data = experiment.config, experiment.data
     for note in data.notes:
         log.info("data: %s", note)
@@ -94,7 +94,7 @@ def start(loaded: Loaded, *, out: Path | None = None, name: str | None = None, c
         "training for %s in batches of %s, %s here",
         budget,
         config.batch_size,
-        _about(budget, rehearsal.seconds_per_step),
+        _about(budget, trial.seconds_per_step),
     )
     folder = _new_folder(config, data, out, name)
     if _first_process():
@@ -102,7 +102,7 @@ def start(loaded: Loaded, *, out: Path | None = None, name: str | None = None, c
         folder.write("config.yaml", configuration.to_yaml(_with_whole_path(config)))
         folder.write_json("data.json", dict(data.fingerprint))
         if config.report.samples:
-            folder.write("views.png", views_of(rehearsal, data))
+            folder.write("views.png", views_of(trial, data))
         folder.set_state("running", 0)
     return _train_and_measure(experiment, budget, folder)
 
@@ -141,7 +141,7 @@ def resume(path: str | Path, words: Sequence[str] = ()) -> Run:
     return _train_and_measure(experiment, budget, folder, step=step)
 
 
-def prepare(loaded: Loaded, data: Data, *, steps: int = 3) -> tuple[Experiment, Budget, Rehearsal]:
+def prepare(loaded: Loaded, data: Data, *, steps: int = 3) -> tuple[Experiment, Budget, DryRun]:
     """Build everything, take a few steps on copies, and settle the budget, before anything is written.
 
     The experiment's data is not always the data given: without an accelerator large images may be read smaller.
@@ -155,24 +155,24 @@ def prepare(loaded: Loaded, data: Data, *, steps: int = 3) -> tuple[Experiment, 
         raise InputError(configuration.with_origin(str(error), loaded.origins)) from error
 
 
-def _prepare(config: Config, data: Data, steps: int) -> tuple[Experiment, Budget, Rehearsal]:
+def _prepare(config: Config, data: Data, steps: int) -> tuple[Experiment, Budget, DryRun]:
     asked = config.data.size
     config, data = pick_size(config, data)
     check_trainer(config.trainer)
     experiment = build(config, data, reference_of(config, data))
-    rehearsal = rehearse(experiment.step(), experiment.optimizer, data, experiment.sampler(), steps=steps)
+    trial = dry_run(experiment.step(), experiment.optimizer, data, experiment.sampler(), steps=steps)
     picked: dict[str, Any] = {} if config.data.size == asked else {"data.size": config.data.size}
     if config.budget == "auto":
-        picked["budget"] = f"{pick_steps(experiment, rehearsal.seconds_per_step)} steps"
+        picked["budget"] = f"{pick_steps(experiment, trial.seconds_per_step)} steps"
     settled = replace(experiment.config, budget=picked.get("budget", config.budget))
     experiment = replace(experiment, config=settled, picked={**experiment.picked, **picked})
     budget = Budget.parse(experiment.config.budget, steps_per_epoch=experiment.sampler().steps_per_epoch)
-    return experiment, budget, rehearsal
+    return experiment, budget, trial
 
 
-def views_of(rehearsal: Rehearsal, data: Data) -> bytes:
+def views_of(trial: DryRun, data: Data) -> bytes:
     """Draw what the encoder will see, as PNG."""
-    return views_picture(rehearsal.originals, rehearsal.views, data.kind, rehearsal.names)
+    return views_picture(trial.originals, trial.views, data.kind, trial.names)
 
 
 def measuring(config: Config) -> dict[str, Any]:

@@ -19,7 +19,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from contrast.core.registry import InputError, Registry, check_arguments, nearest, schema
+from contrast.core.registry import InputError, Registry, check_arguments, did_you_mean, schema
 from contrast.data.loader import SAMPLERS
 from contrast.evaluation.protocols import PROTOCOLS
 from contrast.losses import LOSSES
@@ -300,8 +300,8 @@ def _with_defaults(memory: Part) -> dict[str, Any]:
 
 def shipped() -> dict[str, Path]:
     """Give the configs that come with the package, by name."""
-    inside = Path(__file__).parent / "configs"
-    folder = inside if inside.is_dir() else Path(__file__).parents[1] / "configs"
+    inside = Path(__file__).parents[1] / "configs"
+    folder = inside if inside.is_dir() else Path(__file__).parents[2] / "configs"
     return {file.stem: file for file in sorted(folder.glob("*.yaml"))}
 
 
@@ -312,7 +312,7 @@ def find(config: str) -> Path:
         return known[config]
     file = Path(config)
     if file.suffix not in (".yaml", ".yml"):
-        raise InputError(f"there is no config '{config}'.{nearest(config, known)} Shipped: {', '.join(known)}.")
+        raise InputError(f"there is no config '{config}'.{did_you_mean(config, known)} Shipped: {', '.join(known)}.")
     if not file.is_file():
         raise InputError(f"there is no file {config}; give a .yaml file or a shipped config: {', '.join(known)}.")
     return file

@@ -1,0 +1,1 @@
+"""The experiment: its config, its parts, its run and the folder of it."""
