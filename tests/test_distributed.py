@@ -1,5 +1,8 @@
 """The gather and its companions over gloo processes, and what they are without any."""
 
+import os
+from unittest import mock
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -17,6 +20,37 @@ def test_without_processes_everything_is_the_identity():
     assert distributed.shared(x) is x
     assert distributed.total(x) is x
     distributed.barrier()
+
+
+@pytest.mark.parametrize(
+    ("announced", "first", "world"),
+    [
+        ({}, True, 1),
+        ({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "4"}, True, 4),
+        ({"RANK": "2", "LOCAL_RANK": "0", "WORLD_SIZE": "4"}, False, 4),
+        ({"LOCAL_RANK": "1"}, False, 1),
+    ],
+)
+def test_before_the_process_group_exists_the_launcher_announces_rank_and_world_size(
+    monkeypatch, announced, first, world
+):
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in announced.items():
+        monkeypatch.setenv(name, value)
+    assert distributed.is_first_process() is first
+    assert distributed.announced_world_size() == world
+
+
+def first_and_announced(rank, world):
+    """Return what a process of an existing group answers, also where the environment contradicts it."""
+    with mock.patch.dict(os.environ, {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "9"}):
+        return distributed.is_first_process(), distributed.announced_world_size()
+
+
+def test_an_existing_process_group_overrides_the_environment(processes):
+    world = processes.world
+    assert processes.run(first_and_announced) == [(rank == 0, world) for rank in range(world)]
 
 
 def test_local_ends_with_its_block_also_after_an_error():

@@ -8,7 +8,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "contrast"
 
-LOWEST = {"core.autograd", "core.distributed", "core.registry", "core.seeding"}
+LOWEST = {"core.autograd", "core.distributed", "core.registry", "core.seeding", "core.text"}
 CORE = LOWEST | {"core.embeddings", "core.reductions", "core.pairs"}
 FOUNDATION = CORE | {"retrieval"}
 ALONE = {"losses", "memory", "models", "data", "views"}

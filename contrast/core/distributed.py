@@ -6,6 +6,7 @@ Everything here counts the processes of the chosen process group: every process,
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -139,6 +140,20 @@ def rank() -> int:
         return 0
     chosen = _chosen()
     return dist.get_rank() if chosen is None else chosen.rank
+
+
+def announced_world_size() -> int:
+    """Return the world size; before the process group exists, the one that torchrun announces in WORLD_SIZE."""
+    if _AVAILABLE and dist.is_initialized():
+        return world_size()
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_first_process() -> bool:
+    """True in process 0 of all; before the process group exists, by RANK and LOCAL_RANK as launchers set them."""
+    if _AVAILABLE and dist.is_initialized():
+        return dist.get_rank() == 0
+    return os.environ.get("RANK", "0") == "0" and os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 def barrier() -> None:

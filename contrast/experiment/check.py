@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from contrast.core.text import format_bytes, format_duration
 from contrast.data import Data, duplicates, leaks
 from contrast.experiment import config as configuration
 from contrast.experiment.build import read_data
 from contrast.experiment.config import Loaded
-from contrast.experiment.run import duration, prepare, views_of
+from contrast.experiment.run import prepare, views_of
 
 
 def check(loaded: Loaded, *, out: Path | None = None, steps: int = 20) -> str:
@@ -44,8 +45,8 @@ def check(loaded: Loaded, *, out: Path | None = None, steps: int = 20) -> str:
         *(("picked", f"{key}: {configuration.in_words(value)}") for key, value in experiment.picked.items()),
         ("encoder", f"{weights:,} trained numbers, {experiment.encoder.width} features"),
         ("views", f"{picture} shows what the encoder will see; look at it before you train"),
-        ("time", f"{a_step}; {budget}{epochs}: about {duration(seconds)} here"),
-        ("memory", f"{trial.peak_bytes / 2**30:.2f} GiB at its highest"),
+        ("time", f"{a_step}; {budget}{epochs}: about {format_duration(seconds)} here"),
+        ("memory", f"{format_bytes(trial.peak_bytes)} at its highest"),
     ]
     return "\n".join(f"{name:<8} {fact}" for name, fact in facts)
 

@@ -18,7 +18,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from contrast.core import distributed
 from contrast.core.registry import InputError
+from contrast.core.text import format_duration
 from contrast.data import Data
 from contrast.data.dataset import Samples
 from contrast.evaluation.compare import table
@@ -81,7 +83,7 @@ def start(loaded: Loaded, *, out: Path | None = None, name: str | None = None, c
         InputError: for anything that does not fit.
         Stopped: where a signal ended the run.
     """
-    if out is not None and _first_process():
+    if out is not None and distributed.is_first_process():
         RunFolder.refuse_used(out)
     data = read_data(loaded.config)
     experiment, budget, trial = prepare(loaded, data)
@@ -97,7 +99,7 @@ def start(loaded: Loaded, *, out: Path | None = None, name: str | None = None, c
         _about(budget, trial.seconds_per_step),
     )
     folder = _new_folder(config, data, out, name)
-    if _first_process():
+    if distributed.is_first_process():
         folder.describe(command)
         folder.write("config.yaml", configuration.to_yaml(_with_whole_path(config)))
         folder.write_json("data.json", dict(data.fingerprint))
@@ -186,13 +188,6 @@ def measuring(config: Config) -> dict[str, Any]:
     }
 
 
-def duration(seconds: float) -> str:
-    """Say a time: "40 seconds", "12 minutes", "3.5 hours"."""
-    if seconds < 90:
-        return f"{seconds:.0f} seconds" if seconds >= 1.5 else "a second"
-    return f"{seconds / 60:.0f} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"
-
-
 def _train_and_measure(experiment: Experiment, budget: Budget, folder: RunFolder, *, step: int | None = None) -> Run:
     """Train from `step` on (None: anew), then measure; whatever ends it, `state.json` says so."""
     config = experiment.config
@@ -229,7 +224,7 @@ def _train_and_measure(experiment: Experiment, budget: Budget, folder: RunFolder
                 sys.exit(0)
             if not outcome.finished:
                 raise Stopped(f"stopped at step {outcome.step:,} of {budget} and saved; {go_on}")
-            log.info("trained %s steps in %s", f"{outcome.step:,}", duration(outcome.seconds))
+            log.info("trained %s steps in %s", f"{outcome.step:,}", format_duration(outcome.seconds))
             return _measure(experiment, folder, outcome)
     except Stopped:
         folder.set_state("stopped", module.global_step)
@@ -339,17 +334,13 @@ def _before_training(experiment: Experiment) -> dict[str, Encode]:
 
 def _new_folder(config: Config, data: Data, out: Path | None, name: str | None) -> RunFolder:
     """Make the run's folder in the first process; the others are told which, or write nothing that stays."""
-    if not _first_process():
+    if not distributed.is_first_process():
         return RunFolder(Path(os.environ.get(_RUN) or tempfile.mkdtemp()))
     source = Path(data.source).stem if Path(data.source).exists() else data.source.rpartition(":")[2]
     loss = config.loss["name"] if isinstance(config.loss, Mapping) else config.loss
     folder = RunFolder.create(f"{source}-{config.name or name or loss}", out=out)
     os.environ[_RUN] = str(folder.path.resolve())
     return folder
-
-
-def _first_process() -> bool:
-    return os.environ.get("LOCAL_RANK", "0") == "0" and os.environ.get("RANK", "0") == "0"
 
 
 def _with_whole_path(config: Config) -> Config:
@@ -364,7 +355,7 @@ def _with_whole_path(config: Config) -> Config:
 
 
 def _about(budget: Budget, seconds_per_step: float) -> str:
-    return f"about {duration(seconds_per_step * budget.steps)}" if budget.steps else "the time you gave"
+    return f"about {format_duration(seconds_per_step * budget.steps)}" if budget.steps else "the time you gave"
 
 
 class _log_file:  # noqa: N801
@@ -372,7 +363,7 @@ class _log_file:  # noqa: N801
 
     def __init__(self, folder: RunFolder) -> None:
         self.handler: logging.Handler = logging.NullHandler()
-        if _first_process():
+        if distributed.is_first_process():
             self.handler = logging.FileHandler(folder.path / "log.txt")
             self.handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
 

@@ -14,6 +14,7 @@ import torch
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
+from contrast.core.text import format_bytes, format_duration
 from contrast.evaluation.features import health
 from contrast.evaluation.results import title
 from contrast.report.glossary import GLOSSARY
@@ -26,7 +27,7 @@ from contrast.report.pictures import (
     sample_picture,
     shortened,
 )
-from contrast.report.record import RunRecord, duration, flat, memory, moment, read_run
+from contrast.report.record import RunRecord, flat, moment, read_run
 from contrast.report.tables import (
     Table,
     number,
@@ -184,8 +185,8 @@ def _facts(record: RunRecord) -> list[tuple[str, str]]:
         "Batch size": _of_run(record, "batch_size") or _setting(record.config, "batch_size"),
         "Budget": _setting(record.config, "budget"),
         "Steps": f"{step:,}" if isinstance(step, int) else step,
-        "Training time": duration(seconds) if isinstance(seconds, int | float) else None,
-        "Peak memory": memory(peak) if isinstance(peak, int | float) else None,
+        "Training time": format_duration(seconds) if isinstance(seconds, int | float) else None,
+        "Peak memory": format_bytes(peak) if isinstance(peak, int | float) else None,
         "Seed": _first(_of_run(record, "seed"), _setting(record.config, "seed")),
         "Config hash": _of_run(record, "config_hash"),
         "Commit": _commit(record),

@@ -99,25 +99,6 @@ def moment(heartbeat: object) -> str:
     return str(heartbeat or "")
 
 
-def duration(seconds: float) -> str:
-    """Say how long: "48 s", "4 min 12 s", "3 h 20 min"."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{seconds:.2g} s" if seconds < 9.5 else f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60} s"
-    return f"{whole // 3600} h {whole % 3600 // 60} min"
-
-
-def memory(count: float) -> str:
-    """Say how many bytes: "512 MiB", "1.2 GiB"."""
-    for unit in ("bytes", "KiB", "MiB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1024
-    return f"{count:.3g} GiB"
-
-
 def _text(path: Path) -> str:
     return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
 

@@ -7,6 +7,7 @@ import re
 from dataclasses import dataclass
 
 from contrast.core.registry import InputError
+from contrast.core.text import format_duration
 
 _SECONDS = {"s": 1, "sec": 1, "second": 1, "m": 60, "min": 60, "minute": 60, "h": 3600, "hour": 3600, "d": 86400}
 
@@ -54,10 +55,8 @@ class Budget:
         return min(spent, 1.0)
 
     def __str__(self) -> str:
-        """Say the budget: "1,200 steps", "2.0 hours"."""
-        if self.steps:
-            return f"{self.steps:,} steps"
-        return f"{(self.seconds or 0) / 3600:.3g} hours"
+        """Return the budget in words: "1,200 steps", "2 h"."""
+        return f"{self.steps:,} steps" if self.steps else format_duration(self.seconds or 0)
 
 
 def _refusal(text: str) -> InputError:

@@ -1,6 +1,4 @@
-import pytest
-
-from contrast.report.record import duration, flat, memory, moment, read_run
+from contrast.report.record import flat, moment, read_run
 
 
 def test_the_latest_value_of_a_step_counts_and_steps_ascend(tmp_path):
@@ -9,19 +7,6 @@ def test_the_latest_value_of_a_step_counts_and_steps_ascend(tmp_path):
     step, loss = read_run(tmp_path).series("loss")
     assert step.tolist() == [1, 5]
     assert loss.tolist() == [9.0, 2.0]
-
-
-@pytest.mark.parametrize(
-    ("seconds", "said"),
-    [(0.5, "0.5 s"), (48.4, "48 s"), (59.7, "1 min 0 s"), (252, "4 min 12 s"), (12_000, "3 h 20 min")],
-)
-def test_durations_are_said_in_two_units(seconds, said):
-    assert duration(seconds) == said
-
-
-@pytest.mark.parametrize(("count", "said"), [(512, "512 bytes"), (734_003_200, "700 MiB"), (2**30 * 1.5, "1.5 GiB")])
-def test_memory_is_said_in_one_unit(count, said):
-    assert memory(count) == said
 
 
 def test_a_heartbeat_is_a_date():
