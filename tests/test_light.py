@@ -80,6 +80,18 @@ def test_importing_the_losses_leaves_the_compiler_of_torch_alone():
     assert answer.returncode == 0, answer.stderr
 
 
+def test_importing_the_registries_of_the_trainer_imports_no_library_of_an_extra():
+    """`contrast list` answers from these modules; each of the libraries takes up to seconds to import."""
+    code = (
+        "import sys, contrast.models.backbones, contrast.models.heads, contrast.views.views, contrast.data.loader\n"
+        "assert contrast.data.SOURCES and contrast.data.loader.SAMPLERS and contrast.views.views.RECIPES\n"
+        "heavy = {'torchvision', 'timm', 'sklearn', 'pandas', 'aeon', 'scipy', 'PIL', 'torch._dynamo'}\n"
+        "assert not heavy & set(sys.modules), heavy & set(sys.modules)"
+    )
+    answer = run(code)
+    assert answer.returncode == 0, answer.stderr
+
+
 @pytest.mark.long
 def test_importing_the_losses_takes_little_time_beyond_torch(capsys):
     """A bound of the product, not a comparison: the median of five processes."""

@@ -9,15 +9,18 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from contrast.core.registry import InputError
 from contrast.data.dataset import Array, ArrayItems, Items, file_identity
+
+if TYPE_CHECKING:
+    # Pillow is imported in the functions that decode, so that listing the data sources stays fast.
+    from PIL import Image
 
 IMAGE_ENDINGS = (
     ".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".pgm", ".ppm", ".pbm", ".pnm", ".jp2",
@@ -80,6 +83,8 @@ class FileItems:
         return self.paths[row].read_bytes()
 
     def _decode(self, row: int) -> Array:
+        from PIL import Image
+
         try:
             with Image.open(self.paths[row]) as image:
                 return decode(image, self.form)
@@ -103,6 +108,8 @@ def open_files(
         return FileItems(paths, names, form), form[:3], notes
 
     cache = np.empty((len(paths), *form[:3]), dtype=form.depth)
+
+    from PIL import Image
 
     def keep(row: int) -> None:
         with Image.open(paths[row]) as image:
@@ -131,6 +138,8 @@ def open_images(
 
 def read_header(path: Path) -> Header:
     """Give what an image file says of itself; its pixels stay undecoded."""
+    from PIL import Image
+
     with warnings.catch_warnings(), Image.open(path) as image:
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         return _header(image)
@@ -253,6 +262,8 @@ def _depth(headers: Sequence[Header]) -> tuple[str, int]:
 
 
 def _pixels(image: Image.Image, form: Form) -> Array:
+    from PIL import Image, ImageOps
+
     bands = 1 if form.pages > 1 else form.channels
     if image.getexif().get(_ORIENTATION, 1) != 1:
         image = ImageOps.exif_transpose(image)
@@ -276,6 +287,8 @@ def _pixels(image: Image.Image, form: Form) -> Array:
 
 def _check_whole(path: Path) -> None:
     """Raise where a file ends too early; PNG and JPEG are only decoded when their end mark is not in its place."""
+    from PIL import Image
+
     with path.open("rb") as file:
         start = file.read(2)
         file.seek(max(path.stat().st_size - 64, 0))
@@ -315,6 +328,8 @@ def _for_all(
 
 
 def _reason(error: Exception) -> str:
+    from PIL import UnidentifiedImageError
+
     if isinstance(error, UnidentifiedImageError):
         return "no image that can be read"
     return str(error).strip().rstrip(".") or type(error).__name__
