@@ -11,16 +11,9 @@ from contrast.losses import LOSSES
 from contrast.losses import temperatures as module
 from contrast.losses.amcl import AMCL
 from contrast.losses.temperatures import PairTemperature, omega
+from tests.losses.reference import anchors, assert_same, pair_temperature, random, regulariser, unit
 
 LOW, HIGH, BETA = 0.1, 1.5, 0.3
-
-
-def random(*shape, seed=0):
-    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).requires_grad_()
-
-
-def unit(z):
-    return z / z.norm(dim=-1, keepdim=True)
 
 
 def made(dim=3, **arguments):
@@ -28,57 +21,28 @@ def made(dim=3, **arguments):
     return AMCL(dim, **{**settings, **arguments}).double()
 
 
-def temperature(network, a, b):
-    """Give tau of one pair from the network's weights."""
-    if network.network == "constant":
-        return torch.tensor(network.temperature, dtype=torch.float64)
-    if network.network == "mlp":
-        first = torch.cat([network.anchor_weight, network.candidate_weight], dim=1)
-        f = network.out_weight @ torch.relu(first @ torch.cat([a, b]) + network.hidden_bias) + network.bias
-    else:
-        first, second = network.anchor_weight @ a, network.candidate_weight @ b
-        f = first @ second / math.sqrt(len(first)) + network.bias
-    return LOW + (HIGH - LOW) / (1 + torch.exp(-f))
-
-
-def regulariser(tau, dim):
-    return dim / 2 * torch.log(tau) + 1 / tau
+def temperature(loss, a, b):
+    return pair_temperature(loss.temperatures, a, b, LOW, HIGH)
 
 
 def by_loops(loss, views, group, *, targets=None, extra=(), over="negative", weight=BETA):
-    """Give the mean over all anchors of table 2's row, one pair at a time."""
-    count, dim = len(views[0]), views[0].shape[-1]
-    anchors = [(view, i, unit(z)[i]) for view, z in enumerate(views) for i in range(count)]
-    others = anchors
-    if targets is not None:
-        others = [(view, i, unit(z)[i]) for view, z in enumerate(targets) if z is not None for i in range(count)]
+    """Return the mean over all anchors of table 2's row, one pair at a time."""
+
+    def score(z, u):
+        tau = temperature(loss, z, u)
+        return z @ u / tau - weight * regulariser(tau, len(z))
+
     rows = []
-    for view, i, z in anchors:
-        positives, negatives = [], [(z @ u, temperature(loss.temperatures, z, u)) for u in extra]
-        for other, j, u in others:
-            if other == view and (targets is not None or j == i):
-                continue
-            pair = (z @ u, temperature(loss.temperatures, z, u))
-            (positives if group[j] == group[i] else negatives).append(pair)
+    for z, positives, negatives in anchors(views, group, targets=targets, extra=extra):
         if not positives or not negatives:
             continue
-        attract = [s / tau - weight * regulariser(tau, dim) for s, tau in positives]
-        against = negatives + (positives if over == "all" else [])
+        denominator = negatives + (positives if over == "all" else [])
         if loss.form == "max":
-            s, tau = max(against, key=lambda pair: pair[0].item())
-            repel = s / tau - weight * regulariser(tau, dim)
+            repel = score(z, max(denominator, key=lambda u: (z @ u).item()))
         else:
-            repel = sum(torch.exp(s / tau - weight * regulariser(tau, dim)) for s, tau in against).log()
-        rows.append(repel - sum(attract) / len(attract))
+            repel = sum(score(z, u).exp() for u in denominator).log()
+        rows.append(repel - sum(score(z, u) for u in positives) / len(positives))
     return sum(rows) / len(rows)
-
-
-def assert_same(found, expected, *leaves):
-    torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-12)
-    ours, theirs = (torch.autograd.grad(value, leaves, retain_graph=True) for value in (found, expected))
-    for one, other in zip(ours, theirs, strict=True):
-        assert other.abs().sum() > 0
-        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("form", ["max", "logsumexp"])
@@ -252,7 +216,7 @@ def test_the_metrics_hold_the_mean_temperatures():
     for i in range(6):
         for j in range(6):
             if i != j:
-                (positive if i % 3 == j % 3 else negative).append(temperature(loss.temperatures, z[i], z[j]).item())
+                (positive if i % 3 == j % 3 else negative).append(temperature(loss, z[i], z[j]).item())
     assert float(loss.metrics["positive_temperature"]) == pytest.approx(sum(positive) / len(positive), rel=1e-9)
     assert float(loss.metrics["negative_temperature"]) == pytest.approx(sum(negative) / len(negative), rel=1e-9)
 

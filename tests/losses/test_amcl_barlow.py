@@ -5,7 +5,8 @@ import torch
 import torch.distributed as dist
 
 from contrast.losses.amcl_barlow import AMCLBarlow
-from tests.losses.test_amcl import HIGH, LOW, assert_same, random, regulariser, temperature
+from tests.losses.reference import assert_same, random, regulariser
+from tests.losses.test_amcl import HIGH, LOW, temperature
 
 
 def made(dim=3, **arguments):
@@ -34,7 +35,7 @@ def by_loops(loss, a, b, off, beta):
     c, dim, total = correlations(a, b), a.shape[1], 0
     for row in range(dim):
         for column in range(dim):
-            tau = temperature(loss.temperatures, c[row], c[:, column])
+            tau = temperature(loss, c[row], c[:, column])
             if row == column:
                 total = total + (1 - c[row, row] / tau) ** 2 + beta * regulariser(tau, dim)
             else:

@@ -6,7 +6,8 @@ import torch.nn.functional as F
 
 from contrast.losses import NegativeCosine
 from contrast.losses.amcl_cosine import AMCLCosine
-from tests.losses.test_amcl import HIGH, LOW, assert_same, random, regulariser, temperature, unit
+from tests.losses.reference import assert_same, random, regulariser, unit
+from tests.losses.test_amcl import HIGH, LOW, temperature
 
 
 def made(dim=3, **arguments):
@@ -20,7 +21,7 @@ def printed(loss, p_a, p_b, z_a, z_b, beta):
     for i in range(len(p_a)):
         sample = 0
         for p, z in ((unit(p_a)[i], unit(z_b)[i]), (unit(p_b)[i], unit(z_a)[i])):
-            tau = temperature(loss.temperatures, p, z)
+            tau = temperature(loss, p, z)
             sample = sample - (p @ z) / (2 * tau) + beta * regulariser(tau, len(p))
         rows.append(sample)
     return sum(rows) / len(rows)
@@ -45,7 +46,7 @@ def test_several_positives_take_their_mean():
     terms = []
     for j in (0, 1):
         p, z = unit(p_a)[0], unit(z_b)[j]
-        tau = temperature(loss.temperatures, p, z)
+        tau = temperature(loss, p, z)
         terms.append(-(p @ z) / tau + 2 * 0.3 * regulariser(tau, 3))
     torch.testing.assert_close(found[0], sum(terms) / 2)
 

@@ -12,12 +12,9 @@ from torch import nn
 import contrast
 from contrast.losses import CACR, LOSSES, InfoNCE, NegativeCosine
 from contrast.losses.bad_pairs import BadPairs
+from tests.losses.reference import random
 
 SAMPLES = 6
-
-
-def random(*shape, seed=0):
-    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).requires_grad_()
 
 
 def made(loss=None, **arguments):

@@ -9,18 +9,7 @@ import torch
 from contrast.core.pairs import Pairs
 from contrast.core.reductions import Count
 from contrast.losses import CACR
-
-
-def random(*shape, seed=0):
-    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).requires_grad_()
-
-
-def unit(z):
-    return z / z.norm(dim=-1, keepdim=True)
-
-
-def distance(a, b):
-    return ((a - b) ** 2).sum()
+from tests.losses.reference import assert_same, distance, random, unit
 
 
 def weighted(distances, scale, detach=False):
@@ -53,14 +42,6 @@ def repulsion(views, scale, detach=False, extra=()):
         ]
         pairs.append(sum(rows) / count)
     return sum(pairs) / len(pairs)
-
-
-def assert_same(found, expected, *leaves, rtol=1e-9):
-    torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-13)
-    ours, theirs = (torch.autograd.grad(value, leaves, retain_graph=True) for value in (found, expected))
-    for one, other in zip(ours, theirs, strict=True):
-        assert other.abs().sum() > 0
-        torch.testing.assert_close(one, other, rtol=rtol, atol=1e-12)
 
 
 @pytest.mark.parametrize("views", [2, 3, 4, 5])

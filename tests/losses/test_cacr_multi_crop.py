@@ -6,19 +6,12 @@ import torch.nn.functional as F
 
 from contrast.losses import InfoNCE
 from contrast.losses.cacr_multi_crop import CACRMultiCrop
+from tests.losses.reference import assert_same, random, unit
 
 
 def twins(views, keys):
     """Give one target per view: crops have none."""
     return (*keys, *[None] * (len(views) - len(keys)))
-
-
-def random(*shape, seed=0):
-    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).requires_grad_()
-
-
-def unit(z):
-    return z / z.norm(dim=-1, keepdim=True)
 
 
 def by_loops(queries, keys, temperature, cost, group=None, extra=()):
@@ -49,14 +42,6 @@ def by_loops(queries, keys, temperature, cost, group=None, extra=()):
                 rows.append(mass / sum(masses) * row)
         values.append(sum(rows) / count)
     return sum(values) / len(values)
-
-
-def assert_same(found, expected, *leaves):
-    torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-13)
-    ours, theirs = (torch.autograd.grad(value, leaves, retain_graph=True) for value in (found, expected))
-    for one, other in zip(ours, theirs, strict=True):
-        assert other.abs().sum() > 0
-        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("cost", ["rbf", "euclidean"])

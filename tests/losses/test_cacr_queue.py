@@ -5,18 +5,7 @@ import torch
 
 from contrast.core.embeddings import REMEMBERED, Embeddings
 from contrast.losses.cacr_queue import CACRQueue
-
-
-def random(*shape, seed=0):
-    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).requires_grad_()
-
-
-def unit(z):
-    return z / z.norm(dim=-1, keepdim=True)
-
-
-def distance(a, b):
-    return ((a - b) ** 2).sum()
+from tests.losses.reference import assert_same, distance, random, unit
 
 
 def weighted(distances, logits):
@@ -46,14 +35,6 @@ def by_loops(queries, keys, queue, attraction_scale, repulsion_scale, alpha, bet
                 row = row - beta * weighted(remembered + batch, logits)
             rows.append(row)
     return sum(rows) / len(rows)
-
-
-def assert_same(found, expected, *leaves):
-    torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-13)
-    ours, theirs = (torch.autograd.grad(value, leaves, retain_graph=True) for value in (found, expected))
-    for one, other in zip(ours, theirs, strict=True):
-        assert other.abs().sum() > 0
-        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("constant", ["published", "all", "none"])

@@ -8,18 +8,7 @@ import torch
 from contrast.losses import CACR
 from contrast.losses.cacr_rbf import CACRRBF
 from contrast.losses.pair_loss import PairLoss
-
-
-def random(*shape, seed=0):
-    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).requires_grad_()
-
-
-def unit(z):
-    return z / z.norm(dim=-1, keepdim=True)
-
-
-def distance(a, b):
-    return ((a - b) ** 2).sum()
+from tests.losses.reference import assert_same, distance, random, unit
 
 
 def by_loops(views, attraction_scale, repulsion_scale, alpha, beta, t, *, group=None, extra=(), targets=None):
@@ -54,14 +43,6 @@ def by_loops(views, attraction_scale, repulsion_scale, alpha, beta, t, *, group=
         if costs:
             push.append((sum(costs) / len(costs)).log())
     return alpha * sum(pull) / len(pull) + (beta * sum(push) / len(push) if push else 0)
-
-
-def assert_same(found, expected, *leaves):
-    torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-13)
-    ours, theirs = (torch.autograd.grad(value, leaves, retain_graph=True) for value in (found, expected))
-    for one, other in zip(ours, theirs, strict=True):
-        assert other.abs().sum() > 0
-        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("views", [2, 3, 5])

@@ -13,6 +13,7 @@ import torch
 from contrast.losses import LOSSES, BadPairs, FalseNegatives, PairLoss
 from contrast.memory import Bank, HardNegatives, Memory, Queue
 from tests.losses.cases import DIMS, Case
+from tests.losses.reference import random
 
 PAGE = Path(__file__).parents[2] / "docs" / "combinations.md"
 
@@ -97,10 +98,6 @@ def outcome(call: Callable[..., float], first, second) -> Outcome:
     except ValueError as error:
         return Refused(str(error))
     return Works() if abs(one - other) > 1e-9 else Nothing()
-
-
-def random(*shape, seed):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def queue(seed, *, labels=False, reference=None):

@@ -10,14 +10,7 @@ from contrast.core.embeddings import REMEMBERED, Embeddings
 from contrast.core.pairs import two_sided
 from contrast.losses import InfoNCE
 from contrast.losses.cwcl import CWCL
-
-
-def random(*shape, seed=0):
-    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).requires_grad_()
-
-
-def unit(z):
-    return z / z.norm(dim=-1, keepdim=True)
+from tests.losses.reference import assert_same, random, unit
 
 
 def by_loops(p, q, reference, temperature, *, group=None, extra=(), extra_reference=()):
@@ -38,14 +31,6 @@ def by_loops(p, q, reference, temperature, *, group=None, extra=(), extra_refere
         own = [logits[j] - normaliser for j in range(count) if group[j] == group[i]]
         trained.append(-sum(own) / len(own))
     return sum(frozen) / count + sum(trained) / count
-
-
-def assert_same(found, expected, *leaves):
-    torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-13)
-    ours, theirs = (torch.autograd.grad(value, leaves, retain_graph=True) for value in (found, expected))
-    for one, other in zip(ours, theirs, strict=True):
-        assert other.abs().sum() > 0
-        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
 
 
 def from_logits(logits, reference):

@@ -6,46 +6,21 @@ import torch
 from contrast.core.pairs import Pairs
 from contrast.losses.decoupled import DecoupledInfoNCE
 from contrast.losses.info_nce import InfoNCE
-
-
-def random(*shape, seed=0):
-    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).requires_grad_()
-
-
-def unit(z):
-    return z / z.norm(dim=-1, keepdim=True)
-
-
-def assert_same(found, expected, *leaves):
-    torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-13)
-    ours, theirs = (torch.autograd.grad(value, leaves, retain_graph=True) for value in (found, expected))
-    for one, other in zip(ours, theirs, strict=True):
-        assert other.abs().sum() > 0
-        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-13)
+from tests.losses.reference import anchors, assert_same, random, unit
 
 
 def by_loops(views, group, temperature, sigma=None, *, targets=None, extra=()):
-    """Give the mean over the valid anchors, one exponential at a time."""
-    count = len(views[0])
-    anchors = [(view, i, unit(z)[i]) for view, z in enumerate(views) for i in range(count)]
-    others = anchors
-    if targets is not None:
-        others = [(view, i, unit(z)[i]) for view, z in enumerate(targets) if z is not None for i in range(count)]
-    repelled, near = [], []
-    for view, i, z in anchors:
-        met = [
-            (j, z @ u) for other, j, u in others if (other != view if targets is not None else (other, j) != (view, i))
-        ]
-        positives = [s for j, s in met if group[j] == group[i]]
-        negatives = [s for j, s in met if group[j] != group[i]] + [z @ u for u in extra]
+    """Return the mean over the valid anchors, one exponential at a time."""
+    repel, attract = [], []
+    for z, positives, negatives in anchors(views, group, targets=targets, extra=extra):
         if positives and negatives:
-            repelled.append(sum((s / temperature).exp() for s in negatives).log())
-            near.append(sum(positives) / len(positives))
-    weights = [1.0] * len(near)
+            repel.append(sum((z @ u / temperature).exp() for u in negatives).log())
+            attract.append(sum(z @ u for u in positives) / len(positives))
+    weights = [1.0] * len(attract)
     if sigma is not None:
-        masses = [(s.detach() / sigma).exp() for s in near]
+        masses = [(s.detach() / sigma).exp() for s in attract]
         weights = [2 - mass / (sum(masses) / len(masses)) for mass in masses]
-    rows = [r - w * s / temperature for r, w, s in zip(repelled, weights, near, strict=True)]
+    rows = [r - w * s / temperature for r, w, s in zip(repel, weights, attract, strict=True)]
     return sum(rows) / len(rows)
 
 

@@ -13,6 +13,7 @@ from contrast.core.embeddings import REMEMBERED, Embeddings, normalise
 from contrast.losses import CACRRBF, CWCL, LOSSES, BadPairs, DecoupledInfoNCE, FalseNegatives, HardContrastive, InfoNCE
 from contrast.memory import Queue
 from tests.losses.cases import CASES
+from tests.losses.reference import random
 
 DIMS = 4
 RULES = [
@@ -23,10 +24,6 @@ RULES = [
     {"guide": True},
     {"above": 0.6, "margin": 0.1, "relative_margin": 0.2, "top": 1, "guide": True},
 ]
-
-
-def random(*shape, seed=0):
-    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
 def meets(i, j, group):
@@ -66,7 +63,7 @@ class Batch:
 
     def __init__(self, labels, extra, seed=0):
         self.views = [random(6, DIMS, seed=seed + view).requires_grad_() for view in (0, 1)]
-        self.reference = [random(6, 3, seed=seed + 10 + view) for view in (0, 1)]
+        self.reference = [random(6, 3, seed=seed + 10 + view).detach() for view in (0, 1)]
         index = torch.arange(6)
         self.given = {"sample": index, "reference": self.reference}
         self.group = {k: k % 3 if labels else k for k in range(40)}

@@ -10,47 +10,23 @@ from contrast.core.pairs import Pairs
 from contrast.losses.hard_contrastive import HardContrastive
 from contrast.losses.info_nce import InfoNCE
 from contrast.losses.pair_loss import LOSSES
-
-
-def random(*shape, seed=0):
-    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).requires_grad_()
-
-
-def unit(z):
-    return z / z.norm(dim=-1, keepdim=True)
-
-
-def assert_same(found, expected, *leaves):
-    torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-13)
-    ours, theirs = (torch.autograd.grad(value, leaves, retain_graph=True) for value in (found, expected))
-    for one, other in zip(ours, theirs, strict=True):
-        assert other.abs().sum() > 0
-        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-13)
+from tests.losses.reference import anchors, assert_same, random, unit
 
 
 def by_loops(views, group, hardest, form, temperature=0.3, weight=1.0, *, targets=None, extra=()):
-    """Give the mean over the anchors with positives: sort the negatives, keep the first."""
-    count = len(views[0])
-    anchors = [(view, i, unit(z)[i]) for view, z in enumerate(views) for i in range(count)]
-    others = anchors
-    if targets is not None:
-        others = [(view, i, unit(z)[i]) for view, z in enumerate(targets) if z is not None for i in range(count)]
+    """Return the mean over the anchors with positives: sort the negatives, use the first."""
     rows = []
-    for view, i, z in anchors:
-        met = [
-            (j, z @ u) for other, j, u in others if (other != view if targets is not None else (other, j) != (view, i))
-        ]
-        positives = [s for j, s in met if group[j] == group[i]]
-        negatives = [s for j, s in met if group[j] != group[i]] + [z @ u for u in extra]
+    for z, positives, negatives in anchors(views, group, targets=targets, extra=extra):
         if not positives:
             continue
-        kept = hardest if isinstance(hardest, int) else max(1, round(hardest * len(negatives)))
-        hard = sorted(negatives, key=lambda s: float(s.detach()), reverse=True)[:kept]
+        count = hardest if isinstance(hardest, int) else max(1, round(hardest * len(negatives)))
+        attract = [z @ u for u in positives]
+        hard = sorted((z @ u for u in negatives), key=lambda s: s.item(), reverse=True)[:count]
         if form == "simple":
-            rows.append(weight * sum(hard) - sum(positives) / len(positives))
+            rows.append(weight * sum(hard) - sum(attract) / len(attract))
         else:
             mass = sum((s / temperature).exp() for s in hard)
-            logs = [((p / temperature).exp() + mass).log() - p / temperature for p in positives]
+            logs = [((p / temperature).exp() + mass).log() - p / temperature for p in attract]
             rows.append(sum(logs) / len(logs))
     return sum(rows) / len(rows)
 

@@ -9,48 +9,23 @@ from contrast.core.pairs import Pairs
 from contrast.core.reductions import LogSumExp
 from contrast.losses.hard_negative import HardNegative
 from contrast.losses.info_nce import InfoNCE
-
-
-def random(*shape, seed=0):
-    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).requires_grad_()
-
-
-def unit(z):
-    return z / z.norm(dim=-1, keepdim=True)
-
-
-def assert_same(found, expected, *leaves, rtol=1e-11):
-    torch.testing.assert_close(found, expected, rtol=rtol, atol=1e-13)
-    ours, theirs = (torch.autograd.grad(value, leaves, retain_graph=True) for value in (found, expected))
-    for one, other in zip(ours, theirs, strict=True):
-        assert other.abs().sum() > 0
-        torch.testing.assert_close(one, other, rtol=max(rtol, 1e-9), atol=1e-13)
+from tests.losses.reference import anchors, assert_same, random, unit
 
 
 def by_loops(views, group, temperature, hardness, prior, *, targets=None, extra=()):
-    """Give the mean over the valid anchors as the formula stands, and how many of them the maximum clamped."""
-    count = len(views[0])
-    anchors = [(view, i, unit(z)[i]) for view, z in enumerate(views) for i in range(count)]
-    others = anchors
-    if targets is not None:
-        others = [(view, i, unit(z)[i]) for view, z in enumerate(targets) if z is not None for i in range(count)]
+    """Return the mean over the valid anchors by the formula, and how many of them the maximum clamped."""
     rows, clamped = [], 0
-    for view, i, z in anchors:
-        met = [
-            (j, z @ u) for other, j, u in others if (other != view if targets is not None else (other, j) != (view, i))
-        ]
-        positives = [(s / temperature).exp() for j, s in met if group[j] == group[i]]
-        negatives = [(s / temperature).exp() for j, s in met if group[j] != group[i]]
-        negatives += [(z @ u / temperature).exp() for u in extra]
+    for z, positives, negatives in anchors(views, group, targets=targets, extra=extra):
         if not positives or not negatives:
             continue
-        importance = [e**hardness for e in negatives]
-        hard = sum(w * e for w, e in zip(importance, negatives, strict=True)) / (sum(importance) / len(negatives))
-        left = (hard - prior * len(negatives) * sum(positives) / len(positives)) / (1 - prior)
-        least = len(negatives) * math.exp(-1 / temperature)
-        if left < least:
-            left, clamped = least, clamped + 1
-        rows.append(-sum((p / (p + left)).log() for p in positives) / len(positives))
+        attract, repel = ([(z @ u / temperature).exp() for u in part] for part in (positives, negatives))
+        importance = [e**hardness for e in repel]
+        hard = sum(w * e for w, e in zip(importance, repel, strict=True)) / (sum(importance) / len(repel))
+        corrected = (hard - prior * len(repel) * sum(attract) / len(attract)) / (1 - prior)
+        least = len(repel) * math.exp(-1 / temperature)
+        if corrected < least:
+            corrected, clamped = least, clamped + 1
+        rows.append(-sum((p / (p + corrected)).log() for p in attract) / len(attract))
     return sum(rows) / len(rows), clamped
 
 

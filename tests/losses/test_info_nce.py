@@ -8,49 +8,23 @@ import torch.nn.functional as F
 
 from contrast.losses import InfoNCE
 from contrast.losses.info_nce import LARGEST_SCALE
-
-
-def random(*shape, seed=0):
-    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).requires_grad_()
-
-
-def unit(z):
-    return z / z.norm(dim=-1, keepdim=True)
-
-
-def assert_same(found, expected, *leaves):
-    torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-13)
-    ours, theirs = (torch.autograd.grad(value, leaves, retain_graph=True) for value in (found, expected))
-    for one, other in zip(ours, theirs, strict=True):
-        assert other.abs().sum() > 0
-        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-13)
+from tests.losses.reference import anchors, assert_same, clip, info_nce, moco, random, supcon, unit
 
 
 def by_loops(positives, views, group, temperature, *, candidates="all", targets=None, extra=()):
-    """Give the mean over all anchors of the row's formula, one exponential at a time."""
-    count = len(views[0])
-    anchors = [(view, i, unit(z)[i]) for view, z in enumerate(views) for i in range(count)]
-    if targets is None:
-        others = list(anchors)
-    else:
-        others = [(view, i, unit(z)[i]) for view, z in enumerate(targets) if z is not None for i in range(count)]
-    rows = []
-    for view, i, z in anchors:
-        numerators, negatives, remembered = [], [], [(z @ u / temperature).exp() for u in extra]
-        for other_view, j, u in others:
-            if other_view == view and (targets is not None or candidates == "across" or j == i):
-                continue
-            (numerators if group[j] == group[i] else negatives).append((z @ u / temperature).exp())
-        if not numerators:
+    """Return the mean over all anchors of the row's formula, one exponential at a time."""
+    rows, across = [], candidates == "across"
+    for z, same_group, others in anchors(views, group, targets=targets, extra=extra, across=across):
+        if not same_group:
             continue
-        negatives = remembered if candidates == "memory" else negatives + remembered
-        everyone = sum(numerators) + sum(negatives)
+        numerators = [(z @ u / temperature).exp() for u in same_group]
+        negatives = sum((z @ u / temperature).exp() for u in (extra if candidates == "memory" else others))
         if positives == "outside":
-            row = everyone.log() - sum(p.log() for p in numerators) / len(numerators)
+            row = (sum(numerators) + negatives).log() - sum(p.log() for p in numerators) / len(numerators)
         elif positives == "inside":
-            row = everyone.log() - sum(numerators).log()
+            row = (sum(numerators) + negatives).log() - sum(numerators).log()
         else:
-            row = sum(((p + sum(negatives)) / p).log() for p in numerators) / len(numerators)
+            row = sum(((p + negatives) / p).log() for p in numerators) / len(numerators)
         rows.append(row)
     return sum(rows) / len(rows)
 
@@ -87,31 +61,21 @@ def test_targets_take_the_candidates_place(targets, candidates):
 
 def test_nt_xent_is_a_cross_entropy_over_all_2n_minus_1_others():
     a, b = random(5, 4), random(5, 4, seed=1)
-    z = unit(torch.cat([a, b]))
-    logits = (z @ z.T / 0.5).masked_fill(torch.eye(10, dtype=torch.bool), -torch.inf)
-    expected = F.cross_entropy(logits, torch.arange(10).roll(5))
     for positives in ("outside", "inside", "alone"):
-        assert_same(InfoNCE(0.5, positives=positives)(a, b), expected, a, b)
+        assert_same(InfoNCE(0.5, positives=positives)(a, b), info_nce(a, b, 0.5), a, b)
 
 
 def test_supcon_is_its_authors_masked_mean_of_log_probabilities():
     """Khosla et al.'s own code: mean over positives outside the logarithm, denominator over all but the anchor."""
     a, b, labels = random(6, 4), random(6, 4, seed=1), torch.tensor([0, 1, 0, 2, 1, 0])
-    z, twice = unit(torch.cat([a, b])), labels.repeat(2)
-    others = ~torch.eye(12, dtype=torch.bool)
-    logits = z @ z.T / 0.07
-    log_probability = logits - (logits.exp() * others).sum(dim=1, keepdim=True).log()
-    positive = (twice[:, None] == twice) & others
-    expected = -((positive * log_probability).sum(dim=1) / positive.sum(dim=1)).mean()
+    expected = supcon(torch.cat([a, b]), labels.repeat(2), 0.07)
     assert_same(InfoNCE(0.07)(a, b, group=labels), expected, a, b)
 
 
 def test_moco_v2_is_a_cross_entropy_of_the_own_key_against_the_queue():
     query, key, queue = random(5, 4), random(5, 4, seed=1), random(7, 4, seed=2)
-    own = (unit(query) * unit(key)).sum(dim=1, keepdim=True)
-    expected = F.cross_entropy(torch.cat([own, unit(query) @ unit(queue).T], dim=1) / 0.2, torch.zeros(5).long())
     found = InfoNCE(0.2, candidates="memory")(query, targets=(None, key), extra=[queue])
-    assert_same(found, expected, query, key, queue)
+    assert_same(found, moco(query, key, unit(queue), 0.2), query, key, queue)
 
 
 def test_moco_v3_is_a_cross_entropy_for_each_side():
@@ -146,10 +110,7 @@ def test_rows_of_moco_v3_come_view_after_view():
 def test_clip_is_the_mean_of_both_cross_entropies_and_learns_its_temperature():
     image, text = random(5, 4), random(5, 4, seed=1)
     loss = InfoNCE(0.07, candidates="across", learn_temperature=True).double()
-    logits = loss.log_scale.exp() * unit(image) @ unit(text).T
-    truth = torch.arange(5)
-    expected = (F.cross_entropy(logits, truth) + F.cross_entropy(logits.T, truth)) / 2
-    assert_same(loss(image, text), expected, image, text, loss.log_scale)
+    assert_same(loss(image, text), clip(image, text, loss.log_scale), image, text, loss.log_scale)
     assert loss.log_scale.exp().item() == pytest.approx(1 / 0.07, rel=1e-6)
 
 

@@ -5,10 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from contrast.losses import NegativeCosine
-
-
-def random(*shape, seed=0):
-    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).requires_grad_()
+from tests.losses.reference import random
 
 
 def test_with_two_views_it_is_simsiam_in_value_and_gradient():

@@ -7,6 +7,7 @@ from contrast.core.embeddings import REMEMBERED, Embeddings, normalise
 from contrast.losses import CACR, CWCL, LOSSES, AMCLBarlow, BadPairs, FalseNegatives, InfoNCE, SigLIP
 from contrast.memory import Queue
 from tests.losses.cases import CASES, DIMS
+from tests.losses.reference import random, supcon
 
 LABELS = torch.tensor([0, 1, 0, 2, 1, 1, 3])
 ONE_VIEW = [
@@ -16,26 +17,9 @@ ONE_VIEW = [
 ]
 
 
-def random(*shape, seed=0):
-    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).requires_grad_()
-
-
-def sup_con(z, labels, temperature):
-    """Give SupConLoss of Khosla et al., as pytorch-metric-learning computes it: one view, loops over pairs."""
-    z = z / z.norm(dim=1, keepdim=True)
-    rows = []
-    for i in range(len(z)):
-        others = [j for j in range(len(z)) if j != i]
-        positives = [j for j in others if labels[j] == labels[i]]
-        if positives:
-            denominator = sum(torch.exp(z[i] @ z[j] / temperature) for j in others).log()
-            rows.append(sum(denominator - z[i] @ z[p] / temperature for p in positives) / len(positives))
-    return sum(rows) / len(rows)
-
-
 def test_one_view_with_labels_is_sup_con():
     z = random(7, DIMS)
-    found, expected = InfoNCE(temperature=0.2)(z, group=LABELS), sup_con(z, LABELS, 0.2)
+    found, expected = InfoNCE(temperature=0.2)(z, group=LABELS), supcon(z, LABELS, 0.2)
     torch.testing.assert_close(found, expected)
     torch.testing.assert_close(*(torch.autograd.grad(value, z)[0] for value in (found, expected)))
 

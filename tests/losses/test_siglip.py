@@ -5,55 +5,25 @@ import math
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from contrast.losses.siglip import SigLIP
-
-
-def random(*shape, seed=0):
-    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).requires_grad_()
-
-
-def unit(z):
-    return z / z.norm(dim=-1, keepdim=True)
-
-
-def assert_same(found, expected, *leaves):
-    torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-13)
-    ours, theirs = (torch.autograd.grad(value, leaves, retain_graph=True) for value in (found, expected))
-    for one, other in zip(ours, theirs, strict=True):
-        assert other.abs().sum() > 0
-        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-13)
-
-
-def published(image, text, scale, bias):
-    """Give -(1/n) of the sum of log sigmoid over the n x n pairs, 1 on the diagonal and -1 off it."""
-    logits = scale * unit(image) @ unit(text).T + bias
-    sign = 2 * torch.eye(len(image), dtype=torch.float64) - 1
-    return -F.logsigmoid(sign * logits).sum() / len(image)
+from tests.losses.reference import anchors, assert_same, random, siglip, unit
 
 
 def by_loops(views, group, scale, bias, *, targets=None, extra=()):
-    count, others = len(views[0]), views if targets is None else targets
+    """Return the mean over the anchors with positives of their sums of -log sigmoid, one pair at a time."""
     rows = []
-    for x, i in itertools.product(range(len(views)), range(count)):
-        z, row, found = unit(views[x])[i], 0, False
-        for y, j in itertools.product(range(len(others)), range(count)):
-            if y != x and others[y] is not None:
-                logit = scale * (z @ unit(others[y])[j]) + bias
-                positive = group[i] == group[j]
-                row, found = row - (torch.sigmoid(logit if positive else -logit)).log(), found or positive
-        if found:
-            rows.append(row - sum(torch.sigmoid(-(scale * (z @ u) + bias)).log() for u in extra))
+    for z, positives, negatives in anchors(views, group, targets=targets, extra=extra, across=True):
+        if positives:
+            attract = sum(torch.sigmoid(scale * (z @ u) + bias).log() for u in positives)
+            rows.append(-attract - sum(torch.sigmoid(-(scale * (z @ u) + bias)).log() for u in negatives))
     return sum(rows) / len(rows)
 
 
 def test_two_views_give_the_published_loss_and_gradient():
     image, text = random(5, 4), random(5, 4, seed=1)
     loss = SigLIP().double()
-    assert_same(
-        loss(image, text), published(image, text, loss.log_scale.exp(), loss.bias), image, text, *loss.parameters()
-    )
+    assert_same(loss(image, text), siglip(image, text, loss.log_scale, loss.bias), image, text, *loss.parameters())
 
 
 def test_the_published_start_is_ten_and_minus_ten():
@@ -92,14 +62,16 @@ def test_targets_take_the_candidates_place(both):
 def test_heads_are_averaged():
     heads = [random(3, 4, 3, seed=seed) for seed in (0, 1)]
     loss = SigLIP(4.0, -1.5).double()
-    expected = sum(published(heads[0][h], heads[1][h], loss.log_scale.exp(), loss.bias) for h in range(3)) / 3
+    expected = sum(siglip(heads[0][h], heads[1][h], loss.log_scale, loss.bias) for h in range(3)) / 3
     assert_same(loss(*heads), expected, *heads, *loss.parameters())
 
 
 def test_more_views_are_the_mean_over_their_pairs_times_the_number_of_the_others():
     views = [random(4, 3, seed=seed) for seed in range(4)]
     loss = SigLIP(5.0, -2.0, learn=False)
-    pairs = [published(a, b, 5.0, -2.0) for a, b in itertools.combinations(views, 2)]
+    pairs = [
+        siglip(a, b, torch.tensor(5.0, dtype=torch.float64).log(), -2.0) for a, b in itertools.combinations(views, 2)
+    ]
     assert_same(loss(*views), 3 * sum(pairs) / 6, *views)
 
 
