@@ -1,37 +1,47 @@
-"""The examples in the docstrings of the core and the losses run, and print what they say."""
+"""The examples in the docstrings of the package run and print what they say, and every public name has one."""
 
 import doctest
 import importlib
+import inspect
 import pkgutil
 
 import pytest
 import torch
 
 import contrast
-from contrast import core, losses
-from contrast.core.embeddings import Embeddings, normalise
-from contrast.core.pairs import Pairs
-from contrast.core.reductions import LogSumExp, Mean, backend
+from contrast import losses
+from contrast.core import embeddings, pairs, reductions
 from contrast.losses import InfoNCE
 
-NAMES = {
-    "contrast": contrast,
-    "torch": torch,
-    "Embeddings": Embeddings,
-    "normalise": normalise,
-    "Pairs": Pairs,
-    "LogSumExp": LogSumExp,
-    "Mean": Mean,
-    "backend": backend,
-    "loss": InfoNCE(),
-    "z_a": torch.randn(4, 8),
-    "z_b": torch.randn(4, 8),
-    **{name: getattr(losses, name) for name in losses.__all__},
-}
-MODULES = [
+
+def names():
+    """Return what an example uses without importing it."""
+    z_a, z_b = torch.randn(2, 4, 8, generator=torch.Generator().manual_seed(0))
+    index = torch.arange(4)
+    views = (
+        embeddings.Embeddings(embeddings.normalise(z), index, index, torch.full_like(index, view))
+        for view, z in enumerate((z_a, z_b))
+    )
+    return {
+        "contrast": contrast,
+        "torch": torch,
+        "z_a": z_a,
+        "z_b": z_b,
+        "loss": InfoNCE(),
+        "pairs": pairs.all_pairs(*views),
+        **{name: getattr(embeddings, name) for name in ("Embeddings", "concatenate", "gather_all", "normalise")},
+        **{name: getattr(pairs, name) for name in ("Pairs", "all_pairs", "cross_pairs", "two_sided")},
+        **{name: getattr(reductions, name) for name in reductions.__all__},
+        **{name: getattr(losses, name) for name in losses.__all__},
+    }
+
+
+NAMES = names()
+
+MODULES = [contrast] + [
     importlib.import_module(found.name)
-    for package in (core, losses)
-    for found in pkgutil.walk_packages(package.__path__, f"{package.__name__}.")
+    for found in pkgutil.walk_packages(contrast.__path__, "contrast.")
+    if not found.name.endswith("__main__")
 ]
 EXAMPLES = {
     example.name: example
@@ -40,12 +50,102 @@ EXAMPLES = {
     if example.examples
 }
 
+ALLOWED_TO_LACK_TODAY = {
+    "contrast.api.evaluate",
+    "contrast.api.pretrain",
+    "contrast.data.dataset.Batch",
+    "contrast.data.dataset.Data",
+    "contrast.data.dataset.Samples",
+    "contrast.data.dataset.duplicates",
+    "contrast.data.dataset.leaks",
+    "contrast.data.source.open_data",
+    "contrast.experiment.named_models.Model",
+    "contrast.experiment.named_models.load",
+    "contrast.experiment.run.Run",
+    "contrast.experiment.run.Stopped",
+    "contrast.losses.amcl.AMCL",
+    "contrast.losses.amcl_barlow.AMCLBarlow",
+    "contrast.losses.amcl_cosine.AMCLCosine",
+    "contrast.losses.bad_pairs.BadPairs",
+    "contrast.losses.cacr.CACR",
+    "contrast.losses.cacr_multi_crop.CACRMultiCrop",
+    "contrast.losses.cacr_queue.CACRQueue",
+    "contrast.losses.cacr_rbf.CACRRBF",
+    "contrast.losses.cwcl.CWCL",
+    "contrast.losses.decoupled.DecoupledInfoNCE",
+    "contrast.losses.false_negatives.FalseNegatives",
+    "contrast.losses.hard_contrastive.HardContrastive",
+    "contrast.losses.hard_negative.HardNegative",
+    "contrast.losses.inputs.Source",
+    "contrast.losses.negative_cosine.NegativeCosine",
+    "contrast.losses.pair_loss.global_mean",
+    "contrast.losses.siglip.SigLIP",
+    "contrast.memory.bank.Bank",
+    "contrast.memory.hard_negatives.HardNegatives",
+    "contrast.memory.memory.Memory",
+    "contrast.memory.nearest_positives.NearestPositives",
+    "contrast.memory.nearest_positives.nearest_views",
+    "contrast.memory.queue.Queue",
+    "contrast.memory.tables.NeighbourTables",
+    "contrast.models.backbones.build_backbone",
+    "contrast.models.backbones.feature_width",
+    "contrast.models.batch_norm.synchronise",
+    "contrast.models.checkpoints.load_weights",
+    "contrast.models.encoder.Encoder",
+    "contrast.models.encoder.Projections",
+    "contrast.models.encoder.build_encoder",
+    "contrast.models.inputs.ImageInputs",
+    "contrast.models.inputs.SeriesInputs",
+    "contrast.models.weights.load_backbone",
+    "contrast.models.weights.read_description",
+    "contrast.models.weights.save_backbone",
+    "contrast.report.page.write_report",
+    "contrast.report.pictures.views_picture",
+    "contrast.report.samples.save_samples",
+    "contrast.retrieval.search.Clusters",
+    "contrast.retrieval.search.Found",
+    "contrast.retrieval.search.Index",
+    "contrast.retrieval.search.auto_index",
+    "contrast.retrieval.search.build_index",
+    "contrast.retrieval.search.default_lists",
+    "contrast.retrieval.search.default_probes",
+    "contrast.retrieval.search.has_faiss",
+    "contrast.retrieval.search.kmeans",
+    "contrast.retrieval.search.least_vectors",
+    "contrast.retrieval.search.merge",
+    "contrast.retrieval.search.nearest",
+    "contrast.views.views.Compose",
+    "contrast.views.views.Operation",
+    "contrast.views.views.Views",
+    "contrast.views.views.build_views",
+    "contrast.views.views.recipe",
+}
+"""Names whose example is still to be written; add the example, then remove the line."""
+
+
+def public_objects():
+    """Return the classes and functions that the package exports, by the name of the module that defines them.
+
+    A name in an `__all__` that is neither a class nor a function is exempt, provided that its class, if that is the
+    package's own (`Registry`, for example), has an example.
+    """
+    values = [getattr(module, name) for module in MODULES for name in getattr(module, "__all__", ())]
+    values = [value if inspect.isclass(value) or inspect.isfunction(value) else type(value) for value in values]
+    own = [value for value in values if value.__module__.partition(".")[0] == "contrast"]
+    return {f"{value.__module__}.{value.__qualname__}": value for value in own}
+
+
+PUBLIC = public_objects()
+
 
 @pytest.mark.parametrize("name", EXAMPLES)
-def test_an_example_prints_what_it_says(name):
+def test_an_example_prints_what_it_says(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)
     assert runner.run(EXAMPLES[name]).failed == 0
 
 
-def test_the_core_has_examples():
-    assert {"contrast.core.pairs.Pairs", "contrast.core.embeddings.Embeddings"} <= EXAMPLES.keys()
+@pytest.mark.parametrize("name", PUBLIC)
+def test_a_public_name_has_an_example(name):
+    has_example = bool(doctest.DocTestParser().get_examples(PUBLIC[name].__doc__ or ""))
+    assert has_example or name in ALLOWED_TO_LACK_TODAY

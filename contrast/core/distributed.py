@@ -35,7 +35,12 @@ _of_program: _Group | None = None
 
 @contextmanager
 def local() -> Iterator[None]:
-    """Switch communication off inside the block: a call of a loss on one process, validation for example."""
+    """Switch communication off inside the block: a call of a loss on one process, validation for example.
+
+    Example:
+        >>> with contrast.local():
+        ...     value = loss(z_a, z_b)
+    """
     token = _alone.set(True)
     try:
         yield
@@ -84,6 +89,9 @@ def set_process_group(group: dist.ProcessGroup | DeviceMesh | None) -> None:
 
     `contrast.pretrain` sets no group. Where one is set, its loader and the seed of each step follow the group's ranks,
     so processes of the same rank see the same batch; the run folder is written by process 0 of all.
+
+    Example:
+        >>> contrast.set_process_group(None)  # mesh["data"] of a mesh with dimensions data and tensor
     """
     global _of_program
     _of_program = _checked(group)

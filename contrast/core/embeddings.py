@@ -77,7 +77,14 @@ class Embeddings:
 
 
 def concatenate(parts: Sequence[Embeddings]) -> Embeddings:
-    """Concatenate embeddings in the order given; the result has references where every part has them."""
+    """Concatenate embeddings in the order given; the result has references where every part has them.
+
+    Example:
+        >>> index = torch.arange(4)
+        >>> a, b = (Embeddings(torch.randn(4, 8), index, index, torch.full_like(index, view)) for view in (0, 1))
+        >>> concatenate([a, b]).view
+        tensor([0, 0, 0, 0, 1, 1, 1, 1])
+    """
     if len(parts) == 1:
         return parts[0]
     references = [part.reference for part in parts if part.reference is not None]
@@ -143,6 +150,12 @@ def gather_all(parts: Sequence[Embeddings]) -> list[Embeddings]:
     """Gather every process's embeddings in rank order, part by part, with gradient and in one exchange.
 
     Every process calls it with the same number of parts; their sizes may differ, also be 0.
+
+    Example:
+        >>> index = torch.arange(4)
+        >>> own = Embeddings(torch.randn(4, 8), sample=index, group=index, view=torch.zeros_like(index))
+        >>> [len(part) for part in gather_all([own])]  # on one process
+        [4]
     """
     if distributed.world_size() == 1 or not parts:
         return list(parts)

@@ -241,15 +241,36 @@ class Pairs:
 
 
 def all_pairs(*views: Embeddings, extra: Sequence[Embeddings] = ()) -> Pairs:
-    """Pair every view with every view of all processes: SimCLR, SupCon. The anchors are this process's own."""
+    """Pair every view with every view of all processes: SimCLR, SupCon. The anchors are this process's own.
+
+    Example:
+        >>> index = torch.arange(4)
+        >>> a, b = (Embeddings(torch.eye(4), index, index, torch.full_like(index, view)) for view in (0, 1))
+        >>> all_pairs(a, b).count("negative")
+        tensor([6, 6, 6, 6, 6, 6, 6, 6])
+    """
     return Pairs(views, (*gather_all(views), *extra), views=len(views))
 
 
 def cross_pairs(a: Embeddings, b: Embeddings, extra: Sequence[Embeddings] = ()) -> Pairs:
-    """Pair the anchors `a` with the candidates `b` of all processes: MoCo, one side of CLIP."""
+    """Pair the anchors `a` with the candidates `b` of all processes: MoCo, one side of CLIP.
+
+    Example:
+        >>> index = torch.arange(4)
+        >>> a, b = (Embeddings(torch.eye(4), index, index, torch.full_like(index, view)) for view in (0, 1))
+        >>> cross_pairs(a, b).count("negative")
+        tensor([3, 3, 3, 3])
+    """
     return Pairs(a, (b.gathered(), *extra), across=True, views=1)
 
 
 def two_sided(a: Embeddings, b: Embeddings, extra: Sequence[Embeddings] = ()) -> Pairs:
-    """Pair `a` with `b` and `b` with `a`, over all processes: CLIP, in one symmetric pass."""
+    """Pair `a` with `b` and `b` with `a`, over all processes: CLIP, in one symmetric pass.
+
+    Example:
+        >>> index = torch.arange(4)
+        >>> a, b = (Embeddings(torch.eye(4), index, index, torch.full_like(index, view)) for view in (0, 1))
+        >>> two_sided(a, b).count("negative")
+        tensor([3, 3, 3, 3, 3, 3, 3, 3])
+    """
     return Pairs((a, b), (*gather_all([a, b]), *extra), across=True, views=2)

@@ -13,7 +13,13 @@ Part = TypeVar("Part", bound=Callable[..., Any])
 
 
 class InputError(ValueError):
-    """What a user typed or passed is wrong; the message is one clear sentence."""
+    """What a user typed or passed is wrong; the message is one clear sentence.
+
+    Example:
+        >>> contrast.LOSSES.build("info_nse")
+        Traceback (most recent call last):
+        contrast.core.registry.InputError: ... Did you mean 'info_nce'? ...
+    """
 
 
 def did_you_mean(word: str, words: Iterable[str]) -> str:
@@ -28,6 +34,14 @@ class Registry(Mapping[str, Callable[..., Any]]):
 
     Args:
         kind: what the parts are, as messages call it ("loss").
+
+    Example:
+        >>> poolings = contrast.Registry("pooling")
+        >>> @poolings.register("mean")
+        ... def mean(dim: int = -1):
+        ...     return lambda x: x.mean(dim)
+        >>> poolings.build({"name": "mean", "dim": 0})(torch.ones(2, 3))
+        tensor([1., 1., 1.])
     """
 
     def __init__(self, kind: str) -> None:

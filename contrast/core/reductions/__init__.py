@@ -105,6 +105,9 @@ def reduce(layout: Layout, asked: Sequence[Reduction]) -> tuple[Tensor, ...]:
 
     Raises:
         ValueError: for arguments that a reduction does not take.
+
+    Example:
+        >>> per_anchor, number = reduce(pairs.layout, [LogSumExp(10.0, "all"), Count("all")])
     """
     for one in asked:
         check(one, layout)
@@ -123,6 +126,11 @@ def topk(layout: Layout, k: int, over: Relation, among: Tensor | None) -> tuple[
     """Return the k largest similarities of each row, with gradient, and the positions of their candidates.
 
     Where a row has fewer than k, its last values are 0 and their positions -1.
+
+    Example:
+        >>> values, positions = topk(pairs.layout, 3, "negative", None)
+        >>> positions.shape
+        torch.Size([8, 3])
     """
     check(Kth(k, over, among), layout)
     name, tile = _backend.get() or _DEFAULT

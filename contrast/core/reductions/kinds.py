@@ -22,7 +22,13 @@ A PairFunction whose value depends on one vector of the anchor and one of the ca
 
 @dataclass(frozen=True, eq=False)
 class LogSumExp:
-    """log sum_j exp(scale * s_ij + log_weight_ij)."""
+    """log sum_j exp(scale * s_ij + log_weight_ij).
+
+    Example:
+        >>> (per_anchor,) = pairs.reduce(LogSumExp(scale=10.0, over="all"))
+        >>> per_anchor.shape
+        torch.Size([8])
+    """
 
     scale: PairValue
     over: Relation
@@ -34,7 +40,11 @@ class LogSumExp:
 
 @dataclass(frozen=True, eq=False)
 class Mean:
-    """sum_j w_ij s_ij / sum_j w_ij; w = 1, or (<u_i, u_j> + 1) / 2 of the reference vectors for "reference"."""
+    """sum_j w_ij s_ij / sum_j w_ij; w = 1, or (<u_i, u_j> + 1) / 2 of the reference vectors for "reference".
+
+    Example:
+        >>> attract, repel = pairs.reduce(Mean("positive"), Mean("negative"))
+    """
 
     over: Relation
     among: Tensor | None = None
@@ -45,7 +55,11 @@ class Mean:
 
 @dataclass(frozen=True, eq=False)
 class SoftMean:
-    """sum_j p_ij s_ij with p = softmax_j(scale * s_ij), a constant to the gradient with `detach`."""
+    """sum_j p_ij s_ij with p = softmax_j(scale * s_ij), a constant to the gradient with `detach`.
+
+    Example:
+        >>> (hard_negatives,) = pairs.reduce(SoftMean(scale=10.0, over="negative", detach=True))
+    """
 
     scale: PairValue
     over: Relation
@@ -57,7 +71,11 @@ class SoftMean:
 
 @dataclass(frozen=True, eq=False)
 class SoftplusSum:
-    """sum_j log(1 + exp(scale * s_ij + bias_i))."""
+    """sum_j log(1 + exp(scale * s_ij + bias_i)).
+
+    Example:
+        >>> (repel,) = pairs.reduce(SoftplusSum(scale=10.0, bias=-5.0, over="negative"))
+    """
 
     scale: PairValue
     bias: float | Tensor
@@ -72,6 +90,10 @@ class Kth:
 
     As a threshold it lies a few units in the last place below the similarity it names, so that the candidate reaches it
     also where the product is computed in another order.
+
+    Example:
+        >>> pairs.reduce(Count("negative", above=Kth(3, "negative")))  # each anchor's three hardest negatives
+        (tensor([3, 3, 3, 3, 3, 3, 3, 3]),)
     """
 
     k: int | Tensor
@@ -81,7 +103,12 @@ class Kth:
 
 @dataclass(frozen=True, eq=False)
 class Count:
-    """The number of candidates, int64."""
+    """The number of candidates, int64.
+
+    Example:
+        >>> pairs.reduce(Count("negative"))
+        (tensor([6, 6, 6, 6, 6, 6, 6, 6]),)
+    """
 
     over: Relation
     among: Tensor | None = None

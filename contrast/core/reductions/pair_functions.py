@@ -30,6 +30,18 @@ class SidedFunction(Protocol):
 
     The sides are computed once for all vectors, and not again for every tile. Parameters that they read have been
     passed through `distributed.shared`.
+
+    Example:
+        >>> class ScaleOfAnchor(torch.nn.Module):
+        ...     def anchor_side(self, z):
+        ...         return z[..., :1].exp()
+        ...     def candidate_side(self, z):
+        ...         return z[..., :0]
+        ...     def of_sides(self, s, a, b):
+        ...         return a.expand_as(s)
+        >>> isinstance(ScaleOfAnchor(), SidedFunction)
+        True
+        >>> per_anchor = pairs.logsumexp(ScaleOfAnchor(), over="all")
     """
 
     def anchor_side(self, z: Tensor) -> Tensor:
