@@ -7,7 +7,8 @@ import statistics
 import pytest
 import torch
 
-from contrast.retrieval import AUTO, auto_index, default_lists, default_probes
+from contrast.retrieval import auto_index, default_lists, default_probes
+from contrast.retrieval.indices import AUTO_EXACT
 from tests.test_docs import ROOT
 from tools import bench_retrieval
 from tools.bench_retrieval import NEIGHBOURS, SIZES, clustered, clusters_for, page, share_found, structure, taken
@@ -70,7 +71,7 @@ def test_the_page_says_what_was_measured_and_what_is_missing():
     assert "| 10,000 | `exact` | `exact` |" in text
     assert f"| 1,000,000 | missing | `{auto_index(1_000_000)}` |" in text
     assert text.count("**missing**") == 1 + (len(SIZES) - 1) + 1 + 1
-    assert f"searches exactly up to {AUTO['cpu']:,} vectors" in text
+    assert f"searches exactly up to {AUTO_EXACT['cpu']:,} vectors" in text
     assert "no cell has been measured" in page({})
 
 
@@ -90,7 +91,10 @@ def test_the_published_page_takes_what_auto_takes():
         assert default == auto_index(int(size.replace(",", "")))
         assert measured in ("", default)
     assert sum(bool(measured) for _, measured, _ in rows) >= 3
-    assert f"searches exactly up to {AUTO['cpu']:,} vectors on a CPU and up to {AUTO['cuda']:,} on a GPU" in text
+    assert (
+        f"searches exactly up to {AUTO_EXACT['cpu']:,} vectors on a CPU and up to {AUTO_EXACT['cuda']:,} on a GPU"
+        in text
+    )
 
 
 @pytest.mark.long

@@ -10,7 +10,8 @@ PACKAGE = Path(__file__).parents[1] / "contrast"
 
 LOWEST = {"core.autograd", "core.distributed", "core.registry", "core.seeding", "core.text"}
 CORE = LOWEST | {"core.embeddings", "core.reductions", "core.pairs"}
-FOUNDATION = CORE | {"retrieval"}
+RETRIEVAL = {"retrieval", "retrieval.search", "retrieval.indices", "retrieval.kmeans"}
+FOUNDATION = CORE | RETRIEVAL
 ALONE = {"losses", "memory", "models", "data", "views"}
 UNDER_TRAIN = FOUNDATION | ALONE | {"evaluation"}
 UNDER_EXPERIMENT = UNDER_TRAIN | {"train", "report"}
@@ -22,7 +23,10 @@ MAY_IMPORT = {
     "core.embeddings": LOWEST,
     "core.reductions": LOWEST | {"core.embeddings"},
     "core.pairs": LOWEST | {"core.embeddings", "core.reductions"},
-    "retrieval": {"core.registry"},
+    "retrieval": RETRIEVAL,
+    "retrieval.search": {"core.registry"},
+    "retrieval.indices": {"core.registry", "retrieval.search"},
+    "retrieval.kmeans": {"core.registry", "retrieval.search"},
     **dict.fromkeys(ALONE, FOUNDATION),
     "evaluation": FOUNDATION | {"models", "data"},
     "train": UNDER_TRAIN,
@@ -38,7 +42,7 @@ MAY_IMPORT = {
 
 ONLY_IN = {
     "torch.distributed": {"core.distributed"},
-    "faiss": {"retrieval"},
+    "faiss": {"retrieval.indices"},
     "lightning": COMMAND | {"train", "report"},
     "omegaconf": COMMAND,
 }
@@ -47,7 +51,7 @@ ONLY_IN = {
 LIGHT = FOUNDATION | {"core", "losses", "memory", "__init__"}
 """What needs torch and numpy alone."""
 
-MAY_LACK = {"core.reductions": {"triton"}, "retrieval": {"faiss"}}
+MAY_LACK = {"core.reductions": {"triton"}, "retrieval.indices": {"faiss"}}
 """What a light part uses where it is installed, and does without where it is not."""
 
 
@@ -57,8 +61,9 @@ def part_of(path):
 
 
 def module_of(names):
-    """Give the part of the package that a dotted name belongs to: its first name, and in core the first two."""
-    return ".".join(names[:2] if names[0] == "core" and names[1:2] != ["__init__"] else names[:1])
+    """Return the part of the package that a dotted name belongs to: its first name; in core and retrieval the file."""
+    file = ".".join(names[:2])
+    return file if (names[0] == "core" and names[1:2] != ["__init__"]) or file in MAY_IMPORT else names[0]
 
 
 FILES = sorted(PACKAGE.rglob("*.py"))
@@ -135,6 +140,11 @@ def test_torch_distributed_is_named_in_one_file_only():
         ("train", "from omegaconf import OmegaConf"),
         ("train", "from contrast.experiment.config import Experiment"),
         ("memory", "import faiss"),
+        ("retrieval", "import faiss"),
+        ("retrieval.search", "def f():\n    import faiss"),
+        ("retrieval.search", "from contrast.retrieval.indices import build_index"),
+        ("retrieval.kmeans", "from contrast.retrieval import build_index"),
+        ("retrieval.indices", "import sklearn"),
         ("core.embeddings", "from contrast.core.pairs import Pairs"),
         ("core.registry", "from contrast.core import distributed"),
         ("experiment", "from contrast.cli import main"),
@@ -155,6 +165,8 @@ def test_a_forbidden_import_is_found(part, source):
         ("losses", "import math\nimport numpy as np\nfrom contrast.core import distributed"),
         ("evaluation", "from contrast.data.dataset import Samples"),
         ("core.distributed", "import torch.distributed as dist"),
+        ("retrieval.indices", "import faiss.contrib.torch_utils"),
+        ("memory", "from contrast.retrieval import exact_search"),
         ("train", "import lightning"),
     ],
 )

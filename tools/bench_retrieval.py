@@ -21,7 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from contrast.losses import InfoNCE
-from contrast.retrieval import AUTO, auto_index, build_index, default_lists, default_probes, nearest
+from contrast.retrieval import auto_index, build_index, default_lists, default_probes, exact_search
+from contrast.retrieval.indices import AUTO_EXACT
 from tools import cells
 from tools.cells import ROOT, Cells
 
@@ -103,7 +104,7 @@ def structure(z: Tensor, label: Tensor) -> dict[str, Any]:
 def ivf_recall(z: Tensor) -> dict[str, float]:
     """Measure what an IVF index of 4 sqrt(N) lists finds of each vector's neighbours, by probes."""
     own = torch.arange(len(z))
-    right = nearest(z, z, NEIGHBOURS, exclude=[(own, own)]).position
+    right = exact_search(z, z, NEIGHBOURS, exclude=[(own, own)]).position
     lists = default_lists(len(z))
     made = {}
     for probes in (1, 2, 4, 8, 16):
@@ -523,8 +524,8 @@ def choice_section(found: Cells) -> Iterator[str]:
     yield from cells.table(["vectors", "taken, as measured", '"auto" on the CPU'], rows)
     gpu = "as measured above" if any(named(size, "cuda") in found for size in SIZES) else "by arithmetic, not measured"
     yield (
-        f'"auto" searches exactly up to {AUTO["cpu"]:,} vectors on a CPU and up to {AUTO["cuda"]:,} on a GPU '
-        f"({gpu}); beyond, "
+        f'"auto" searches exactly up to {AUTO_EXACT["cpu"]:,} vectors on a CPU and up to '
+        f"{AUTO_EXACT['cuda']:,} on a GPU ({gpu}); beyond, "
         f"it takes IVF with the power of two nearest to 4 sqrt(N) lists ({default_lists(100_000):,} for 100,000 "
         f"vectors, of which a "
         f"query looks into {default_probes(default_lists(100_000))}; {default_lists(1_000_000):,} for 1,000,000, "

@@ -24,7 +24,7 @@ from contrast.data import Data
 from contrast.evaluation.compare import Difference
 from contrast.evaluation.features import Encode, extract
 from contrast.evaluation.protocols import evaluate
-from contrast.retrieval import nearest
+from contrast.retrieval import exact_search
 from contrast.train.run_folder import environment
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -129,7 +129,7 @@ def nearest_false(encode: Encode, data: Data, neighbours: int = 8) -> float:
     """Give the share of the training items' nearest strangers, by cosine of their features, that have their label."""
     features, target = extract(encode, data.train)
     unit, item = F.normalize(features), torch.arange(len(features))
-    found = nearest(unit, unit, neighbours, exclude=[(item, item)])
+    found = exact_search(unit, unit, neighbours, exclude=[(item, item)])
     return float((target[found.position] == target[:, None]).double().mean())
 
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from contrast.retrieval import nearest
+from contrast.retrieval import exact_search
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Neighbours:
 
     def probabilities(self, features: Tensor) -> Tensor:
         """Give each class's share of the votes, (N, C) float64, for features (N, F)."""
-        similarity, index = nearest(F.normalize(features.float()), self.stored, self.neighbours)
+        similarity, index = exact_search(F.normalize(features.float()), self.stored, self.neighbours)
         vote = (similarity.double() / self.temperature).softmax(1)
         votes = torch.zeros(len(features), self.classes, dtype=torch.float64)
         return votes.scatter_add_(1, self.target[index], vote)

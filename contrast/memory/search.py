@@ -37,7 +37,7 @@ class SearchIndex(NamedTuple):
         if count and self.finder is not None:
             found = self.finder.search(vectors(anchor), count, exclude=exclude)
         elif count:
-            found = retrieval.nearest(vectors(anchor), vectors(stored), count, exclude=exclude)
+            found = retrieval.exact_search(vectors(anchor), vectors(stored), count, exclude=exclude)
         else:
             nothing = torch.zeros(len(anchor), 0, device=anchor.z.device)
             found = Found(nothing, nothing.long())

@@ -1,19 +1,16 @@
-"""Search of vectors: exact, by the indices of FAISS, and k-means."""
+"""Nearest-neighbour search of vectors, exact or by the indices of FAISS, and k-means; needs torch and numpy only."""
 
-from contrast.retrieval.search import (
-    Clusters,
-    Found,
+from contrast.retrieval.indices import (
     Index,
     auto_index,
     build_index,
     default_lists,
     default_probes,
     has_faiss,
-    kmeans,
     least_vectors,
-    merge,
-    nearest,
 )
+from contrast.retrieval.kmeans import Clusters, kmeans
+from contrast.retrieval.search import Found, exact_search, merge
 
 __all__ = [
     "Clusters",
@@ -23,9 +20,9 @@ __all__ = [
     "build_index",
     "default_lists",
     "default_probes",
+    "exact_search",
     "has_faiss",
     "kmeans",
     "least_vectors",
     "merge",
-    "nearest",
 ]
