@@ -47,7 +47,7 @@ class Index(ABC):
         stored: (M, D).
 
     Example:
-        >>> index = retrieval.build_index(torch.eye(3), "exact")
+        >>> index = build_index(torch.eye(3), "exact")
         >>> index.search(torch.tensor([[0.0, 1.0, 0.0]]), k=1).position
         tensor([[1]])
     """
@@ -84,7 +84,7 @@ def build_index(stored: Tensor, index: str = "auto", *, probes: int | None = Non
         InputError: where faiss is missing or refuses the string, or there are too few vectors to train it.
 
     Example:
-        >>> index = retrieval.build_index(torch.randn(1000, 8))
+        >>> index = build_index(torch.randn(1000, 8))
         >>> index.search(torch.randn(5, 8), k=3).position.shape
         torch.Size([5, 3])
     """
@@ -106,7 +106,7 @@ def least_vectors(index: str, dim: int) -> int:
         InputError: where faiss is missing or refuses the string.
 
     Example:
-        >>> retrieval.least_vectors("exact", dim=128)
+        >>> least_vectors("exact", dim=128)
         1
     """
     if index == "auto" or _is_exact(index):
@@ -120,7 +120,7 @@ def auto_index(count: int, device: str = "cpu") -> str:
     """Return the name of the index that "auto" is for `count` vectors: "exact", or inverted lists.
 
     Example:
-        >>> retrieval.auto_index(1000)
+        >>> auto_index(1000)
         'exact'
     """
     if count <= AUTO_EXACT.get(device, AUTO_EXACT["cpu"]) or not has_faiss():
@@ -132,7 +132,7 @@ def default_lists(count: int) -> int:
     """Return the number of lists of "auto" for `count` vectors: the power of two nearest to 4 sqrt(count).
 
     Example:
-        >>> retrieval.default_lists(1_000_000)
+        >>> default_lists(1_000_000)
         4096
     """
     return 1 << round(math.log2(4 * math.sqrt(max(1, count))))
@@ -142,7 +142,7 @@ def default_probes(lists: int) -> int:
     """Return how many of its lists an index searches per query: one in 64, at least 16.
 
     Example:
-        >>> retrieval.default_probes(4096)
+        >>> default_probes(4096)
         64
     """
     return min(lists, max(16, lists // 64))
@@ -152,7 +152,7 @@ def has_faiss() -> bool:
     """True if faiss is installed.
 
     Example:
-        >>> name = "IVF64,Flat" if retrieval.has_faiss() else "exact"
+        >>> name = "IVF64,Flat" if has_faiss() else "exact"
     """
     try:
         _faiss()

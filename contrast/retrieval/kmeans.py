@@ -25,7 +25,7 @@ class Clusters(NamedTuple):
         inertia: the sum of the squared distances of the vectors to their centroids.
 
     Example:
-        >>> clusters = retrieval.kmeans(torch.tensor([[0.0], [0.2], [5.0], [5.2]]), clusters=2)
+        >>> clusters = kmeans(torch.tensor([[0.0], [0.2], [5.0], [5.2]]), clusters=2)
         >>> clusters.assignment[0] == clusters.assignment[1], round(clusters.inertia, 2)
         (tensor(True), 0.04)
     """
@@ -56,7 +56,7 @@ def kmeans(x: Tensor, clusters: int, *, spherical: bool = False, iterations: int
     Source: Lloyd 1982; Arthur and Vassilvitskii 2007, k-means++; Dhillon and Modha 2001 for the spherical form.
 
     Example:
-        >>> retrieval.kmeans(torch.randn(100, 8), clusters=5).centroids.shape
+        >>> kmeans(torch.randn(100, 8), clusters=5).centroids.shape
         torch.Size([5, 8])
     """
     x = StoredVectors.of(x).x

@@ -37,7 +37,7 @@ class Found(NamedTuple):
         position: (Q, k) int64, positions of the stored vectors; -1 where fewer than k were found.
 
     Example:
-        >>> found = retrieval.exact_search(torch.eye(3), torch.eye(3), k=1)
+        >>> found = exact_search(torch.eye(3), torch.eye(3), k=1)
         >>> found.similarity.squeeze(1), found.position.squeeze(1)
         (tensor([1., 1., 1.]), tensor([0, 1, 2]))
     """
@@ -76,7 +76,7 @@ def exact_search(
     Example:
         >>> index = torch.arange(3)
         >>> points = torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.0, 1.0]])
-        >>> retrieval.exact_search(points, points, k=1, exclude=[(index, index)]).position.squeeze(1)
+        >>> exact_search(points, points, k=1, exclude=[(index, index)]).position.squeeze(1)
         tensor([1, 0, 1])
     """
     vectors = StoredVectors.of(stored)
@@ -110,8 +110,8 @@ def merge(parts: Sequence[Found], k: int) -> Found:
         k: how many to return per query.
 
     Example:
-        >>> shards = [retrieval.Found(torch.tensor([[s]]), torch.tensor([[p]])) for s, p in ((0.2, 5), (0.9, 3))]
-        >>> retrieval.merge(shards, k=1).position
+        >>> shards = [Found(torch.tensor([[s]]), torch.tensor([[p]])) for s, p in ((0.2, 5), (0.9, 3))]
+        >>> merge(shards, k=1).position
         tensor([[3]])
     """
     similarity = torch.cat([part.similarity for part in parts], dim=1)
