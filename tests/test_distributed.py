@@ -60,7 +60,7 @@ def test_local_ends_with_its_block_also_after_an_error():
 
     with pytest.raises(RuntimeError, match="inside"):
         fails()
-    assert not distributed._alone.get()
+    assert not distributed._inside_local.get()
 
 
 def sizes_of(world):

@@ -262,7 +262,7 @@ def refusals(rank, world):
             else:
                 found.append(None)
                 contrast.set_process_group(None)
-    return found, (distributed._of_block.get(), distributed._of_program)
+    return found, (distributed._group_of_block.get(), distributed._default_group)
 
 
 def test_other_groups_are_refused_in_a_sentence(four):

@@ -1,7 +1,7 @@
 """Rank, world size and the exact gather: the only file that calls torch.distributed.
 
-Everything here counts the processes of the chosen process group: every process, unless `process_group` or
-`set_process_group` names another. A backward pass uses the group of its forward pass.
+"Every process" means the processes of the current group: all, unless `process_group` or `set_process_group` names
+another group. A backward pass uses the group of its forward pass.
 """
 
 from __future__ import annotations
@@ -18,55 +18,55 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 _AVAILABLE = dist.is_available()
-_alone = ContextVar("contrast_alone", default=False)
+_inside_local = ContextVar("contrast_local", default=False)
 
 
 class _Group(NamedTuple):
-    """A process group; rank and size stand beside it because torch.compile guards numbers, not what a group holds."""
+    """A process group with its rank and size, because torch.compile guards numbers, not the contents of a group."""
 
     processes: dist.ProcessGroup
     rank: int
     size: int
 
 
-_of_block: ContextVar[tuple[_Group | None, ...]] = ContextVar("contrast_process_group", default=())
-_of_program: _Group | None = None
+_group_of_block: ContextVar[tuple[_Group | None, ...]] = ContextVar("contrast_process_group", default=())
+_default_group: _Group | None = None
 
 
 @contextmanager
 def local() -> Iterator[None]:
-    """Switch communication off inside the block: a call of a loss on one process, validation for example.
+    """Switch communication off inside the block, for a loss on one process: in validation, for example.
 
     Example:
         >>> with contrast.local():
         ...     value = loss(z_a, z_b)
     """
-    token = _alone.set(True)
+    token = _inside_local.set(True)
     try:
         yield
     finally:
-        _alone.reset(token)
+        _inside_local.reset(token)
 
 
-def alone() -> bool:
-    """True if this call stands inside `local()`."""
-    return _alone.get()
+def is_local() -> bool:
+    """True inside a `local()` block."""
+    return _inside_local.get()
 
 
 @contextmanager
 def process_group(group: dist.ProcessGroup | DeviceMesh | None) -> Iterator[None]:
-    """Let losses and memories communicate within `group` inside the block: with tensor parallelism, for example.
+    """Restrict the communication of losses and memories to `group` inside the block: for tensor parallelism, say.
 
-    All processes of the group enter the block together and call the loss there; `backward()` may come after the block,
-    since it uses the group of the forward pass. What else communicates belongs inside too: `update()` and `end_epoch()`
-    of memories. `local()` inside or outside of the block still switches communication off.
+    All processes of the group enter the block together and call the loss there; `backward()` may follow after the
+    block, since it uses the group of the forward pass. Call `update()` and `end_epoch()` of memories inside too.
+    `local()` inside or outside of the block still switches communication off.
 
     Args:
-        group: the processes that hold different samples of one batch, as a ProcessGroup or a DeviceMesh of one
-            dimension; None for all processes.
+        group: the processes with different samples of one batch, as a ProcessGroup or a DeviceMesh of one dimension;
+            None for all processes.
 
     Raises:
-        TypeError: for what is neither.
+        TypeError: for an object of another type.
         ValueError: for a mesh of several dimensions, and for a group that this process is not in.
 
     Example:
@@ -74,18 +74,18 @@ def process_group(group: dist.ProcessGroup | DeviceMesh | None) -> Iterator[None
         >>> with contrast.process_group(None):  # mesh["data"] of a mesh with dimensions data and tensor
         ...     loss = contrast.losses.InfoNCE()(z_a, z_b)
     """
-    token = _of_block.set((_checked(group),))
+    token = _group_of_block.set((_check_group(group),))
     try:
         yield
     finally:
-        _of_block.reset(token)
+        _group_of_block.reset(token)
 
 
 def set_process_group(group: dist.ProcessGroup | DeviceMesh | None) -> None:
-    """Let losses and memories communicate within `group` wherever no `process_group` block names another.
+    """Restrict the communication of losses and memories to `group`, except inside a `process_group` block.
 
-    It holds in every thread until it is called again; None, as at the start, stands for all processes. Arguments and
-    errors are those of `process_group`.
+    It applies to every thread until the next call; None, the initial value, means all processes. Arguments and errors
+    are those of `process_group`.
 
     `contrast.pretrain` sets no group. Where one is set, its loader and the seed of each step follow the group's ranks,
     so processes of the same rank see the same batch; the run folder is written by process 0 of all.
@@ -93,11 +93,11 @@ def set_process_group(group: dist.ProcessGroup | DeviceMesh | None) -> None:
     Example:
         >>> contrast.set_process_group(None)  # mesh["data"] of a mesh with dimensions data and tensor
     """
-    global _of_program
-    _of_program = _checked(group)
+    global _default_group
+    _default_group = _check_group(group)
 
 
-def _checked(group: object) -> _Group | None:
+def _check_group(group: object) -> _Group | None:
     if group is None:
         return None
     if not (_AVAILABLE and dist.is_initialized()):
@@ -106,7 +106,7 @@ def _checked(group: object) -> _Group | None:
         if group.ndim != 1:
             raise ValueError(
                 f"a process group is a mesh of one dimension; this one has {group.ndim}, named {group.mesh_dim_names}: "
-                'take the one over which samples differ, mesh["data"] for example.'
+                'pass the one over which samples differ, mesh["data"] for example.'
             )
         group = dist.GroupMember.NON_GROUP_MEMBER if group.get_coordinate() is None else group.get_group()
     if isinstance(group, dist.ProcessGroup):
@@ -118,36 +118,36 @@ def _checked(group: object) -> _Group | None:
             f"processes; got {type(group).__name__}."
         )
     raise ValueError(
-        f"process {dist.get_rank()} is not in this process group: give each process the group that it is in."
+        f"process {dist.get_rank()} is not in this process group: pass each process the group that it is in."
     )
 
 
-def _chosen() -> _Group | None:
-    """Return the chosen group; None for all processes."""
-    block = _of_block.get()
-    return block[0] if block else _of_program
+def _current_group() -> _Group | None:
+    """Return the group of the innermost block, else the default; None for all processes."""
+    block = _group_of_block.get()
+    return block[0] if block else _default_group
 
 
-def _group() -> dist.ProcessGroup | None:
-    """Return the chosen group as torch.distributed takes it; None for all processes."""
-    chosen = _chosen()
-    return None if chosen is None else chosen.processes
+def _processes() -> dist.ProcessGroup | None:
+    """Return the current group as an argument for torch.distributed."""
+    group = _current_group()
+    return None if group is None else group.processes
 
 
 def world_size() -> int:
-    """Count the processes that work together; 1 without a process group and inside `local()`."""
-    if not (_AVAILABLE and dist.is_initialized()) or alone():
+    """Return the number of processes in the group; 1 without torch.distributed and inside `local()`."""
+    if not (_AVAILABLE and dist.is_initialized()) or is_local():
         return 1
-    chosen = _chosen()
-    return dist.get_world_size() if chosen is None else chosen.size
+    group = _current_group()
+    return dist.get_world_size() if group is None else group.size
 
 
 def rank() -> int:
     """Return this process's number in the group, from 0."""
     if world_size() == 1:
         return 0
-    chosen = _chosen()
-    return dist.get_rank() if chosen is None else chosen.rank
+    group = _current_group()
+    return dist.get_rank() if group is None else group.rank
 
 
 def announced_world_size() -> int:
@@ -165,23 +165,23 @@ def is_first_process() -> bool:
 
 
 def barrier() -> None:
-    """Wait until every process of the group is here."""
+    """Wait for every process of the group."""
     if world_size() > 1:
-        dist.barrier(_group())
+        dist.barrier(_processes())
 
 
 def exchange_sizes(sizes: Sequence[int], device: torch.device) -> list[list[int]]:
     """Return every process's list of sizes, in rank order, as host integers. All lists have the same length."""
     own = torch.tensor(list(sizes), dtype=torch.int64, device=device)
-    everyone = [torch.empty_like(own) for _ in range(world_size())]
-    dist.all_gather(everyone, own, _group())
-    return [[int(size) for size in row] for row in torch.stack(everyone).tolist()]
+    gathered = [torch.empty_like(own) for _ in range(world_size())]
+    dist.all_gather(gathered, own, _processes())
+    return [[int(size) for size in row] for row in torch.stack(gathered).tolist()]
 
 
 def gather(x: Tensor, sizes: Sequence[int]) -> Tensor:
     """Concatenate every process's rows in rank order, with gradient.
 
-    The gradient that reaches `x` is the sum of what every process sends back to these rows.
+    The gradient of `x` is the sum of every process's gradient of these rows.
 
     Args:
         x: (n, ...) this process's rows; n may differ between processes and may be 0.
@@ -197,27 +197,27 @@ def gather(x: Tensor, sizes: Sequence[int]) -> Tensor:
 
 
 def sizes_of(own: int, device: torch.device) -> list[int]:
-    """Return every process's number of rows, in rank order; every process calls it with its own."""
+    """Return every process's number of rows, in rank order; all processes call it, each with its own number."""
     return [own] if world_size() == 1 else [size for (size,) in exchange_sizes([own], device)]
 
 
 def gather_rows(x: Tensor) -> Tensor:
-    """Concatenate every process's rows in rank order, with gradient, where sizes are not known yet."""
+    """Concatenate every process's rows in rank order, with gradient, after an exchange of their numbers."""
     return gather(x, sizes_of(len(x), x.device))
 
 
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, sizes: tuple[int, ...]) -> Tensor:
-        ctx.group = _group()
+        ctx.group = _processes()
         ctx.start = sum(sizes[: rank()])
         ctx.size = len(x)
         longest = max(sizes)
         padded = x.new_zeros(longest, *x.shape[1:])
         padded[: len(x)] = x
-        everyone = [torch.empty_like(padded) for _ in sizes]
-        dist.all_gather(everyone, padded, ctx.group)
-        return torch.cat([rows[:size] for rows, size in zip(everyone, sizes, strict=True)])
+        gathered = [torch.empty_like(padded) for _ in sizes]
+        dist.all_gather(gathered, padded, ctx.group)
+        return torch.cat([rows[:size] for rows, size in zip(gathered, sizes, strict=True)])
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
@@ -229,8 +229,8 @@ class _Gather(torch.autograd.Function):
 def shared(parameter: Tensor) -> Tensor:
     """Return a loss's own parameter unchanged, its gradient averaged over the processes.
 
-    So the parameter stays equal everywhere also where only the encoder is wrapped in DistributedDataParallel; inside
-    DistributedDataParallel it changes nothing, since an average of equal numbers is that number.
+    So the parameter stays the same on every process also where only the encoder is wrapped in DistributedDataParallel.
+    Where the loss is wrapped too nothing changes, since the average of equal numbers is that number.
     """
     if world_size() == 1:
         return parameter
@@ -241,7 +241,7 @@ def shared(parameter: Tensor) -> Tensor:
 class _Shared(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, parameter: Tensor) -> Tensor:
-        ctx.group, ctx.world = _group(), world_size()
+        ctx.group, ctx.world = _processes(), world_size()
         return parameter.view_as(parameter)
 
     @staticmethod
@@ -262,7 +262,7 @@ def total(x: Tensor) -> Tensor:
 class _Total(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.group = _group()
+        ctx.group = _processes()
         summed = x.contiguous().clone()
         dist.all_reduce(summed, group=ctx.group)
         return summed

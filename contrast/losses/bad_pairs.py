@@ -161,7 +161,7 @@ class BadPairs(LossWrapper):
         rows = super().combine(rows, anchors)
         assert self._call is not None
         (sample, valid), self._call = self._call, None
-        remembers = self.training and torch.is_grad_enabled() and not distributed.alone()
+        remembers = self.training and torch.is_grad_enabled() and not distributed.is_local()
         with torch.no_grad():
             losses, known = _by_sample(rows, valid, len(sample))
             known &= (sample >= 0) & (sample < self.samples)

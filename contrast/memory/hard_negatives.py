@@ -94,7 +94,7 @@ class HardNegatives(Memory):
         refuse_unknown(anchor, first=self.bank.updates == 0)
         self.follow(anchor.z.device)
         self.bank.follow(anchor.z.device)
-        if not distributed.alone():
+        if not distributed.is_local():
             self._find_if_due()
         sample = torch.unique(anchor.sample[anchor.view != PADDING])
         if sample.device.type == "cpu" and len(sample) and sample[-1] >= self.bank.samples:
