@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 import contrast
-from contrast import cli
+from contrast import LOSSES, cli
 from contrast.train.callbacks import Checkpoints, MetricsLogger, OnlineProbe
 from tests.tiny import QUICK, QUICK_SERIES, images, series
 
@@ -244,6 +244,35 @@ def test_a_run_with_bad_pairs_shows_whom_it_held_to_be_noisy_and_faulty(tmp_path
         == 0
     )
     assert "held to be" not in (tmp_path / "b/report.html").read_text()
+
+
+PLAIN_LOSS = """
+from torch import nn
+from contrast import LOSSES
+
+@LOSSES.register("plain_module")
+class Distance(nn.Module):
+    def forward(self, z_a, z_b):
+        return (z_a - z_b).square().sum(dim=1).mean()
+"""
+
+
+def test_a_plain_module_with_forward_only_trains(tmp_path, contrast_says):
+    images(tmp_path / "bars.npz")
+    (tmp_path / "distance.py").write_text(PLAIN_LOSS)
+    words = ["bars.npz", "plugins=[distance.py]", "loss=plain_module", *QUICK, "evaluate.protocols=[]"]
+    try:
+        assert contrast_says("pretrain", *words, "budget=6 steps", "--out", "run")[0] == 0
+        lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+        assert lines[-1]["epoch"] == 2
+        for part, sentence in [
+            ("memory=[{name: queue, size: 8}]", "memory: this loss takes no further candidates"),
+            ("encoder.momentum=0.9", "Distance got targets, which its forward does not accept"),
+        ]:
+            status, _, err = contrast_says("pretrain", *words, "budget=2 steps", part)
+            assert (status, sentence in err) == (2, True), err
+    finally:
+        LOSSES._parts.pop("plain_module", None)
 
 
 def test_a_run_counts_false_negatives_by_labels_it_never_uses(tmp_path, contrast_says):
@@ -684,7 +713,10 @@ WRONG = [
         ["pretrain", "digits", "memory=[nearest_positives, nearest_positives]", *QUICK],
         ["memory", "leave one nearest_positives out"],
     ),
-    lambda _: (["pretrain", "digits", "memory=bank", "loss=amcl_barlow", *QUICK], ["memory", "no sum over pairs"]),
+    lambda _: (
+        ["pretrain", "digits", "memory=bank", "loss=amcl_barlow", *QUICK],
+        ["memory: this loss takes no further candidates"],
+    ),
     lambda _: (["pretrain", "digits", "sampler=nearest"], ["sampler", "'nearest' is called 'neighbours'"]),
     lambda _: (
         ["pretrain", "digits", "sampler={name: neighbours, refresh: 0 epochs}", *QUICK],

@@ -202,7 +202,7 @@ CLASSES = {
 def test_losses_keep_their_names_and_classes():
     assert {name: loss.__name__ for name, loss in LOSSES.items()} == CLASSES
     assert all(getattr(losses, name) in LOSSES.values() for name in CLASSES.values())
-    assert set(losses.__all__) == {*CLASSES.values(), "LOSSES", "PairLoss", "Source"}
+    assert set(losses.__all__) == {*CLASSES.values(), "LOSSES", "Loss", "ModuleLoss", "PairLoss", "Source", "as_loss"}
 
 
 def test_the_lines_with_memories_work():

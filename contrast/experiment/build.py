@@ -17,7 +17,7 @@ from contrast.core.seeding import derived
 from contrast.data import Data, open_data
 from contrast.data.loader import SAMPLERS, Neighbours, Order, StepSampler
 from contrast.experiment.config import Config
-from contrast.losses import LOSSES, PairLoss
+from contrast.losses import LOSSES, Loss, as_loss
 from contrast.memory import MEMORIES, Bank, HardNegatives, Memory, NearestPositives, NeighbourTables
 from contrast.models import Encoder, ImageInputs, SeriesInputs, build_encoder
 from contrast.models.backbones import output_of_zeros
@@ -45,7 +45,7 @@ class Experiment:
         data: all splits.
         views: makes the views of a batch.
         encoder: backbone and head.
-        loss: the loss, any `nn.Module` of LOSSES.
+        loss: one of LOSSES; what is no `Loss` is called through `ModuleLoss`.
         optimizer: how to step.
         memory: where more candidates come from.
         order: of the items in an epoch.
@@ -58,7 +58,7 @@ class Experiment:
     data: Data
     views: Views
     encoder: Encoder
-    loss: torch.nn.Module
+    loss: Loss
     optimizer: Optimizer
     memory: list[Memory]
     order: Order
@@ -127,21 +127,24 @@ def build(config: Config, data: Data, reference: Callable[[Tensor], Tensor] | No
     return Experiment(config, data, views, encoder, loss, optimizer, memory, order, watching, reference, picked)
 
 
-def _loss(config: Config, data: Data, facts: Mapping[str, Any]) -> torch.nn.Module:
+def _loss(config: Config, data: Data, facts: Mapping[str, Any]) -> Loss:
     """Make the loss, told what it asks of the run: samples, the embeddings' width, epochs where they are known."""
     steps_per_epoch = _sampler(config, data).steps_per_epoch
     known = {name: facts[name] for name in ("samples", "dim")}
     if config.budget != "auto" and (steps := Budget.parse(config.budget, steps_per_epoch=steps_per_epoch).steps):
         known["epochs"] = math.ceil(steps / steps_per_epoch)
     torch.manual_seed(derived(config.seed, "loss"))
-    loss: torch.nn.Module = LOSSES.build(config.loss, where="loss", **known)
-    return loss
+    loss = LOSSES.build(config.loss, where="loss", **known)
+    try:
+        return as_loss(loss)
+    except TypeError as error:
+        raise InputError(f"loss: {error}") from error
 
 
-def _memories(config: Config, loss: torch.nn.Module, facts: Mapping[str, Any]) -> list[Memory]:
+def _memories(config: Config, loss: Loss, facts: Mapping[str, Any]) -> list[Memory]:
     """Make the memories; those that stand on a bank and name none share one."""
-    if config.memory and not isinstance(loss, PairLoss):
-        raise InputError("memory: this loss is no sum over pairs and takes no further candidates; leave memory out.")
+    if config.memory and not loss.takes_extra:
+        raise InputError("memory: this loss takes no further candidates; leave memory out.")
     made: dict[int, Memory] = {}
     shared: Memory | None = None
     # Banks that stand in the list come first: they are the one to share.

@@ -14,8 +14,9 @@ from contrast.losses.false_negatives import FalseNegatives
 from contrast.losses.hard_contrastive import HardContrastive
 from contrast.losses.hard_negative import HardNegative
 from contrast.losses.info_nce import InfoNCE
+from contrast.losses.loss import LOSSES, Loss, ModuleLoss, as_loss
 from contrast.losses.negative_cosine import NegativeCosine
-from contrast.losses.pair_loss import LOSSES, PairLoss, Source
+from contrast.losses.pair_loss import PairLoss, Source
 from contrast.losses.siglip import SigLIP
 
 __all__ = [
@@ -34,8 +35,11 @@ __all__ = [
     "HardContrastive",
     "HardNegative",
     "InfoNCE",
+    "Loss",
+    "ModuleLoss",
     "NegativeCosine",
     "PairLoss",
     "SigLIP",
     "Source",
+    "as_loss",
 ]

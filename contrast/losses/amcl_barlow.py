@@ -7,18 +7,19 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from contrast.core import distributed
 from contrast.core.autograd import full_precision, product
 from contrast.core.embeddings import Embeddings
 from contrast.losses.checks import not_negative
-from contrast.losses.pair_loss import LOSSES
+from contrast.losses.inputs import Extra, as_list
+from contrast.losses.loss import LOSSES, Loss
 from contrast.losses.temperatures import Network, PairTemperature, omega
 
 
 @LOSSES.register("amcl_barlow", aliases=("amcl_barlow_twins",))
-class AMCLBarlow(nn.Module):
+class AMCLBarlow(Loss):
     r"""Barlow Twins with a temperature for each entry of C, a *reconstruction*: what tells an entry's is our choice.
 
     .. math:: L = \sum_l \Big(1 - \frac{C_{ll}}{\tau_{ll}}\Big)^2 + \lambda \sum_{l \neq m} \frac{C_{lm}^2}{\tau_{lm}}
@@ -77,7 +78,8 @@ class AMCLBarlow(nn.Module):
         targets: Sequence[Tensor | None] | None = None,
         sample: Tensor | None = None,  # noqa: ARG002
         group: Tensor | None = None,  # noqa: ARG002
-        extra: Sequence[object] | None = (),
+        reference: Tensor | Sequence[Tensor] | None = None,
+        extra: Extra | Sequence[Extra] | None = (),
         **unknown: Any,
     ) -> Tensor:
         """Return the loss of two views, (N, D) or (H, N, D) each, over the samples of all processes: ().
@@ -93,8 +95,8 @@ class AMCLBarlow(nn.Module):
                 "AMCLBarlow takes two views of one shape, (N, D) or (H, N, D); "
                 f"got {', '.join(str(tuple(view.shape)) for view in views) or 'none'}."
             )
-        if (extra is not None and len(extra)) or any(target is not None for target in targets or ()):
-            raise ValueError("AMCLBarlow correlates two views; it takes neither targets nor extra candidates.")
+        if as_list(extra) or reference is not None or any(target is not None for target in targets or ()):
+            raise ValueError("AMCLBarlow correlates two views; it takes no targets, reference or extra candidates.")
         for number, view in enumerate(views):
             if view.device.type == "cpu" and not torch.isfinite(view).all():
                 raise ValueError(
@@ -124,9 +126,6 @@ class AMCLBarlow(nn.Module):
     def metrics(self) -> dict[str, Tensor]:
         """Detached measurements of the last call, over all processes; {} before the first."""
         return dict(self._last)
-
-    def end_epoch(self) -> None:
-        """Close an epoch; nothing is kept by epoch."""
 
 
 def _standardised(z: Tensor, count: Tensor) -> Tensor:

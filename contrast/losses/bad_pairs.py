@@ -12,6 +12,7 @@ from torch import Tensor
 from contrast.core import distributed
 from contrast.core.embeddings import Embeddings
 from contrast.core.pairs import Pairs
+from contrast.losses.loss import Row
 from contrast.losses.pair_loss import LOSSES, Extra, PairLoss
 from contrast.losses.wrapper import LossWrapper
 
@@ -20,6 +21,9 @@ UNIT = 2.0**24
 same, and a cast of the module to half precision does not reach them."""
 LARGEST = 2.0**20
 """A loss beyond this is remembered as this."""
+
+SHOWN = 6
+"""Noisy and faulty samples among the findings, each."""
 
 NORMAL, NOISY, FAULTY = 0, 1, 2
 
@@ -43,7 +47,7 @@ class BadPairs(LossWrapper):
     `contrast.local()` does not. A call's own losses enter the memory with the next call in training, with `update()`,
     which belongs after the optimiser's step where checkpoints are made within an epoch, or with `end_epoch()`, which
     also finds the bad pairs of the next epoch: within an epoch the weights depend on the epochs before it alone. The
-    memory lies in buffers, so a checkpoint has all of it.
+    memory is part of the state dict, so a checkpoint has all of it.
 
         criterion = BadPairs(InfoNCE(0.2), samples=len(dataset))
         loss = criterion(z_a, z_b, sample=index)    # in every step
@@ -122,6 +126,7 @@ class BadPairs(LossWrapper):
         self.register_buffer("center", torch.zeros(()))
         self.register_buffer("spread", torch.ones(()))
         self.register_buffer("epoch", torch.zeros((), dtype=torch.int64))
+        self._shares = torch.zeros(0, 3, dtype=torch.float64)
         self._call: tuple[Tensor, list[Tensor]] | None = None
         self._pending: Tensor | None = None
         self._measured: dict[str, Tensor] = {}
@@ -191,6 +196,9 @@ class BadPairs(LossWrapper):
         self.epoch_counts.zero_()
         self.epoch += 1
         self._judge()
+        known = (self.counts > 0).sum().clamp(min=1).double()
+        shares = torch.stack([self.noisy.sum() / known, self.faulty.sum() / known, self.epoch >= self.warmup_epochs])
+        self._shares = torch.cat([self._shares.to(shares.device), shares[None]])
         super().end_epoch()
 
     @property
@@ -208,6 +216,37 @@ class BadPairs(LossWrapper):
     def faulty(self) -> Tensor:
         """(samples,) bool, whose losses were too large, by the epochs that have ended; also during the warm-up."""
         return self.kind == FAULTY
+
+    def findings(self, names: Sequence[str]) -> dict[str, list[Row]]:
+        """Return the shares of flagged samples after each epoch, and the samples furthest from the mean, at most SHOWN.
+
+        "weights applied" is 1 where they weigh less in the epoch after.
+        """
+        epochs: list[Row] = [
+            {"epoch": epoch, "noisy": noisy, "faulty": faulty, "weights applied": int(applied)}
+            for epoch, (noisy, faulty, applied) in enumerate(self._shares.tolist(), start=1)
+        ]
+        history = self.history
+        found = {**super().findings(names), "Samples flagged by epoch": epochs}
+        for title, flagged, descending in (
+            ("Noisy pairs: mean loss far below the others'", self.noisy, False),
+            ("Faulty pairs: mean loss far above the others'", self.faulty, True),
+        ):
+            samples = flagged.nonzero().flatten()
+            furthest = samples[history[samples].argsort(descending=descending, stable=True)][:SHOWN]
+            found[title] = [
+                {"sample": sample, "name": names[sample], "mean loss": float(history[sample])}
+                for sample in furthest.tolist()
+            ]
+        return {title: rows for title, rows in found.items() if rows}
+
+    def get_extra_state(self) -> Tensor:
+        """Return the shares of noisy and faulty samples and whether weights applied, (epochs, 3)."""
+        return self._shares
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Restore them."""
+        self._shares = state
 
     def measure(self, pairs: Pairs) -> dict[str, Tensor]:
         """Return what the inner loss measures, the shares of noisy and faulty samples in the last batch and its weight.

@@ -27,6 +27,17 @@ class Source(Protocol):
         """Return the candidates for these anchors; the same on every process."""
 
 
+@runtime_checkable
+class UpdatedSource(Source, Protocol):
+    """A source whose candidates change with its updates: the backward pass must come before the next one.
+
+    Attributes:
+        updates: how often it was updated.
+    """
+
+    updates: int
+
+
 Extra = Tensor | Embeddings | Source
 
 

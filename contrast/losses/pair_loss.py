@@ -3,30 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from contrast.core import distributed
 from contrast.core.autograd import CHANGED, full_precision
 from contrast.core.embeddings import PADDING, Embeddings, gather_all, normalise
 from contrast.core.pairs import Pairs, all_pairs
-from contrast.core.registry import Registry
 from contrast.losses import diagnostics, inputs
-from contrast.losses.inputs import Extra, Source
+from contrast.losses.inputs import Extra, Source, UpdatedSource
+from contrast.losses.loss import LOSSES, Loss
 
 __all__ = ["LOSSES", "Extra", "PairLoss", "Source", "global_mean"]
-
-LOSSES = Registry("loss")
-"""Every loss by name."""
 
 BLOCK = 1024
 """Anchors at a time for a loss that reads the similarities themselves."""
 
 
-class PairLoss(nn.Module):
+class PairLoss(Loss):
     """A loss that is one pure function of each anchor's row.
 
     A subclass writes `per_anchor`; identities, gathering over processes, valid rows and the mean are done here.
@@ -53,12 +50,11 @@ class PairLoss(nn.Module):
         >>> value = Decoupled()(torch.randn(64, 128), torch.randn(64, 128))
     """
 
-    needs_positive: ClassVar[bool] = True
-    needs_negative: ClassVar[bool] = False
-    normalise: ClassVar[bool] = True
-    reads_similarity: ClassVar[bool] = False
+    takes_extra = True
+    needs_positive: bool = True
+    needs_negative: bool = False
+    reads_similarity: bool = False
     takes_one_view: bool = True
-    reference_of: Literal["sample", "view"] = "sample"
     traced: bool = True
 
     def __init__(self) -> None:
@@ -228,9 +224,6 @@ class PairLoss(nn.Module):
         """
         return diagnostics.false_negative_rates(self._last, labels)
 
-    def end_epoch(self) -> None:
-        """End an epoch; a loss that keeps statistics by epoch updates them here."""
-
     def _valid(self, pairs: Pairs) -> Tensor:
         """Return (N,) bool: the anchors that have what the loss needs."""
         valid = pairs.view != PADDING
@@ -273,9 +266,11 @@ def global_mean(rows: Tensor, valid: Tensor) -> Tensor:
 
 
 def _refuse_updated(value: Tensor, extras: Sequence[Extra]) -> Tensor:
-    """Let the backward pass refuse memories that were updated since the loss was computed."""
-    counts = [(source, source.updates) for source in extras if hasattr(source, "updates")]
-    if not counts or not value.requires_grad or torch.compiler.is_compiling():
+    """Return the value with a check in its backward pass: no memory was updated since the loss was computed."""
+    if not value.requires_grad or torch.compiler.is_compiling():
+        return value
+    counts = [(source, source.updates) for source in extras if isinstance(source, UpdatedSource)]
+    if not counts:
         return value
 
     def check(gradient: Tensor) -> None:  # noqa: ARG001

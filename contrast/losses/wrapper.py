@@ -10,6 +10,7 @@ from torch import Tensor
 
 from contrast.core.embeddings import Embeddings
 from contrast.core.pairs import Pairs
+from contrast.losses.loss import Row
 from contrast.losses.pair_loss import Extra, PairLoss
 
 
@@ -35,15 +36,12 @@ class LossWrapper(PairLoss):
                 f"{type(self).__name__} {self.does}; {type(loss).__name__} has none, it is one number for a batch."
             )
         self.loss = loss
-        for wish in (
-            "needs_positive",
-            "needs_negative",
-            "normalise",
-            "reads_similarity",
-            "takes_one_view",
-            "reference_of",
-        ):
-            setattr(self, wish, getattr(loss, wish))
+        self.needs_positive = loss.needs_positive
+        self.needs_negative = loss.needs_negative
+        self.normalise = loss.normalise
+        self.reads_similarity = loss.reads_similarity
+        self.takes_one_view = loss.takes_one_view
+        self.reference_of = loss.reference_of
         self.traced = self.traced and loss.traced
 
     def pairs(
@@ -75,13 +73,16 @@ class LossWrapper(PairLoss):
         return self.loss.combine(rows, anchors)
 
     def update(self) -> None:
-        """Let a loss inside that remembers write its memory."""
-        if hasattr(self.loss, "update"):
-            self.loss.update()  # type: ignore[operator]
+        """Update the inner loss."""
+        self.loss.update()
 
     def end_epoch(self) -> None:
-        """Close the epoch of the loss inside."""
+        """End the epoch of the inner loss."""
         self.loss.end_epoch()
+
+    def findings(self, names: Sequence[str]) -> dict[str, list[Row]]:
+        """Return what the inner loss found."""
+        return self.loss.findings(names)
 
     @torch.no_grad()
     def measure(self, pairs: Pairs) -> dict[str, Tensor]:

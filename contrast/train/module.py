@@ -14,7 +14,7 @@ from contrast.core import distributed
 from contrast.core.embeddings import Embeddings
 from contrast.core.seeding import derived
 from contrast.data.dataset import Batch
-from contrast.losses import BadPairs
+from contrast.losses import BadPairs, Loss
 from contrast.memory import Memory
 from contrast.models.batch_norm import synchronise
 from contrast.models.encoder import Encoder
@@ -32,7 +32,7 @@ class Pretraining(lightning.LightningModule):
 
     Args:
         encoder: backbone and head, with its momentum twin and predictor where the method has them.
-        loss: any loss of the registry.
+        loss: the loss; `as_loss` makes one of a plain module.
         views: makes the views of a batch on its device.
         optimizer: how to step.
         budget: where the schedule ends.
@@ -51,7 +51,7 @@ class Pretraining(lightning.LightningModule):
     def __init__(
         self,
         encoder: Encoder,
-        loss: nn.Module,
+        loss: Loss,
         views: Views,
         optimizer: Optimizer,
         budget: Budget,
@@ -135,15 +135,14 @@ class Pretraining(lightning.LightningModule):
         step = self.global_step + 1
         super().optimizer_step(*given, **named)
         self.encoder.update_twin(self.budget.progress(step, self.elapsed))
-        if hasattr(self.loss, "update"):
-            self.loss.update()  # type: ignore[operator]
+        self.loss.update()
         if step % self.measure_every == 0 or step == self.budget.steps:
             # What a queue gave this step is what it holds now; after the next line other entries stand in their place.
             self.measured = {name: float(value) for name, value in self.measure().items()}
         keys, self._keys = self._keys, []
         self.step.remember(keys)
         if step % self.steps_per_epoch == 0:
-            self.loss.end_epoch()  # type: ignore[operator]
+            self.loss.end_epoch()
             for memory in (*self.step.memory, *self.step.watching):
                 memory.end_epoch()
 
@@ -152,12 +151,12 @@ class Pretraining(lightning.LightningModule):
 
         Labels count the false negatives among the candidates and are used for nothing else.
         """
-        rows: dict[str, Tensor | float] = dict(self.loss.metrics)  # type: ignore[arg-type]
+        rows: dict[str, Tensor | float] = dict(self.loss.metrics)
         for memory in (*self.step.memory, *self.step.watching):
             rows |= memory.metrics
-        if self.labels is not None and hasattr(self.loss, "false_negative_rates"):
+        if self.labels is not None:
             self.labels = self.labels.to(self.device)
-            rows |= self.loss.false_negative_rates(self.labels)  # type: ignore[operator]
+            rows |= self.loss.false_negative_rates(self.labels)
         return rows
 
     def held_bad(self) -> dict[str, float]:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from contrast.core.embeddings import Embeddings, normalise
 from contrast.data.dataset import Batch
+from contrast.losses import Loss
 from contrast.memory import Memory
 from contrast.models.encoder import Encoder, Projections
 from contrast.views.views import Views
@@ -37,7 +38,7 @@ class Step:
 
     Args:
         encoder: backbone and head, with its momentum twin and predictor where the method has them.
-        loss: any loss of the registry.
+        loss: the loss; `as_loss` makes one of a plain module.
         views: makes the views of a batch on its device.
         memory: where more candidates come from, in this order; what `positives` gives takes the views' place.
         watching: memories that remember as well, but give no candidates.
@@ -45,7 +46,7 @@ class Step:
     """
 
     encoder: Encoder
-    loss: nn.Module
+    loss: Loss
     views: Views
     memory: Sequence[Memory] = ()
     watching: Sequence[Memory] = ()
@@ -59,11 +60,14 @@ class Step:
         given = self._references(batch, views)
         keys = self._keys(out, batch, given)
         anchors, targets = self._anchors(out, keys)
-        # Losses that are no sums over pairs know neither memories nor references.
-        more: dict[str, Any] = {"extra": list(self.memory)} if self.memory else {}
-        if given is not None:
-            more["reference"] = given
-        loss: Tensor = self.loss(*anchors, targets=targets, sample=batch.sample, group=batch.group, **more)
+        loss: Tensor = self.loss(
+            *anchors,
+            targets=targets,
+            sample=batch.sample,
+            group=batch.group,
+            reference=given,
+            extra=list(self.memory),
+        )
         return StepOutput(loss, keys[-1], prepared, views)
 
     def remember(self, keys: Sequence[Embeddings]) -> None:
@@ -78,17 +82,16 @@ class Step:
         """Give what the frozen network sees in each sample, or in each view where the loss asks for that."""
         if self.reference is None:
             return None
-        if getattr(self.loss, "reference_of", "sample") == "view":
+        if self.loss.reference_of == "view":
             return [self.reference(self.encoder.inputs.restore(view)).float() for view in views]
         return self.reference(batch.x).float()
 
     @torch.no_grad()
     def _keys(self, out: Projections, batch: Batch, given: Tensor | list[Tensor] | None) -> list[Embeddings]:
         """Give what there is without gradient of each view, with its identity."""
-        unit = getattr(self.loss, "normalise", True)
         made = []
         for view, z in enumerate(out.targets or out.z):
-            z = normalise(z.detach()) if unit else z.detach().float()
+            z = normalise(z.detach()) if self.loss.normalise else z.detach().float()
             of_view = given[view] if isinstance(given, list) else given
             reference = None if of_view is None else normalise(of_view)
             made.append(Embeddings(z, batch.sample, batch.group, torch.full_like(batch.sample, view), reference))

@@ -6,7 +6,7 @@ from torch import nn
 
 from contrast.core.embeddings import normalise
 from contrast.data.dataset import Batch
-from contrast.losses import CWCL, InfoNCE, NegativeCosine
+from contrast.losses import CWCL, InfoNCE, Loss, NegativeCosine
 from contrast.memory import Bank, HardNegatives, NearestPositives, Queue
 from contrast.models import Encoder
 from contrast.models.heads import mlp
@@ -146,14 +146,14 @@ def test_a_loss_that_asks_for_it_gets_the_frozen_network_s_features_of_each_view
 
     given = {}
 
-    class Asking(nn.Module):
+    class ReferenceOfViews(Loss):
         reference_of = "view"
 
         def forward(self, *z, reference, **_):
             given["reference"] = reference
             return z[0].sum()
 
-    step = Step(encoder(), Asking(), Views(views().views), reference=reference)
+    step = Step(encoder(), ReferenceOfViews(), Views(views().views), reference=reference)
     taken = take(step)
     assert len(given["reference"]) == 2
     for raw, view in zip(seen, taken.views, strict=True):
