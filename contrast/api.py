@@ -16,10 +16,10 @@ from contrast.experiment import config as configuration
 from contrast.experiment import named_models
 from contrast.experiment import run as runs
 from contrast.experiment.build import read_data
+from contrast.experiment.folder import RunFolder
 from contrast.experiment.named_models import Model, load
 from contrast.experiment.results import write_evaluations
 from contrast.experiment.run import Run, Stopped
-from contrast.train.run_folder import RunFolder
 
 __all__ = ["Model", "Run", "Stopped", "evaluate", "load", "pretrain"]
 
@@ -75,7 +75,7 @@ def evaluate(
         InputError: for a model or data that cannot be had, or that do not fit each other.
     """
     model = str(model)
-    own = Path(model) / "config.yaml"
+    own = RunFolder(Path(model)).config
     given = [*words, *_words(settings)]
     if data is not None:
         # Another data set is not split or labelled as the run's own was; it is read at the same size.

@@ -177,10 +177,11 @@ def _evaluate(words: argparse.Namespace) -> None:
 
 def _show(words: argparse.Namespace) -> None:
     from contrast.experiment import config as configuration
+    from contrast.experiment.folder import RunFolder, is_run
 
     first, *rest = words.words
-    if Path(first).is_dir() and (Path(first) / "config.yaml").is_file():
-        loaded = configuration.load(str(Path(first) / "config.yaml"), rest)
+    if is_run(first):
+        loaded = configuration.load(str(RunFolder(Path(first)).config), rest)
     elif _is_model(first):
         return _show_model(first)
     else:
@@ -284,8 +285,10 @@ def _is_data(word: str) -> bool:
 
 
 def _is_model(word: str) -> bool:
+    from contrast.models.weights import DESCRIPTION
+
     path = Path(word)
-    return (path / "backbone.json").is_file() or path.suffix in (".safetensors", ".json")
+    return (path / DESCRIPTION).is_file() or path.suffix in (".safetensors", ".json")
 
 
 def _is_setting(word: str) -> bool:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from contrast.experiment import config as configuration
-from contrast.train.run_folder import RunFolder
+from contrast.experiment.folder import RunFolder
 from tests.test_bench_bad_pairs import FACTS, row_of
 from tools import bench_memory as bench
 from tools import cells

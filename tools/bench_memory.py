@@ -18,8 +18,8 @@ from contrast.evaluation.features import Encode
 from contrast.experiment import config as configuration
 from contrast.experiment import run as runs
 from contrast.experiment.build import build, read_data
+from contrast.experiment.folder import RunFolder
 from contrast.experiment.named_models import encode_with, load
-from contrast.train.run_folder import RunFolder
 from tools import cells
 from tools.cells import ROOT, SETS, Cells
 

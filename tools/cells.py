@@ -24,8 +24,8 @@ from contrast.data import Data
 from contrast.evaluation.compare import Difference
 from contrast.evaluation.features import Encode, extract
 from contrast.evaluation.protocols import evaluate
+from contrast.experiment.folder import environment
 from contrast.retrieval import exact_search
-from contrast.train.run_folder import environment
 
 ROOT = Path(__file__).resolve().parents[1]
 METRIC = "balanced_accuracy"

@@ -9,6 +9,7 @@ from contrast.data import Data, duplicates, leaks
 from contrast.experiment import config as configuration
 from contrast.experiment.build import read_data
 from contrast.experiment.config import Loaded
+from contrast.experiment.folder import VIEWS
 from contrast.experiment.run import prepare, views_of
 
 
@@ -26,7 +27,7 @@ def check(loaded: Loaded, *, out: Path | None = None, steps: int = 20) -> str:
     data = read_data(loaded.config)
     experiment, budget, trial = prepare(loaded, data, steps=steps)
     data = experiment.data
-    picture = out or Path("views.png")
+    picture = out or Path(VIEWS)
     picture.write_bytes(views_of(trial, data))
     weights = sum(parameter.numel() for parameter in experiment.encoder.parameters() if parameter.requires_grad)
     seconds = trial.seconds_per_step * budget.steps if budget.steps else budget.seconds or 0

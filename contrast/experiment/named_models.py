@@ -16,7 +16,7 @@ from contrast.data import Data
 from contrast.experiment.build import inputs_of
 from contrast.experiment.config import Config
 from contrast.models import Encoder, build_backbone, load_backbone
-from contrast.models.weights import read_description
+from contrast.models.weights import DESCRIPTION, read_description
 
 Encode = Callable[[Tensor], Tensor]
 
@@ -85,7 +85,7 @@ def reference_of(config: Config, data: Data) -> Encode | None:
 
 def _find(name: str, part: Any, data: Data) -> tuple[str, Model | Encode]:
     if Path(name).exists():
-        if Path(name).is_dir() or (Path(name).parent / "backbone.json").is_file():
+        if Path(name).is_dir() or (Path(name).parent / DESCRIPTION).is_file():
             model = load(name)
             if (model.kind, model.shape[0]) != (data.kind, data.shape[0]):
                 raise InputError(

@@ -10,7 +10,7 @@ import numpy as np
 
 from contrast.data.dataset import Data
 from contrast.evaluation.protocols import Evaluation
-from contrast.train.run_folder import RunFolder
+from contrast.experiment.folder import EVALUATIONS, PREDICTIONS, RESULT, RESULTS, RunFolder
 
 SCHEMA = 1
 
@@ -31,7 +31,7 @@ def write_results(
     if evaluation is not None:
         write_evaluations(run, data, evaluation, names=names)
     return run.write_json(
-        "results.json",
+        RESULTS,
         {
             "schema": SCHEMA,
             "run": dict(about),
@@ -75,12 +75,12 @@ def write_evaluations(run: RunFolder, data: Data, evaluation: Evaluation, *, nam
         results = [result for result in evaluation.results if result.protocol == protocol]
         source = Path(data.source).stem if Path(data.source).exists() else data.source
         name = "".join(letter if letter.isalnum() or letter in "-_." else "-" for letter in source)
-        folder = f"evaluations/{protocol}-{results[0].protocol_version}-{name}-{results[0].protocol_hash[:8]}"
+        folder = f"{EVALUATIONS}/{protocol}-{results[0].protocol_version}-{name}-{results[0].protocol_hash[:8]}"
         run.write_json(
-            f"{folder}/result.json",
+            f"{folder}/{RESULT}",
             {"schema": SCHEMA, "data": describe(data), "results": [result.row() for result in results]},
         )
-        _write_predictions(run.path / folder / "predictions.parquet", data, models, names=names)
+        _write_predictions(run.path / folder / PREDICTIONS, data, models, names=names)
         folders.append(run.path / folder)
     return folders
 

@@ -30,6 +30,15 @@ from contrast.experiment import config as configuration
 from contrast.experiment.build import Experiment, build, build_encoder_for, pick_size, pick_steps, read_data
 from contrast.experiment.config import Config, Loaded
 from contrast.experiment.dry_run import DryRun, dry_run, peak_bytes
+from contrast.experiment.folder import (
+    COMMAND,
+    CONFIG,
+    DATA,
+    ENVIRONMENT,
+    SAMPLES,
+    VIEWS,
+    RunFolder,
+)
 from contrast.experiment.named_models import Encode, encode_with, reference_of
 from contrast.experiment.results import write_results
 from contrast.losses import BadPairs
@@ -38,7 +47,6 @@ from contrast.report import save_samples, views_picture, write_report
 from contrast.train.budget import Budget
 from contrast.train.fit import Outcome, check_trainer, fit
 from contrast.train.module import Pretraining
-from contrast.train.run_folder import RunFolder, latest_step
 
 log = logging.getLogger("contrast")
 
@@ -101,10 +109,10 @@ def start(loaded: Loaded, *, out: Path | None = None, name: str | None = None, c
     folder = _new_folder(config, data, out, name)
     if distributed.is_first_process():
         folder.describe(command)
-        folder.write("config.yaml", configuration.to_yaml(_with_whole_path(config)))
-        folder.write_json("data.json", dict(data.fingerprint))
+        folder.write(CONFIG, configuration.to_yaml(_with_whole_path(config)))
+        folder.write_json(DATA, dict(data.fingerprint))
         if config.report.samples:
-            folder.write("views.png", views_of(trial, data))
+            folder.write(VIEWS, views_of(trial, data))
         folder.set_state("running", 0)
     return _train_and_measure(experiment, budget, folder)
 
@@ -123,22 +131,22 @@ def resume(path: str | Path, words: Sequence[str] = ()) -> Run:
             raise InputError(f"{key}: a resumed run goes on as it was; only budget, trainer.* and data.workers change.")
     if not folder.checkpoint.is_file():
         raise InputError(f"{folder.path} has no checkpoint to go on from; start it anew with `contrast pretrain`.")
-    config = configuration.load(str(folder.path / "config.yaml"), words).config
+    config = configuration.load(str(folder.config), words).config
     check_trainer(config.trainer)
     data = read_data(config)
-    if folder.read_json("data.json") != dict(data.fingerprint):
+    if folder.read_json(DATA) != dict(data.fingerprint):
         raise InputError(
             f"{data.source} is no longer the data that {folder.path} was started on; give it that data back."
         )
     experiment = build(config, data, reference_of(config, data))
     budget = Budget.parse(config.budget, steps_per_epoch=experiment.sampler().steps_per_epoch)
-    step = latest_step(folder.checkpoint)
+    step = folder.checkpoint_step()
     if budget.steps and budget.steps < step:
         raise InputError(f"budget is {budget}, and {folder.path} has {step:,} steps behind it; give that or more.")
     log.info("%s: going on from step %s of %s", folder.path, f"{step:,}", budget)
     if words:
-        folder.write("config.yaml", configuration.to_yaml(config))
-    folder.forget_after(step)
+        folder.write(CONFIG, configuration.to_yaml(config))
+    folder.drop_metrics_after(step)
     folder.set_state("running", step)
     return _train_and_measure(experiment, budget, folder, step=step)
 
@@ -189,7 +197,7 @@ def measuring(config: Config) -> dict[str, Any]:
 
 
 def _train_and_measure(experiment: Experiment, budget: Budget, folder: RunFolder, *, step: int | None = None) -> Run:
-    """Train from `step` on (None: anew), then measure; whatever ends it, `state.json` says so."""
+    """Train from `step` on (None: anew), then measure; however it ends, the state says so."""
     config = experiment.config
     sampler = experiment.sampler(step or 0)
     module = Pretraining(
@@ -270,7 +278,7 @@ def _measure(experiment: Experiment, folder: RunFolder, outcome: Outcome) -> Run
     elif len(data.test):
         test_features, _ = extract(pretrained, data.test)
     save_samples(
-        folder.path / "report.npz",
+        folder.path / SAMPLES,
         kind=data.kind,
         classes=data.classes,
         test=data.test,
@@ -303,9 +311,9 @@ def _held_bad(loss: torch.nn.Module, train: Samples) -> dict[str, tuple[Samples,
 
 
 def _facts(config: Config, folder: RunFolder, outcome: Outcome, evaluation_seconds: float) -> dict[str, Any]:
-    environment = folder.read_json("environment.json")
+    environment = folder.read_json(ENVIRONMENT)
     return {
-        "command": (folder.path / "command.txt").read_text().strip(),
+        "command": folder.read_text(COMMAND).strip(),
         "config_hash": hashlib.blake2b(configuration.to_yaml(config).encode(), digest_size=8).hexdigest(),
         "commit": environment.get("commit"),
         "dirty": environment.get("dirty"),
@@ -359,12 +367,12 @@ def _about(budget: Budget, seconds_per_step: float) -> str:
 
 
 class _log_file:  # noqa: N801
-    """Keeps what the package says in the run's `log.txt` meanwhile."""
+    """Appends the package's log messages to the run's log."""
 
     def __init__(self, folder: RunFolder) -> None:
         self.handler: logging.Handler = logging.NullHandler()
         if distributed.is_first_process():
-            self.handler = logging.FileHandler(folder.path / "log.txt")
+            self.handler = logging.FileHandler(folder.log)
             self.handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
 
     def __enter__(self) -> None:

@@ -7,8 +7,10 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Mapping
+from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, Literal, Protocol
 
 import lightning
 import torch
@@ -17,15 +19,36 @@ from tqdm import tqdm
 from contrast.data.dataset import Data
 from contrast.evaluation.features import frozen
 from contrast.train.module import Pretraining
-from contrast.train.run_folder import RunFolder
 
 
 class TrainingFailure(RuntimeError):
     """Training cannot go on; the message is one sentence."""
 
 
+class RunWriter(Protocol):
+    """What training needs of the folder of a run."""
+
+    @property
+    def checkpoint(self) -> Path:
+        """The file of the newest checkpoint."""
+        ...
+
+    @property
+    def tensorboard(self) -> Path:
+        """The folder of TensorBoard's event files."""
+        ...
+
+    def append_metrics(self, row: Mapping[str, float | int]) -> None:
+        """Append one line to the metrics."""
+        ...
+
+    def set_state(self, state: Literal["running"], step: int) -> None:
+        """Write that the run has reached `step`."""
+        ...
+
+
 class MetricsLogger(lightning.Callback):
-    """Writes `metrics.jsonl` and the heartbeat, logs to TensorBoard, and moves the progress bar.
+    """Writes the metrics and the heartbeat, logs to TensorBoard, and moves the progress bar.
 
     Args:
         run: where to write.
@@ -33,7 +56,7 @@ class MetricsLogger(lightning.Callback):
         quiet: whether to leave the progress bar out.
     """
 
-    def __init__(self, run: RunFolder, *, every: int, quiet: bool = False) -> None:
+    def __init__(self, run: RunWriter, *, every: int, quiet: bool = False) -> None:
         self.run, self.every, self.quiet = run, max(every, 1), quiet
         self._losses: list[torch.Tensor] = []
         self._bar: Any = None
@@ -120,7 +143,7 @@ _ON_THE_BAR = {"loss": "loss", "probe_accuracy": "probe"}
 
 
 class Checkpoints(lightning.Callback):
-    """Keeps `checkpoints/last.ckpt`: soon after the start, every few minutes and at the end.
+    """Saves the newest checkpoint: soon after the start, every few minutes and at the end.
 
     Each is written whole before it replaces the last.
 
@@ -129,7 +152,7 @@ class Checkpoints(lightning.Callback):
         minutes: between two checkpoints; the first comes after a tenth of that.
     """
 
-    def __init__(self, run: RunFolder, *, minutes: float = 5.0) -> None:
+    def __init__(self, run: RunWriter, *, minutes: float = 5.0) -> None:
         self.run, self.minutes = run, minutes
         self._saved = time.monotonic() - 0.9 * 60 * minutes
 

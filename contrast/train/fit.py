@@ -18,9 +18,8 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from contrast.core.registry import InputError
 from contrast.data.dataset import Data
 from contrast.data.loader import StepSampler, training_loader
-from contrast.train.callbacks import Checkpoints, MetricsLogger, OnlineProbe, StopOnSignal, TrainingFailure
+from contrast.train.callbacks import Checkpoints, MetricsLogger, OnlineProbe, RunWriter, StopOnSignal, TrainingFailure
 from contrast.train.module import Pretraining
-from contrast.train.run_folder import RunFolder
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,7 @@ def fit(
     module: Pretraining,
     data: Data,
     sampler: StepSampler,
-    run: RunFolder,
+    run: RunWriter,
     *,
     resume: bool = False,
     trainer: Mapping[str, Any] | None = None,
@@ -129,14 +128,15 @@ def check_trainer(trainer: Mapping[str, Any]) -> None:
 
 
 def _trainer(
-    run: RunFolder,
+    run: RunWriter,
     callbacks: list[lightning.Callback],
     steps: int | None,
     further: dict[str, Any],
     *,
     tensorboard: bool,
 ) -> lightning.Trainer:
-    logger = TensorBoardLogger(save_dir=run.path, name="", version="tensorboard") if tensorboard else False
+    events = run.tensorboard
+    logger = TensorBoardLogger(save_dir=events.parent, name="", version=events.name) if tensorboard else False
     return _lightning(max_steps=steps or -1, max_epochs=-1, callbacks=callbacks, logger=logger, **further)
 
 
