@@ -1,4 +1,8 @@
-"""The backbone that a part names, for data of one shape: ours, timm's, torchvision's or the user's."""
+"""Backbones by name: those registered here, timm's, torchvision's, and functions of the user's.
+
+A network of this package is added with one line below, `BACKBONES.register(name)(Class)`; a user's own needs no entry:
+`backbone: "module:function"`.
+"""
 
 from __future__ import annotations
 
@@ -15,13 +19,14 @@ from torch import Tensor, nn
 from contrast.core.registry import InputError, Registry, check_arguments, did_you_mean
 from contrast.models.checkpoints import load_weights
 from contrast.models.image_networks import SmallConv
-from contrast.models.libraries import LIBRARIES, Library, build_network, knows, names
+from contrast.models.libraries import LIBRARIES, Library, build_network, has_network, network_names
 from contrast.models.series_networks import Dilated, ResNet1d, Transformer1d
 
 Kind = Literal["image", "series"]
 Part = str | Mapping[str, Any]
 
 BACKBONES = Registry("backbone")
+"""The networks of this package by name; timm's and torchvision's are found by `build_backbone`."""
 BACKBONES.register("small_conv")(SmallConv)
 BACKBONES.register("resnet1d", aliases=["resnet_1d"])(ResNet1d)
 BACKBONES.register("dilated", aliases=["ts2vec"])(Dilated)
@@ -31,35 +36,42 @@ BACKBONES.register("transformer1d", aliases=["transformer", "tst"])(Transformer1
 def build_backbone(
     part: Part | nn.Module, shape: Sequence[int], kind: Kind, *, where: str = "encoder.backbone"
 ) -> nn.Module:
-    """Give the network that turns a batch of the data into features (N, F).
+    """Return the network that turns a batch of the data into features (N, F).
 
     Args:
         part: a name, or {name, pretrained: false | true | PATH, arguments of the network}. The name is one of
-            BACKBONES, "timm:NAME", "torchvision:NAME", "module:function" (a function or class of the user's that gives
-            an nn.Module; `channels` and `shape` are handed over where it takes them), or bare: then BACKBONES, timm
-            and torchvision are asked in this order. Or a network, which is taken as it is.
+            BACKBONES, "timm:NAME", "torchvision:NAME", "module:function" (a function or class of the user's that
+            returns an nn.Module; it is called with `channels` and `shape` if it has arguments of these names), or a
+            name without prefix, which is looked up in BACKBONES, timm and torchvision in this order. A network is
+            used as it is.
         shape: (C, H, W) of images, (C, L) of series.
-        kind: image or series. A network for series reads (x (N, C, L), mask (N, L) bool or None), or x alone.
+        kind: image or series. A network for series takes (x (N, C, L), mask (N, L) bool or None), or x only.
         where: the key of the config, for messages.
 
     Raises:
-        InputError: for an unknown name or argument, weights that cannot be had or are another network's, and a
-            network that does not turn data of this shape into (N, F).
+        InputError: for an unknown name or argument, weights that are not available or belong to another network, and
+            a network that does not turn data of this shape into (N, F).
+
+    Example:
+        >>> backbone = build_backbone({"name": "small_conv", "width": 16}, shape=(1, 28, 28), kind="image")
+        >>> backbone(torch.zeros(2, 1, 28, 28)).shape
+        torch.Size([2, 64])
     """
     if isinstance(part, nn.Module):
         feature_width(part, shape, where=where)
         return part
-    name, pretrained, arguments = parse(part, where)
+    name, pretrained, arguments = parse_part(part, where)
     library, bare = library_of(name, where)
     classifier: tuple[str, ...] = ()
     if library is not None:
-        _check_kind(name, frozenset({"image"}), kind, where)
+        _check_backbone_kind(name, frozenset({"image"}), kind, where)
         built = build_network(library, bare, arguments, shape, pretrained=pretrained is True, where=where)
         backbone, classifier = built.network, built.classifier
     else:
         if pretrained is True:
-            raise InputError(f"{where}.pretrained: nobody published weights of '{name}'; set it to false or to a file.")
-        backbone = (_imported if ":" in name else _registered)(name, arguments, shape, kind, where)
+            raise InputError(f"{where}.pretrained: '{name}' has no published weights; set it to false or to a file.")
+        build = _build_imported if ":" in name else _build_registered
+        backbone = build(name, arguments, shape, kind, where)
     feature_width(backbone, shape, where=where)
     if isinstance(pretrained, str):
         load_weights(backbone, pretrained, classifier=classifier)
@@ -67,23 +79,32 @@ def build_backbone(
 
 
 def feature_width(backbone: nn.Module, shape: Sequence[int], *, where: str = "encoder.backbone") -> int:
-    """Give F, found by a dry run on zeros in evaluation mode; no buffer, flag or random state changes.
+    """Return F, found by a dry run on zeros in evaluation mode; no buffer, flag or random state changes.
+
+    Args:
+        backbone: a network, (N, *shape) to (N, F).
+        shape: (C, H, W) of images, (C, L) of series.
+        where: the key of the config, for messages.
 
     Raises:
-        InputError: where the network cannot read data of this shape (C, H, W) or (C, L), or gives anything but (N, F).
+        InputError: if the network cannot read data of this shape, or returns anything but (N, F).
+
+    Example:
+        >>> feature_width(nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), shape=(1, 8, 8))
+        10
     """
     features = output_of_zeros(backbone, (2, *shape), where)
     if features.dim() != 2 or len(features) != 2:
         raise InputError(
-            f"{where}: {type(backbone).__name__} must give one vector a sample, (N, F); for an input of "
-            f"{(2, *shape)} it gave {tuple(features.shape)}. Pool or flatten its output."
+            f"{where}: {type(backbone).__name__} must return one vector per sample, (N, F); for an input of "
+            f"{(2, *shape)} it returned {tuple(features.shape)}. Pool or flatten its output."
         )
     return features.shape[1]
 
 
 @torch.no_grad()
 def output_of_zeros(module: nn.Module, shape: Sequence[int], where: str) -> Tensor:
-    """Give what the module makes of zeros of this shape, in evaluation mode; leaves everything as it was."""
+    """Return the module's output for zeros of this shape in evaluation mode; its state does not change."""
     parameter = next(module.parameters(), torch.zeros(()))
     training = {part: part.training for part in module.modules()}
     devices = [parameter.device] if parameter.is_cuda else []
@@ -101,12 +122,12 @@ def output_of_zeros(module: nn.Module, shape: Sequence[int], where: str) -> Tens
         for part, flag in training.items():
             part.training = flag
     if not isinstance(output, Tensor):
-        raise InputError(f"{where}: {type(module).__name__} must give a tensor; it gave a {type(output).__name__}.")
+        raise InputError(f"{where}: {type(module).__name__} must return a tensor; got a {type(output).__name__}.")
     return output
 
 
-def parse(part: Part, where: str) -> tuple[str, bool | str, dict[str, Any]]:
-    """Give a part's name, `pretrained` and the other arguments."""
+def parse_part(part: Part, where: str) -> tuple[str, bool | str, dict[str, Any]]:
+    """Return a part's name, `pretrained` and the other arguments."""
     mapping = {"name": part} if isinstance(part, str) else part
     if not isinstance(mapping, Mapping) or not isinstance(mapping.get("name"), str):
         raise InputError(f"{where} must be a name or a mapping with a name, {{name: ..., ...}}; got {part!r}.")
@@ -120,7 +141,7 @@ def parse(part: Part, where: str) -> tuple[str, bool | str, dict[str, Any]]:
 
 
 def library_of(name: str, where: str) -> tuple[Library | None, str]:
-    """Give the library that has the network `name` (None: it is ours or the user's) and its name there."""
+    """Return the library that has the network `name` (None: it is this package's or the user's) and its name there."""
     prefix, colon, rest = name.partition(":")
     for library in LIBRARIES:
         if colon and prefix == library:
@@ -128,55 +149,55 @@ def library_of(name: str, where: str) -> tuple[Library | None, str]:
     if colon or name in BACKBONES:
         return None, name
     for library in LIBRARIES:
-        if knows(library, name):
+        if has_network(library, name):
             return library, name
     try:
         BACKBONES[name]
     except InputError as error:
-        # An alias is answered with the right name; all else with the nearest of what there is anywhere.
+        # For an alias the registry's message has the right name; for other names, suggest one of all libraries.
         if " is called " in str(error):
             raise InputError(f"{where}: {error}") from None
-    everything = [*BACKBONES, *(known for library in LIBRARIES for known in names(library))]
+    everything = [*BACKBONES, *(known for library in LIBRARIES for known in network_names(library))]
     raise InputError(
         f"{where}: there is no backbone '{name}', here or in timm or torchvision.{did_you_mean(name, everything)} "
         f"Ours: {', '.join(BACKBONES)}."
     )
 
 
-def _registered(name: str, arguments: dict[str, Any], shape: Sequence[int], kind: Kind, where: str) -> nn.Module:
-    _check_kind(name, getattr(BACKBONES[name], "kinds", frozenset({kind})), kind, where)
+def _build_registered(name: str, arguments: dict[str, Any], shape: Sequence[int], kind: Kind, where: str) -> nn.Module:
+    _check_backbone_kind(name, getattr(BACKBONES[name], "kinds", frozenset({kind})), kind, where)
     facts = {"channels": shape[0], "shape": tuple(shape)}
-    return _module(BACKBONES.build({"name": name, **arguments}, where=where, **facts), name, where)
+    return _check_module(BACKBONES.build({"name": name, **arguments}, where=where, **facts), name, where)
 
 
-def _imported(name: str, arguments: dict[str, Any], shape: Sequence[int], kind: Kind, where: str) -> nn.Module:
-    build = _import(name, where)
+def _build_imported(name: str, arguments: dict[str, Any], shape: Sequence[int], kind: Kind, where: str) -> nn.Module:
+    build = _import_attribute(name, where)
     if isinstance(build, nn.Module):
         return build
     if not callable(build):
-        raise InputError(f"{where}: '{name}' must be a function or class that gives an nn.Module; got {build!r}.")
+        raise InputError(f"{where}: '{name}' must be a function or class that returns an nn.Module; got {build!r}.")
     checked = check_arguments(build, arguments, where=where, owner=f"'{name}'")
     known = inspect.signature(build).parameters
     facts = {"channels": shape[0], "shape": tuple(shape)}
     filled = {key: value for key, value in facts.items() if key in known and key not in checked}
     try:
-        made = build(**filled, **checked)
+        network = build(**filled, **checked)
     except (ValueError, TypeError) as error:
         raise InputError(f"{where}: '{name}' could not be called: {error}") from error
-    _check_kind(name, getattr(type(made), "kinds", frozenset({kind})), kind, where)
-    return _module(made, name, where)
+    _check_backbone_kind(name, getattr(type(network), "kinds", frozenset({kind})), kind, where)
+    return _check_module(network, name, where)
 
 
-def _import(name: str, where: str) -> Any:
+def _import_attribute(name: str, where: str) -> Any:
     module_name, _, attribute = name.partition(":")
     here = str(Path.cwd())
-    sys.path.insert(0, here)  # a console script's path lacks the folder that it was started in
+    sys.path.insert(0, here)  # the path of a console script lacks the current folder
     try:
         module = importlib.import_module(module_name)
     except Exception as error:
         raise InputError(
             f"{where}: '{name}' means the function {attribute} of the Python module {module_name}, which could not be "
-            f"imported ({type(error).__name__}: {error}); the module must lie in the current folder or be installed."
+            f"imported ({type(error).__name__}: {error}); the module must be in the current folder or be installed."
         ) from error
     finally:
         sys.path.remove(here)
@@ -187,13 +208,13 @@ def _import(name: str, where: str) -> Any:
     return cast(Callable[..., Any], getattr(module, attribute))
 
 
-def _module(made: Any, name: str, where: str) -> nn.Module:
-    if not isinstance(made, nn.Module):
-        raise InputError(f"{where}: '{name}' must give an nn.Module; it gave a {type(made).__name__}.")
-    return made
+def _check_module(network: Any, name: str, where: str) -> nn.Module:
+    if not isinstance(network, nn.Module):
+        raise InputError(f"{where}: '{name}' must return an nn.Module; it returned a {type(network).__name__}.")
+    return network
 
 
-def _check_kind(name: str, kinds: frozenset[str], kind: Kind, where: str) -> None:
+def _check_backbone_kind(name: str, kinds: frozenset[str], kind: Kind, where: str) -> None:
     if kind not in kinds:
         fitting = [known for known in BACKBONES if kind in getattr(BACKBONES[known], "kinds", ())]
         reads = {"image": "images", "series": "series"}

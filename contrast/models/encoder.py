@@ -1,4 +1,4 @@
-"""The encoder: inputs, backbone and head, with the predictor and the momentum twin of the methods that want them."""
+"""The encoder: inputs, backbone and head, optionally with a predictor and a momentum twin."""
 
 from __future__ import annotations
 
@@ -20,12 +20,17 @@ __all__ = ["Encoder", "ImageInputs", "Projections", "SeriesInputs", "build_encod
 
 
 class Projections(NamedTuple):
-    """What a loss gets of V views.
+    """The arguments of a loss for V views, and the features before the head.
 
     Args:
         z: V times (N, D), or (H, N, D) for H heads: the anchors.
-        targets: V times the same without gradient, momentum keys or stopped projections; None where there are none.
+        targets: V times the same without gradient, momentum keys or stop-gradient projections; None if there are none.
         features: V times (N, F), before the head.
+
+    Example:
+        >>> projections = Projections(z=list(torch.randn(2, 8, 4)), targets=None, features=list(torch.randn(2, 8, 16)))
+        >>> len(projections.z), projections.features[0].shape
+        (2, torch.Size([8, 16]))
     """
 
     z: list[Tensor]
@@ -34,26 +39,33 @@ class Projections(NamedTuple):
 
 
 class Encoder(nn.Module):
-    """A backbone and its head, from raw data to features and to what a loss compares.
+    """A backbone and its head, from raw data to features and to the embeddings that a loss compares.
 
     - neither predictor nor momentum: z = head(features), no targets (SimCLR, SupCon, CACR).
     - predictor: z = predictor(p) with p = head(features), and targets = p without gradient (SimSiam).
-    - momentum: targets come from a twin, a slowly following copy of backbone and head (MoCo). It stays in training
-      mode with the rest, so that its BatchNorm normalises by the batch, as in MoCo v3; its parameters follow by an
-      exponential moving average, its buffers are copied. It belongs to the state dict, not to the optimiser.
+    - momentum: targets come from a twin, a momentum copy of backbone and head (MoCo). It is in training mode with the
+      rest, so that its BatchNorm normalises by the batch, as in MoCo v3; its parameters are an exponential moving
+      average, its buffers are copied. It belongs to the state dict, not to the optimiser.
 
-    Views of equal shape go through as one batch, which is faster and lets BatchNorm see them together, as SimCLR does;
-    `joint=False` sends each on its own, as SimSiam and MoCo do.
+    Views of equal shape are encoded as one batch, which is faster and gives them common BatchNorm statistics, as in
+    SimCLR; with `joint=False` each view is encoded separately, as in SimSiam and MoCo.
 
     Args:
-        backbone: (N, C, H, W), or (N, C, L) and where it takes one a `mask` (N, L), to (N, F).
+        backbone: (N, C, H, W), or (N, C, L) with an optional argument `mask` (N, L), to (N, F).
         head: (N, F) to (N, D) or (H, N, D).
-        inputs: prepares raw data, and turns views into what the backbone reads.
+        inputs: prepares raw data, and turns views into the backbone's input.
         predictor: (N, D) to (N, D).
-        momentum: in [0, 1], the share of itself that the twin keeps in a step; None: no twin.
-        momentum_end: what the momentum has become at the end of training, by a cosine.
-        joint: views of equal shape in one pass.
+        momentum: of the twin's moving average, in [0, 1]; None: no twin.
+        momentum_end: the momentum at the end of training, reached along a cosine.
+        joint: encode views of equal shape in one pass.
         width: F; found by `build_encoder`.
+
+    Example:
+        >>> inputs = ImageInputs((0, 255), mean=[0.5], std=[0.25])
+        >>> backbone = nn.Sequential(nn.Flatten(), nn.Linear(64, 16))
+        >>> encoder = Encoder(backbone, nn.Linear(16, 4), inputs=inputs, width=16)
+        >>> encoder(torch.rand(2, 8, 1, 8, 8)).z[0].shape, encoder.encode(torch.zeros(8, 1, 8, 8)).shape
+        (torch.Size([8, 4]), torch.Size([8, 16]))
     """
 
     def __init__(
@@ -71,7 +83,7 @@ class Encoder(nn.Module):
         super().__init__()
         for name, value in (("momentum", momentum), ("momentum_end", momentum_end)):
             if value is not None and not 0 <= value <= 1:
-                raise InputError(f"encoder.{name} is the share that the twin keeps in a step, in [0, 1]; got {value}.")
+                raise InputError(f"encoder.{name} is the momentum of the twin per step, in [0, 1]; got {value}.")
         self.inputs = inputs
         self.backbone = backbone
         self.head = head
@@ -88,51 +100,51 @@ class Encoder(nn.Module):
     def width(self) -> int:
         """The width F of the features."""
         if self._width is None:
-            raise InputError("this encoder was made without saying `width`; hand it over, or use build_encoder.")
+            raise InputError("this encoder was constructed without `width`; pass it, or use build_encoder.")
         return self._width
 
     def prepare(self, raw: Tensor) -> Tensor:
-        """Give what views expect: float32, images in [0, 1], series standardised with NaN where unobserved."""
+        """Return the input of views: float32, images in [0, 1], series standardised with NaN where unobserved."""
         return self.inputs.prepare(raw)
 
     def features(self, x: Tensor) -> Tensor:
-        """Give the features (N, F) of prepared data, without the head."""
+        """Return the features (N, F) of prepared data, without the head."""
         return self._features(self.backbone, x)
 
     def encode(self, raw: Tensor) -> Tensor:
-        """Give the features (N, F) of raw data."""
+        """Return the features (N, F) of raw data."""
         return self.features(self.prepare(raw))
 
     def forward(self, views: Sequence[Tensor]) -> Projections:
-        """Give anchors, targets and features of each view, a prepared batch (N, ...)."""
-        passed = self._each(views, self._online)
+        """Return anchors, targets and features of each view, a prepared batch (N, ...)."""
+        encoded = self._map_views(views, self._online)
         targets = None
         if self.twin is not None:
             with torch.no_grad():
-                targets = [target for (target,) in self._each(views, self._target)]
+                targets = [target for (target,) in self._map_views(views, self._target)]
         elif self.predictor is not None:
-            targets = [projection.detach() for _, projection, _ in passed]
-        return Projections([z for _, _, z in passed], targets, [features for features, _, _ in passed])
+            targets = [projection.detach() for _, projection, _ in encoded]
+        return Projections([z for _, _, z in encoded], targets, [features for features, _, _ in encoded])
 
     @torch.no_grad()
     def update_twin(self, progress: float) -> None:
-        """Let the twin follow; called after each optimiser step, nothing without a twin.
+        """Update the twin's moving average, after each optimiser step; does nothing without a twin.
 
         Args:
-            progress: share of training done, in [0, 1]; the momentum rises along a cosine from `momentum` to
+            progress: finished share of training, in [0, 1]; the momentum rises along a cosine from `momentum` to
                 `momentum_end`.
         """
         if self.twin is None or self.momentum is None:
             return
-        kept = self.momentum_end - (self.momentum_end - self.momentum) * (1 + math.cos(math.pi * progress)) / 2
+        momentum = self.momentum_end - (self.momentum_end - self.momentum) * (1 + math.cos(math.pi * progress)) / 2
         for name, online in (("backbone", self.backbone), ("head", self.head)):
             twin = self.twin[name]
-            followers = [follower.detach() for follower in twin.parameters()]
-            leaders = [leader.detach() for leader in online.parameters()]
-            if followers:
-                torch._foreach_lerp_(followers, leaders, 1 - kept)
-            for follower, leader in zip(twin.buffers(), online.buffers(), strict=True):
-                follower.copy_(leader)
+            averages = [average.detach() for average in twin.parameters()]
+            parameters = [parameter.detach() for parameter in online.parameters()]
+            if averages:
+                torch._foreach_lerp_(averages, parameters, 1 - momentum)
+            for copied, buffer in zip(twin.buffers(), online.buffers(), strict=True):
+                copied.copy_(buffer)
 
     def _features(self, backbone: nn.Module, x: Tensor) -> Tensor:
         x, mask = self.inputs(x)
@@ -148,19 +160,19 @@ class Encoder(nn.Module):
         assert self.twin is not None
         return (self.twin["head"](self._features(self.twin["backbone"], x)),)
 
-    def _each(self, views: Sequence[Tensor], run: Callable[[Tensor], tuple[Tensor, ...]]) -> list[Any]:
-        """Give run(view) for every view, views of equal shape in one pass where `joint` says so."""
+    def _map_views(self, views: Sequence[Tensor], run: Callable[[Tensor], tuple[Tensor, ...]]) -> list[Any]:
+        """Return run(view) for every view; if `joint`, views of equal shape in one pass."""
         if not self.joint:
             return [run(view) for view in views]
-        alike: dict[torch.Size, list[int]] = {}
+        by_shape: dict[torch.Size, list[int]] = {}
         for index, view in enumerate(views):
-            alike.setdefault(view.shape[1:], []).append(index)
+            by_shape.setdefault(view.shape[1:], []).append(index)
         results: list[Any] = [None] * len(views)
-        for indices in alike.values():
+        for indices in by_shape.values():
             sizes = [len(views[index]) for index in indices]
-            # (N, F) and (H, N, D) alike have the batch as the last axis but one.
-            together = run(torch.cat([views[index] for index in indices]))
-            split = [torch.split(output, sizes, dim=-2) for output in together]
+            joined = run(torch.cat([views[index] for index in indices]))
+            # The batch is the last axis but one of both (N, F) and (H, N, D).
+            split = [torch.split(output, sizes, dim=-2) for output in joined]
             for index, outputs in zip(indices, zip(*split, strict=True), strict=True):
                 results[index] = outputs
         return results
@@ -178,39 +190,45 @@ def build_encoder(
     momentum_end: float = 1.0,
     joint: bool = True,
 ) -> Encoder:
-    """Give the encoder of these parts, each as wide as the one before it gives.
+    """Return the encoder of these parts, each built for the output width of the one before it.
 
     Args:
-        backbone: a part as `build_backbone` takes it, or a network.
+        backbone: as for `build_backbone`.
         head: a part of HEADS.
         shape: (C, H, W) of images, (C, L) of series.
         kind: image or series.
         inputs: as for `Encoder`.
-        predictor: a part of HEADS; it gives as many dimensions as the head, also where it does not say `out`.
+        predictor: a part of HEADS; its `out` is the head's.
         momentum: as for `Encoder`.
         momentum_end: as for `Encoder`.
         joint: as for `Encoder`.
+
+    Example:
+        >>> inputs = ImageInputs((0, 255), mean=[0.5], std=[0.25])
+        >>> encoder = build_encoder("small_conv", shape=(1, 8, 8), kind="image", inputs=inputs)
+        >>> encoder([torch.rand(4, 1, 8, 8)]).z[0].shape
+        torch.Size([4, 128])
     """
     network = build_backbone(backbone, shape, kind)
     width = feature_width(network, shape)
     projection = HEADS.build(head, where="encoder.head", width=width)
     embedding = output_of_zeros(projection, (2, width), "encoder.head").shape
-    predict = None
+    predictor_network = None
     if predictor is not None:
         if len(embedding) != 2:
-            raise InputError("encoder.predictor: a predictor follows one head; take it away, or the multi_head.")
+            raise InputError("encoder.predictor: a predictor follows one head; remove it, or the multi_head.")
         dimensions = embedding[-1]
-        predict = HEADS.build(predictor, where="encoder.predictor", width=dimensions, out=dimensions)
-        predicted = output_of_zeros(predict, (2, dimensions), "encoder.predictor").shape
+        predictor_network = HEADS.build(predictor, where="encoder.predictor", width=dimensions, out=dimensions)
+        predicted = output_of_zeros(predictor_network, (2, dimensions), "encoder.predictor").shape
         if predicted != embedding:
             raise InputError(
-                f"encoder.predictor must give as many dimensions as the head, {dimensions}; got {predicted[-1]}."
+                f"encoder.predictor must have as many output dimensions as the head, {dimensions}; got {predicted[-1]}."
             )
     return Encoder(
         network,
         projection,
         inputs=inputs,
-        predictor=predict,
+        predictor=predictor_network,
         momentum=momentum,
         momentum_end=momentum_end,
         joint=joint,

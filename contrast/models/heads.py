@@ -1,4 +1,7 @@
-"""What turns features into the embeddings that a loss compares; thrown away after pretraining."""
+"""Heads: from features to the embeddings that a loss compares; discarded after pretraining.
+
+A head is a function that returns an nn.Module, or a class, with `@HEADS.register(name)`; `width` is the features'.
+"""
 
 from __future__ import annotations
 
@@ -10,17 +13,18 @@ from torch import Tensor, nn
 from contrast.core.registry import Registry
 
 HEADS = Registry("head")
+"""The heads by name."""
 
 
 @HEADS.register("none", aliases=["identity"])
 def none() -> nn.Module:
-    """Give the features themselves, (N, F) -> (N, F)."""
+    """Return the identity, (N, F) -> (N, F)."""
     return nn.Identity()
 
 
 @HEADS.register("linear")
 def linear(width: int, out: int = 128, bias: bool = True) -> nn.Module:
-    """Give one linear map, (N, width) -> (N, out)."""
+    """Return one linear layer, (N, width) -> (N, out)."""
     _check_positive(width=width, out=out)
     return nn.Linear(width, out, bias)
 
@@ -34,15 +38,15 @@ def mlp(
     batch_norm: bool = True,
     last_batch_norm: bool = False,
 ) -> nn.Module:
-    """Give linear maps with ReLU between them, (N, width) -> (N, out).
+    """Return linear layers with ReLU between them, (N, width) -> (N, out).
 
     Args:
         width: of the features; filled in by the run.
-        hidden: width of the inner layers; None: as the features.
+        hidden: width of the inner layers; None: that of the features.
         out: width of the embeddings.
-        layers: how many linear maps; 1 is a linear head.
-        batch_norm: between each linear map and its ReLU.
-        last_batch_norm: after the last map too, without scale and shift, as in SimSiam and MoCo v3.
+        layers: number of linear layers; 1 is a linear head.
+        batch_norm: between each linear layer and its ReLU.
+        last_batch_norm: also after the last layer, without scale and shift, as in SimSiam and MoCo v3.
     """
     hidden = width if hidden is None else hidden
     _check_positive(width=width, hidden=hidden, out=out, layers=layers)
@@ -60,7 +64,7 @@ def mlp(
 
 @HEADS.register("multi_head")
 class MultiHead(nn.Module):
-    """Several heads side by side, (N, width) -> (H, N, out): each compares by criteria of its own, as in AMCL.
+    """H parallel heads, (N, width) -> (H, N, out), as in AMCL.
 
     Args:
         width: of the features; filled in by the run.
@@ -82,7 +86,7 @@ class MultiHead(nn.Module):
         self.heads = nn.ModuleList(mlp(width, hidden, out, layers, batch_norm) for _ in range(heads))
 
     def forward(self, features: Tensor) -> Tensor:
-        """Give the embeddings (H, N, out)."""
+        """Return the embeddings (H, N, out)."""
         return torch.stack([cast(Tensor, head(features)) for head in self.heads])
 
 

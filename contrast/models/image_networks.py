@@ -1,4 +1,4 @@
-"""A convolutional network for small images, quick enough to train on a CPU."""
+"""A convolutional network for small images that is fast enough to train on a CPU."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 class SmallConv(nn.Module):
-    """A few 3x3 convolutions with BatchNorm and ReLU for images of 8 to 64 pixels, then the mean over the image.
+    """3x3 convolutions with BatchNorm and ReLU for images of 8 to 64 pixels, then the mean over the image.
 
     The first convolution has the stride that brings the longer side to 16 pixels or fewer; each further stage halves
     the side and doubles the channels. Convolutions after a stage's first are residual. Any size and number of channels
@@ -18,9 +18,9 @@ class SmallConv(nn.Module):
 
     Args:
         channels: C of the images.
-        shape: (C, H, W) of the images that it is for; other sizes work too, at the same stride.
+        shape: (C, H, W) of the images, which sets the first stride; other sizes work too, at the same stride.
         width: channels of the first stage.
-        blocks: how many convolutions each stage has.
+        blocks: number of convolutions per stage.
     """
 
     kinds: ClassVar[frozenset[str]] = frozenset({"image"})
@@ -37,7 +37,7 @@ class SmallConv(nn.Module):
         layers: list[nn.Module] = []
         for stage, repeats in enumerate(blocks):
             out = width * 2**stage
-            # A kernel of 2 * stride + 1 lets neighbouring steps of the first convolution overlap.
+            # With a kernel of 2 * stride + 1 neighbouring positions of the first convolution overlap.
             layers.append(
                 _Convolution(channels, out, 2, 3) if stage else _Convolution(channels, out, stride, 2 * stride + 1)
             )
@@ -46,7 +46,7 @@ class SmallConv(nn.Module):
         self.layers = nn.Sequential(*layers)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Give the features (N, F) of images (N, C, H, W)."""
+        """Return the features (N, F) of images (N, C, H, W)."""
         return cast(Tensor, self.layers(x)).mean((2, 3))
 
 

@@ -1,9 +1,9 @@
 """Networks for series: a 1-d ResNet, a dilated-convolution encoder, a small transformer.
 
-Each reads x (N, C, L), zero where nothing was observed, and mask (N, L) bool, True up to the series' own length (None:
-all of it), and gives (N, F). The result does not depend on how much padding follows a series: padded steps are zeroed
-before every convolution, so that they look like the zero padding of the convolution itself, and pooling skips them.
-Every length from 1 on works.
+Each takes x (N, C, L), zero where nothing was observed, and mask (N, L) bool, True up to the series' own length (None:
+all steps), and returns (N, F). The result does not depend on the amount of padding: padded steps are zeroed before
+every convolution, so that they equal the zero padding of the convolution itself, and pooling excludes them. Every
+length from 1 on works.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ class ResNet1d(nn.Module):
     """A residual network over time: a strided first convolution, then stages of two-convolution blocks, mean pooling.
 
     Every stage after the first halves the length and doubles the channels; F = width * 2 ** (stages - 1). BatchNorm
-    counts observed steps only.
+    uses observed steps only.
 
     Args:
         channels: C of the series.
         width: channels of the first stage.
-        blocks: how many blocks each stage has.
+        blocks: number of blocks per stage.
         kernel: steps of each convolution, odd.
         stride: of the first convolution, in steps.
 
@@ -42,7 +42,7 @@ class ResNet1d(nn.Module):
     ) -> None:
         super().__init__()
         if kernel % 2 == 0 or kernel < 1:
-            raise ValueError(f"needs an odd kernel, so that each step has a middle; got {kernel}.")
+            raise ValueError(f"needs an odd kernel, which has a middle step; got {kernel}.")
         if width < 1 or stride < 1 or not blocks or min(blocks) < 1:
             raise ValueError(f"needs positive numbers; got width {width}, stride {stride}, blocks {blocks}.")
         self.stem = _NormedConvolution(channels, width, kernel, stride)
@@ -52,7 +52,7 @@ class ResNet1d(nn.Module):
         )
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Give the features (N, F) of series (N, C, L)."""
+        """Return the features (N, F) of series (N, C, L)."""
         x, mask = self.stem(x, mask)
         x = F.relu(x)
         for block in self.blocks:
@@ -63,14 +63,14 @@ class ResNet1d(nn.Module):
 class Dilated(nn.Module):
     """Residual convolutions over time whose dilation doubles from layer to layer, as in TS2Vec, then pooling.
 
-    `depth` + 1 layers let each step see about 2 ** (depth + 3) steps around it. TS2Vec itself takes depth 10 and
-    reads the steps one by one; here they are pooled to one vector a series.
+    The receptive field of `depth` + 1 layers is about 2 ** (depth + 3) steps. TS2Vec itself has depth 10 and compares
+    single steps; here they are pooled to one vector per series.
 
     Args:
         channels: C of the series.
-        width: channels inside.
+        width: channels of the inner layers.
         out: F.
-        depth: layers with dilation 1, 2, 4, ...; one more widens to F.
+        depth: layers with dilation 1, 2, 4, ...; one more layer has F output channels.
         pooling: over time: max (as TS2Vec's instance representation) or mean.
 
     Source: Yue et al. 2022, TS2Vec, arXiv:2106.10466, section 2.4.
@@ -96,7 +96,7 @@ class Dilated(nn.Module):
         self.pool = masked_max if pooling == "max" else masked_mean
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Give the features (N, F) of series (N, C, L)."""
+        """Return the features (N, F) of series (N, C, L)."""
         x = self.stem(x)
         for layer in self.layers:
             x = layer(x, mask)
@@ -108,11 +108,11 @@ class Transformer1d(nn.Module):
 
     Args:
         channels: C of the series.
-        shape: (C, L) of the series that it is for; decides `patch` where that is not given.
+        shape: (C, L) of the series; sets `patch` if that is None.
         width: F, a multiple of 2 * heads.
         depth: layers.
         heads: attention heads.
-        patch: steps in a token; None takes the power of two that makes about 64 to 128 tokens of L steps.
+        patch: steps per token; None: the power of two that makes about 64 to 128 tokens of L steps.
         dropout: in [0, 1).
     """
 
@@ -140,45 +140,45 @@ class Transformer1d(nn.Module):
             width, heads, 4 * width, dropout, activation="gelu", batch_first=True, norm_first=True
         )
         self.layers = nn.TransformerEncoder(layer, depth, nn.LayerNorm(width), enable_nested_tensor=False)
-        # TransformerEncoder copies one layer, weights included: without this all layers begin equal.
+        # TransformerEncoder copies one layer with its weights: without this all layers start equal.
         for parameter in self.layers.parameters():
             if parameter.dim() > 1:
                 nn.init.xavier_uniform_(parameter)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Give the features (N, F) of series (N, C, L)."""
-        x = F.pad(observed(x, mask), (0, -x.shape[-1] % self.patch))
+        """Return the features (N, F) of series (N, C, L)."""
+        x = F.pad(zero_padding(x, mask), (0, -x.shape[-1] % self.patch))
         tokens = self.stem(x).transpose(1, 2)
         tokens = tokens + sinusoids(tokens.shape[1], tokens.shape[2], tokens.device).to(tokens.dtype)
-        mask = thinned(mask, self.patch)
-        unread = None
+        mask = strided_mask(mask, self.patch)
+        ignored = None
         if mask is not None:
-            # A softmax over nothing is NaN: where nothing was observed, the first token is attended to, and not pooled.
-            unread = ~mask
-            unread[:, 0] = False
-        tokens = self.layers(tokens, src_key_padding_mask=unread)
+            # A softmax over no token is NaN: a series without observations attends to its first token, and pools none.
+            ignored = ~mask
+            ignored[:, 0] = False
+        tokens = self.layers(tokens, src_key_padding_mask=ignored)
         return masked_mean(tokens.transpose(1, 2), mask)
 
 
-def observed(x: Tensor, mask: Tensor | None) -> Tensor:
-    """Give x (N, C, L) with zeros where the mask (N, L) is False."""
+def zero_padding(x: Tensor, mask: Tensor | None) -> Tensor:
+    """Return x (N, C, L) with zeros where the mask (N, L) is False."""
     return x if mask is None else x * mask[:, None].to(x.dtype)
 
 
-def thinned(mask: Tensor | None, stride: int) -> Tensor | None:
-    """Give the mask of a convolution's output: a step counts where the step it is centred on counts."""
+def strided_mask(mask: Tensor | None, stride: int) -> Tensor | None:
+    """Return the mask of a strided convolution's output: that of the step on which each output step is centred."""
     return mask if mask is None or stride == 1 else mask[:, ::stride]
 
 
 def masked_mean(x: Tensor, mask: Tensor | None) -> Tensor:
-    """Give the mean (N, C) over the steps that count; zeros where none does."""
+    """Compute the mean (N, C) over the steps where the mask is True; zeros if there are none."""
     if mask is None:
         return x.mean(-1)
-    return observed(x, mask).sum(-1) / mask.sum(-1, keepdim=True).clamp_min(1).to(x.dtype)
+    return zero_padding(x, mask).sum(-1) / mask.sum(-1, keepdim=True).clamp_min(1).to(x.dtype)
 
 
 def masked_max(x: Tensor, mask: Tensor | None) -> Tensor:
-    """Give the largest value (N, C) over the steps that count; zeros where none does."""
+    """Compute the maximum (N, C) over the steps where the mask is True; zeros if there are none."""
     if mask is None:
         return x.amax(-1)
     largest = x.masked_fill(~mask[:, None], torch.finfo(x.dtype).min).amax(-1)
@@ -186,7 +186,7 @@ def masked_max(x: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def sinusoids(length: int, width: int, device: torch.device) -> Tensor:
-    """Give the (length, width) position code of Vaswani et al. 2017, arXiv:1706.03762, section 3.5."""
+    """Return the (length, width) position encoding of Vaswani et al. 2017, arXiv:1706.03762, section 3.5."""
     frequency = torch.exp(torch.arange(0, width, 2, device=device) * (-math.log(10_000) / width))
     angle = torch.arange(length, device=device)[:, None] * frequency
     return torch.cat([angle.sin(), angle.cos()], dim=1)
@@ -201,8 +201,8 @@ class _NormedConvolution(nn.Module):
         nn.init.kaiming_normal_(self.convolution.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        x = self.convolution(observed(x, mask))
-        mask = thinned(mask, self.stride)
+        x = self.convolution(zero_padding(x, mask))
+        mask = strided_mask(mask, self.stride)
         return self.norm(x, mask), mask
 
 
@@ -230,5 +230,5 @@ class _DilatedLayer(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
         shortcut = x if self.shortcut is None else self.shortcut(x)
-        y = self.first(observed(F.gelu(x), mask))
-        return cast(Tensor, self.second(observed(F.gelu(y), mask)) + shortcut)
+        y = self.first(zero_padding(F.gelu(x), mask))
+        return cast(Tensor, self.second(zero_padding(F.gelu(y), mask)) + shortcut)

@@ -7,7 +7,7 @@ from torch import nn
 from contrast.core.registry import InputError
 from contrast.models.batch_norm import MaskedBatchNorm1d, SynchronisedBatchNorm, synchronise
 
-# How many of six samples each of two processes has.
+# How many of six samples each of the two processes has.
 SPLITS = [(3, 3), (5, 1), (6, 0)]
 
 
@@ -37,7 +37,7 @@ def run(norm, x, mask, direction):
 
 
 def process(rank, folder):
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     results = {}
     for case in ("rows", "series", "images", "masked"):
         for split in SPLITS:
@@ -52,7 +52,7 @@ def process(rank, folder):
     dist.destroy_process_group()
 
 
-def test_two_processes_equal_one(tmp_path):
+def test_two_processes_give_the_result_of_one(tmp_path):
     """Value, gradient and running statistics, with unequal and empty local batches, with and without a mask."""
     mp.spawn(process, (str(tmp_path),), nprocs=2)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
@@ -80,7 +80,7 @@ def test_masked_statistics_are_those_of_the_observed_steps():
     torch.testing.assert_close(norm.running_mean, plain.running_mean)
 
 
-def test_nothing_observed_leaves_the_running_statistics():
+def test_without_observed_steps_the_running_statistics_do_not_change():
     norm = MaskedBatchNorm1d(4)
     y = norm(torch.randn(2, 4, 3), torch.zeros(2, 3, dtype=torch.bool))
     assert y.isfinite().all()
@@ -89,19 +89,19 @@ def test_nothing_observed_leaves_the_running_statistics():
 
 
 def test_a_plain_and_a_masked_call_share_one_backward_pass():
-    """Two views go through one by one (SimSiam), and only one of them has padding."""
+    """Two views are encoded one by one (SimSiam), and only one of them has padding."""
     x, mask, _ = inputs("masked")
-    norm, apart = layer(MaskedBatchNorm1d), layer(MaskedBatchNorm1d)
+    norm, separate = layer(MaskedBatchNorm1d), layer(MaskedBatchNorm1d)
     (norm(x) + norm(x, mask) * mask[:, None]).sum().backward()
-    apart(x).sum().backward()
-    (apart(x, mask) * mask[:, None]).sum().backward()
-    torch.testing.assert_close(norm.weight.grad, apart.weight.grad)
-    torch.testing.assert_close(norm.running_mean, apart.running_mean)
+    separate(x).sum().backward()
+    (separate(x, mask) * mask[:, None]).sum().backward()
+    torch.testing.assert_close(norm.weight.grad, separate.weight.grad)
+    torch.testing.assert_close(norm.running_mean, separate.running_mean)
 
 
 @pytest.mark.parametrize("momentum", [0.3, None])
 @pytest.mark.parametrize("affine", [True, False])
-def test_one_process_is_plain_batch_normalisation(momentum, affine):
+def test_on_one_process_it_equals_pytorchs_batch_normalisation(momentum, affine):
     plain = nn.BatchNorm2d(4, momentum=momentum, affine=affine)
     converted = synchronise(nn.Sequential(nn.BatchNorm2d(4, momentum=momentum, affine=affine)))
     for _ in range(3):
@@ -110,7 +110,7 @@ def test_one_process_is_plain_batch_normalisation(momentum, affine):
     torch.testing.assert_close(converted.eval()(x), plain.eval()(x))
 
 
-def test_synchronising_keeps_parameters_names_and_activations():
+def test_synchronising_does_not_change_parameters_names_and_activations():
     import timm
 
     torch.manual_seed(0)
@@ -126,7 +126,7 @@ def test_synchronising_keeps_parameters_names_and_activations():
     assert not any(isinstance(m, nn.BatchNorm2d) for m in converted.modules())
 
 
-def test_a_batch_normalisation_of_its_own_kind_is_refused():
+def test_a_subclass_with_its_own_computation_is_refused():
     class Odd(nn.BatchNorm1d):
         def forward(self, x):
             return super().forward(x) + 1

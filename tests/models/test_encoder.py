@@ -29,123 +29,123 @@ def test_an_encoder_projects_every_view():
     assert out.targets is None
 
 
-def test_features_never_touch_the_head():
-    made = encoder().eval()
-    before = made.features(views()[0])
-    for parameter in made.head.parameters():
+def test_features_do_not_depend_on_the_head():
+    model = encoder().eval()
+    before = model.features(views()[0])
+    for parameter in model.head.parameters():
         parameter.data.fill_(float("nan"))
-    assert torch.equal(made.features(views()[0]), before)
-    assert before.shape == (5, made.width)
+    assert torch.equal(model.features(views()[0]), before)
+    assert before.shape == (5, model.width)
 
 
 def test_raw_data_is_prepared_then_encoded():
-    made = encoder().eval()
+    model = encoder().eval()
     raw = torch.randint(0, 17, (5, *SHAPE), dtype=torch.uint8)
-    torch.testing.assert_close(made.encode(raw), made.backbone((raw.float() / 16 - 0.3) / 0.4))
+    torch.testing.assert_close(model.encode(raw), model.backbone((raw.float() / 16 - 0.3) / 0.4))
 
 
-def test_one_pass_is_every_view_in_one_batch():
-    made = encoder()
-    joint = made(views())
-    together = made(torch.cat(views())[None].unbind())
-    torch.testing.assert_close(torch.cat(joint.z), together.z[0])
-    made.joint = False
-    alone = made([views()[0]])
-    apart = made(views())
-    torch.testing.assert_close(apart.z[0], alone.z[0])
-    assert not torch.allclose(apart.z[0], joint.z[0])
+def test_joint_encoding_is_one_batch_of_all_views():
+    model = encoder()
+    joint = model(views())
+    concatenated = model(torch.cat(views())[None].unbind())
+    torch.testing.assert_close(torch.cat(joint.z), concatenated.z[0])
+    model.joint = False
+    first_only = model([views()[0]])
+    separate = model(views())
+    torch.testing.assert_close(separate.z[0], first_only.z[0])
+    assert not torch.allclose(separate.z[0], joint.z[0])
 
 
 def test_views_of_different_size_keep_their_order():
-    made = encoder().eval()
+    model = encoder().eval()
     large = views(2)
     small = torch.rand(3, 1, 6, 6)
-    out = made([large[0], small, large[1]])
+    out = model([large[0], small, large[1]])
     for z, view in zip(out.z, [large[0], small, large[1]], strict=True):
-        torch.testing.assert_close(z, made.head(made.features(view)))
+        torch.testing.assert_close(z, model.head(model.features(view)))
 
 
 def test_many_heads_are_split_along_their_samples():
-    made = encoder({"name": "multi_head", "heads": 3, "out": 4}).eval()
-    out = made(views())
+    model = encoder({"name": "multi_head", "heads": 3, "out": 4}).eval()
+    out = model(views())
     assert [z.shape for z in out.z] == [(3, 5, 4)] * 2
-    torch.testing.assert_close(out.z[1], made.head(made.features(views()[1])))
+    torch.testing.assert_close(out.z[1], model.head(model.features(views()[1])))
 
 
-def test_a_predictor_alone_aims_at_stopped_projections():
-    made = encoder(predictor={"name": "mlp", "hidden": 3}).eval()
-    out = made(views())
-    projection = made.head(made.features(views()[1]))
+def test_with_a_predictor_only_the_targets_are_projections_without_gradient():
+    model = encoder(predictor={"name": "mlp", "hidden": 3}).eval()
+    out = model(views())
+    projection = model.head(model.features(views()[1]))
     torch.testing.assert_close(out.targets[1], projection)
-    torch.testing.assert_close(out.z[1], made.predictor(projection))
+    torch.testing.assert_close(out.z[1], model.predictor(projection))
     assert not any(target.requires_grad for target in out.targets)
 
 
-def test_a_twin_begins_equal_and_gets_no_gradient():
-    made = encoder(momentum=0.9, predictor="mlp").eval()
-    out = made(views())
-    torch.testing.assert_close(out.targets[0], made.head(made.features(views()[0])))
-    torch.testing.assert_close(out.z[0], made.predictor(out.targets[0]))
+def test_a_twin_is_initially_equal_and_has_no_gradient():
+    model = encoder(momentum=0.9, predictor="mlp").eval()
+    out = model(views())
+    torch.testing.assert_close(out.targets[0], model.head(model.features(views()[0])))
+    torch.testing.assert_close(out.z[0], model.predictor(out.targets[0]))
     sum(z.sum() for z in out.z).backward()
-    assert all(parameter.grad is None and not parameter.requires_grad for parameter in made.twin.parameters())
-    assert all(parameter.grad is not None for parameter in made.backbone.parameters())
+    assert all(parameter.grad is None and not parameter.requires_grad for parameter in model.twin.parameters())
+    assert all(parameter.grad is not None for parameter in model.backbone.parameters())
 
 
 @pytest.mark.parametrize("progress", [0.0, 0.25, 1.0])
-def test_the_twin_follows_with_a_cosine_momentum(progress):
-    made = encoder(momentum=0.6)
-    before = [parameter.clone() for parameter in made.twin.parameters()]
-    made(views())
+def test_the_twin_is_a_moving_average_with_a_cosine_momentum(progress):
+    model = encoder(momentum=0.6)
+    before = [parameter.clone() for parameter in model.twin.parameters()]
+    model(views())
     with torch.no_grad():
-        for value in (*made.backbone.parameters(), *made.backbone.buffers()):
+        for value in (*model.backbone.parameters(), *model.backbone.buffers()):
             value += 1
-    made.update_twin(progress)
-    kept = 1 - 0.5 * (1 + math.cos(math.pi * progress)) * (1 - 0.6)  # the line of MoCo v3's code
-    online = [*made.backbone.parameters(), *made.head.parameters()]
-    for twin, old, new in zip(made.twin.parameters(), before, online, strict=True):
-        torch.testing.assert_close(twin, kept * old + (1 - kept) * new)
-    for twin, new in zip(made.twin["backbone"].buffers(), made.backbone.buffers(), strict=True):
+    model.update_twin(progress)
+    momentum = 1 - 0.5 * (1 + math.cos(math.pi * progress)) * (1 - 0.6)  # as in the code of MoCo v3
+    online = [*model.backbone.parameters(), *model.head.parameters()]
+    for twin, old, new in zip(model.twin.parameters(), before, online, strict=True):
+        torch.testing.assert_close(twin, momentum * old + (1 - momentum) * new)
+    for twin, new in zip(model.twin["backbone"].buffers(), model.backbone.buffers(), strict=True):
         assert torch.equal(twin, new)
 
 
 def test_the_twin_is_saved_with_the_encoder():
-    made, other = encoder(momentum=0.9), encoder(momentum=0.9)
-    for parameter in made.twin.parameters():
+    model, other = encoder(momentum=0.9), encoder(momentum=0.9)
+    for parameter in model.twin.parameters():
         parameter.data += 1
-    other.load_state_dict(made.state_dict())
-    torch.testing.assert_close(other.eval()(views()).targets, made.eval()(views()).targets)
+    other.load_state_dict(model.state_dict())
+    torch.testing.assert_close(other.eval()(views()).targets, model.eval()(views()).targets)
 
 
-def test_the_twin_stays_in_training_mode_with_the_rest():
-    made = encoder(momentum=0.9).train()
-    assert all(module.training for module in made.twin.modules())
+def test_the_twin_is_in_training_mode_with_the_rest():
+    model = encoder(momentum=0.9).train()
+    assert all(module.training for module in model.twin.modules())
 
 
-def test_momentum_is_a_share():
+def test_a_momentum_above_one_is_refused():
     with pytest.raises(InputError, match=r"encoder\.momentum.*got 1\.5"):
         encoder(momentum=1.5)
 
 
 def test_a_predictor_must_fit_the_head():
-    with pytest.raises(InputError, match="as many dimensions as the head, 128; got 64"):
+    with pytest.raises(InputError, match="as many output dimensions as the head, 128; got 64"):
         encoder(predictor={"name": "mlp", "out": 64})
     with pytest.raises(InputError, match="follows one head"):
         encoder("multi_head", predictor="mlp")
 
 
-def test_padding_and_gaps_reach_no_feature_of_a_series():
+def test_features_of_a_series_do_not_depend_on_padding_and_gaps_are_the_training_mean():
     torch.manual_seed(0)
-    made = build_encoder(
+    model = build_encoder(
         {"name": "resnet1d", "width": 4}, shape=(2, 30), kind="series", inputs=SeriesInputs([1.0, 2.0], [3.0, 4.0])
     ).eval()
     raw = torch.randn(3, 2, 20)
     padded = torch.nn.functional.pad(raw, (0, 10), value=float("nan"))
-    torch.testing.assert_close(made.encode(padded), made.encode(raw))
+    torch.testing.assert_close(model.encode(padded), model.encode(raw))
     gap = raw.clone()
     gap[0, 0, 4] = float("nan")
     filled = raw.clone()
     filled[0, 0, 4] = 1.0  # the training mean
-    torch.testing.assert_close(made.encode(gap), made.encode(filled))
+    torch.testing.assert_close(model.encode(gap), model.encode(filled))
 
 
 def test_a_series_network_of_the_user_needs_no_mask():
@@ -153,7 +153,7 @@ def test_a_series_network_of_the_user_needs_no_mask():
         def forward(self, x):
             return x.mean(-1)
 
-    made = Encoder(Pooled(), nn.Identity(), inputs=SeriesInputs([0.0], [1.0]))
-    assert made.encode(torch.tensor([[[2.0, 4.0, float("nan"), float("nan")]]])).tolist() == [[1.5]]
+    model = Encoder(Pooled(), nn.Identity(), inputs=SeriesInputs([0.0], [1.0]))
+    assert model.encode(torch.tensor([[[2.0, 4.0, float("nan"), float("nan")]]])).tolist() == [[1.5]]
     with pytest.raises(InputError, match="width"):
-        made.width  # noqa: B018
+        model.width  # noqa: B018

@@ -14,37 +14,37 @@ NETWORKS = {
 
 def network(name):
     torch.manual_seed(0)
-    made = NETWORKS[name]().double()
-    made(torch.randn(8, 2, 40, dtype=torch.float64))  # running statistics that are not 0 and 1
-    return made.eval()
+    model = NETWORKS[name]().double()
+    model(torch.randn(8, 2, 40, dtype=torch.float64))  # running statistics that are not 0 and 1
+    return model.eval()
 
 
 @pytest.mark.parametrize("name", NETWORKS)
 @pytest.mark.parametrize("length", [1, 2, 7, 16, 33])
 def test_padding_changes_nothing(name, length):
-    made = network(name)
+    model = network(name)
     x = torch.randn(3, 2, length, dtype=torch.float64)
     padded = torch.cat([x, torch.full((3, 2, 50 - length), 9.0, dtype=torch.float64)], dim=2)
     mask = (torch.arange(50) < length).expand(3, 50)
     with torch.no_grad():
-        torch.testing.assert_close(made(padded, mask), made(x))
+        torch.testing.assert_close(model(padded, mask), model(x))
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_a_full_mask_is_no_mask(name):
-    made = network(name).train()
+def test_a_mask_that_is_true_everywhere_changes_nothing(name):
+    model = network(name).train()
     x = torch.randn(3, 2, 21, dtype=torch.float64)
-    torch.testing.assert_close(made(x, torch.ones(3, 21, dtype=torch.bool)), made(x))
+    torch.testing.assert_close(model(x, torch.ones(3, 21, dtype=torch.bool)), model(x))
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_nothing_observed_gives_finite_features_and_gradients(name):
-    made = network(name).train()
+def test_a_series_without_observations_has_finite_features_and_gradients(name):
+    model = network(name).train()
     mask = torch.tensor([[False] * 12, [True] * 12])
-    made(torch.zeros(2, 2, 12, dtype=torch.float64), mask).sum().backward()
-    assert all(parameter.grad.isfinite().all() for parameter in made.parameters())
+    model(torch.zeros(2, 2, 12, dtype=torch.float64), mask).sum().backward()
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
     with torch.no_grad():
-        assert made.eval()(torch.zeros(2, 2, 12, dtype=torch.float64), mask).isfinite().all()
+        assert model.eval()(torch.zeros(2, 2, 12, dtype=torch.float64), mask).isfinite().all()
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -53,8 +53,8 @@ def test_thousands_of_steps_work(name):
         assert network(name)(torch.randn(1, 2, 5000, dtype=torch.float64)).isfinite().all()
 
 
-def test_in_training_padding_does_not_reach_the_other_series():
-    """BatchNorm counts observed steps only: more padding in the batch changes nobody's features."""
+def test_in_training_features_do_not_depend_on_the_padding_of_the_batch():
+    """BatchNorm uses observed steps only."""
     x = torch.randn(4, 2, 20, dtype=torch.float64)
     mask = torch.arange(20) < torch.tensor([20, 11, 5, 16])[:, None]
     more = torch.nn.functional.pad(mask, (0, 32))
@@ -62,18 +62,18 @@ def test_in_training_padding_does_not_reach_the_other_series():
     torch.testing.assert_close(network("resnet1d").train()(longer, more), network("resnet1d").train()(x, mask))
 
 
-def test_pooling_counts_observed_steps_only():
+def test_pooling_uses_observed_steps_only():
     x = torch.tensor([[[1.0, 5.0, 9.0]], [[-2.0, -4.0, 7.0]], [[1.0, 1.0, 1.0]]])
     mask = torch.tensor([[True, True, True], [True, True, False], [False, False, False]])
     assert masked_mean(x, mask).tolist() == [[5.0], [-3.0], [0.0]]
     assert masked_max(x, mask).tolist() == [[9.0], [-2.0], [0.0]]
 
 
-def test_the_patch_follows_the_length():
+def test_the_patch_depends_on_the_length():
     assert [Transformer1d(1, (1, length)).patch for length in (1, 29, 128, 427, 4097)] == [1, 1, 2, 4, 64]
 
 
-def test_layers_of_the_transformer_begin_different():
+def test_layers_of_the_transformer_are_initialised_differently():
     first, second, _ = Transformer1d(1).layers.layers
     assert not torch.equal(first.linear1.weight, second.linear1.weight)
 

@@ -15,10 +15,10 @@ from contrast.models.weights import load_backbone, load_weights, read_descriptio
 def image_encoder(part, shape, **options):
     torch.manual_seed(0)
     inputs = ImageInputs((0, 255), [0.1] * shape[0], [0.7] * shape[0])
-    made = build_encoder(part, shape=shape, kind="image", inputs=inputs, **options)
-    made.prepare(torch.zeros(1, *shape))
-    made([torch.rand(4, *shape)])  # running statistics that are not 0 and 1
-    return made.eval()
+    model = build_encoder(part, shape=shape, kind="image", inputs=inputs, **options)
+    model.prepare(torch.zeros(1, *shape))
+    model([torch.rand(4, *shape)])  # running statistics that are not 0 and 1
+    return model.eval()
 
 
 @pytest.mark.parametrize(
@@ -30,51 +30,51 @@ def image_encoder(part, shape, **options):
         ("torchvision:squeezenet1_1", (2, 40, 40)),
     ],
 )
-def test_a_saved_backbone_is_the_same_encoder(part, shape, tmp_path):
-    made = image_encoder(part, shape, momentum=0.9)
+def test_a_loaded_backbone_encodes_as_the_saved_one(part, shape, tmp_path):
+    model = image_encoder(part, shape, momentum=0.9)
     raw = torch.randint(0, 256, (3, *shape), dtype=torch.uint8)
-    file = save_backbone(made, tmp_path, {"backbone": part, "kind": "image", "shape": shape, "classes": ("a", "b")})
+    file = save_backbone(model, tmp_path, {"backbone": part, "kind": "image", "shape": shape, "classes": ("a", "b")})
     for path in (tmp_path, file, tmp_path / "backbone.json"):
-        assert torch.equal(load_backbone(path).encode(raw), made.encode(raw))
+        assert torch.equal(load_backbone(path).encode(raw), model.encode(raw))
     about = read_description(tmp_path)
     assert about["classes"] == ["a", "b"]
-    assert about["features"] == made.width
+    assert about["features"] == model.width
     assert sorted(path.name for path in tmp_path.iterdir()) == ["backbone.json", "backbone.safetensors"]
 
 
-def test_a_saved_series_backbone_is_the_same_encoder(tmp_path):
-    made = build_encoder("transformer1d", shape=(2, 300), kind="series", inputs=SeriesInputs([1.0, 2.0], [3.0, 0.1]))
-    save_backbone(made, tmp_path, {"backbone": "transformer1d", "kind": "series", "shape": (2, 300)})
+def test_a_loaded_series_backbone_encodes_as_the_saved_one(tmp_path):
+    model = build_encoder("transformer1d", shape=(2, 300), kind="series", inputs=SeriesInputs([1.0, 2.0], [3.0, 0.1]))
+    save_backbone(model, tmp_path, {"backbone": "transformer1d", "kind": "series", "shape": (2, 300)})
     raw = torch.randn(3, 2, 200)
     raw[1, :, 100:] = float("nan")
-    assert torch.equal(load_backbone(tmp_path).encode(raw), made.eval().encode(raw))
+    assert torch.equal(load_backbone(tmp_path).encode(raw), model.eval().encode(raw))
 
 
 def test_timm_loads_a_saved_backbone_strictly(tmp_path):
     import timm
 
-    made = image_encoder("timm:test_vit", (1, 160, 160))
-    save_backbone(made, tmp_path, {"backbone": "timm:test_vit", "kind": "image", "shape": (1, 160, 160)})
-    elsewhere = timm.create_model("test_vit", num_classes=0, in_chans=1)
-    elsewhere.load_state_dict(safetensors.torch.load_file(tmp_path / "backbone.safetensors"))
+    model = image_encoder("timm:test_vit", (1, 160, 160))
+    save_backbone(model, tmp_path, {"backbone": "timm:test_vit", "kind": "image", "shape": (1, 160, 160)})
+    loaded = timm.create_model("test_vit", num_classes=0, in_chans=1)
+    loaded.load_state_dict(safetensors.torch.load_file(tmp_path / "backbone.safetensors"))
     x = torch.rand(2, 1, 160, 160)
-    assert torch.equal(elsewhere.eval()((x - 0.1) / 0.7), made.features(x))
+    assert torch.equal(loaded.eval()((x - 0.1) / 0.7), model.features(x))
 
 
 @pytest.mark.parametrize(
     "part", ["timm:test_resnet", "timm:test_vit", "torchvision:resnet18", {"name": "resnet10t", "act_layer": "gelu"}]
 )
-def test_the_lines_in_the_description_load_it_elsewhere(part, tmp_path, monkeypatch):
-    made = image_encoder(part, (2, 28, 28))
-    save_backbone(made, tmp_path, {"backbone": part, "kind": "image", "shape": (2, 28, 28)})
+def test_the_python_lines_in_the_description_load_the_weights(part, tmp_path, monkeypatch):
+    model = image_encoder(part, (2, 28, 28))
+    save_backbone(model, tmp_path, {"backbone": part, "kind": "image", "shape": (2, 28, 28)})
     monkeypatch.chdir(tmp_path)
     names = {}
     exec(read_description(tmp_path)["elsewhere"], names)
     x = torch.rand(2, 2, 28, 28)
-    assert torch.equal(names["network"].eval()((x - 0.1) / 0.7), made.features(x))
+    assert torch.equal(names["network"].eval()((x - 0.1) / 0.7), model.features(x))
 
 
-def test_a_checkpoint_of_another_backbone_is_named(tmp_path):
+def test_weights_of_another_backbone_are_refused_by_file_name(tmp_path):
     save_backbone(
         image_encoder({"name": "small_conv", "width": 4}, (1, 8, 8)),
         tmp_path,
@@ -96,7 +96,7 @@ def network():
 
 @pytest.mark.parametrize("wrapping", ["plain", "module.", "backbone.", "encoder.backbone.", "module.encoder_q."])
 @pytest.mark.parametrize("suffix", [".pt", ".pth", ".ckpt", ".bin", ".safetensors"])
-def test_wrappings_are_undone(wrapping, suffix, tmp_path):
+def test_wrappings_are_removed(wrapping, suffix, tmp_path):
     source, target = network(), network()
     prefix = "" if wrapping == "plain" else wrapping
     state = {prefix + key: value for key, value in source.state_dict().items()}
@@ -112,7 +112,7 @@ def test_wrappings_are_undone(wrapping, suffix, tmp_path):
     assert all(torch.equal(value, target.state_dict()[key]) for key, value in source.state_dict().items())
 
 
-def test_a_classifier_that_a_library_network_lost_is_left_out(tmp_path):
+def test_the_weights_of_a_removed_classifier_are_ignored(tmp_path):
     import timm
 
     full = timm.create_model("test_resnet")
@@ -122,7 +122,7 @@ def test_a_classifier_that_a_library_network_lost_is_left_out(tmp_path):
     assert torch.equal(backbone.layer1[0].conv1.weight, full.layer1[0].conv1.weight)
 
 
-class Evil:
+class OpensFileWhenLoaded:
     def __init__(self, path):
         self.path = path
 
@@ -130,22 +130,24 @@ class Evil:
         return open, (self.path, "w")
 
 
-def test_a_pickle_that_wants_to_act_is_not_read(tmp_path):
-    torch.save({"state_dict": network().state_dict(), "evil": Evil(str(tmp_path / "done"))}, tmp_path / "a.pt")
-    (tmp_path / "b.ckpt").write_bytes(pickle.dumps(Evil(str(tmp_path / "done")), protocol=2))
+def test_a_pickle_that_executes_code_is_not_read(tmp_path):
+    torch.save(
+        {"state_dict": network().state_dict(), "evil": OpensFileWhenLoaded(str(tmp_path / "done"))}, tmp_path / "a.pt"
+    )
+    (tmp_path / "b.ckpt").write_bytes(pickle.dumps(OpensFileWhenLoaded(str(tmp_path / "done")), protocol=2))
     for name in ("a.pt", "b.ckpt"):
         with pytest.raises(InputError, match="could execute code"):
             load_weights(network(), tmp_path / name)
     assert not (tmp_path / "done").exists()
 
 
-def test_a_description_that_names_code_is_not_followed(tmp_path):
-    made = Encoder(nn.Flatten(), nn.Identity(), inputs=ImageInputs((0, 1), [0.0], [1.0]))
-    save_backbone(made, tmp_path, {"backbone": None, "kind": "image", "shape": (1, 8, 8)})
+def test_a_description_that_names_a_python_function_is_refused(tmp_path):
+    model = Encoder(nn.Flatten(), nn.Identity(), inputs=ImageInputs((0, 1), [0.0], [1.0]))
+    save_backbone(model, tmp_path, {"backbone": None, "kind": "image", "shape": (1, 8, 8)})
     about = json.loads((tmp_path / "backbone.json").read_text())
     for backbone in (None, {"name": "os:mkdir", "path": str(tmp_path / "done")}):
         (tmp_path / "backbone.json").write_text(json.dumps({**about, "backbone": backbone}))
-        with pytest.raises(InputError, match="hand it over"):
+        with pytest.raises(InputError, match="build it and pass it"):
             load_backbone(tmp_path)
     assert not (tmp_path / "done").exists()
     assert load_backbone(tmp_path, backbone=nn.Flatten()).encode(torch.ones(2, 1, 8, 8)).shape == (2, 64)
@@ -154,7 +156,7 @@ def test_a_description_that_names_code_is_not_followed(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "found"),
     [
-        ("a.safetensors", b"junk", "not a whole safetensors file"),
+        ("a.safetensors", b"junk", "no complete safetensors file"),
         ("a.pt", b"", "could not be read"),
         ("a.onnx", b"x", "unknown ending"),
         ("backbone.json", b"{", "does not exist|folder without"),
@@ -169,13 +171,13 @@ def test_broken_files_are_named(name, content, found, tmp_path):
 
 def test_a_file_without_tensors_is_named(tmp_path):
     torch.save({"epoch": 3}, tmp_path / "a.pt")
-    with pytest.raises(InputError, match="holds no weights"):
+    with pytest.raises(InputError, match="contains no weights"):
         load_weights(network(), tmp_path / "a.pt")
 
 
 def test_a_newer_description_is_refused(tmp_path):
-    made = image_encoder("small_conv", (1, 8, 8))
-    save_backbone(made, tmp_path, {"backbone": "small_conv", "kind": "image", "shape": (1, 8, 8)})
+    model = image_encoder("small_conv", (1, 8, 8))
+    save_backbone(model, tmp_path, {"backbone": "small_conv", "kind": "image", "shape": (1, 8, 8)})
     file = tmp_path / "backbone.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "version": 2}))
     with pytest.raises(InputError, match="version 2"):
