@@ -1,171 +1,94 @@
-"""Measure forward and backward of the losses of one checkout beside another checkout and beside plain dense code.
+"""Measure forward and backward of the losses, next to dense code, another checkout and other libraries.
 
-    python benchmarks/core.py --base CHECKOUT [--sizes 512 4096] [--losses info_nce clip] [--out FILE.json]
-    python benchmarks/core.py --memory --sizes 65536 [--base CHECKOUT]
+    python benchmarks/core.py [--sizes 512 4096] [--losses info_nce clip] [--base CHECKOUT] [--libraries lightly]
+    python benchmarks/core.py --memory --sizes 65536 [--no-dense]
 
-The size M is what tools/bench_losses.py calls M: the number of embeddings along a side of the similarity matrix. The
-losses that compare every view with every view (info_nce, supcon_*, decoupled, hard_*, amcl*) have M / 2 samples per
-view and M embeddings; those that compare one view with the other (clip, cacr, cwcl, siglip) have M samples per view and
-2 M embeddings; queue has M anchors, M keys and, at every M, 65,536 remembered candidates. The table shows M and the
-samples per view. D = 128, float32, one thread.
+The size M is the number of embeddings along a side of the similarity matrix. The losses that compare every view with
+every view (info_nce, supcon_*, decoupled, hard_*, amcl*) have M / 2 samples per view and M embeddings; those that
+compare one view with the other (clip, cacr, cwcl, siglip) have M samples per view and 2 M embeddings; queue has M
+anchors, M keys and, at every M, 65,536 remembered candidates. D = 128, float32, one thread.
 
-Time is CPU time of the process. Each contender (this checkout, the base, dense) is a process of its own that lives for
-the whole run; only one computes at a time, and they take turns, in rotating order. Per round each has one measurement
-of about 0.1 seconds, at least one call. Shown are medians over the rounds, with quartiles for the ratios; a ratio is
-taken per round, and below 1 this checkout is faster. Freed memory below 32 MiB per block stays with the process: with
-glibc's defaults it depends on chance whether a process returns and maps it again at each call, and two processes with
-the same code differ by up to 25 %. --default-malloc measures with the defaults nevertheless.
+Time is CPU time of the process. Each contender (this checkout, the base, dense, a library) is a process of its own;
+only one computes at a time, in turns of rotating order. Per round each has one measurement of about 0.1 seconds,
+at least one call. A result has the median and the quartiles over the rounds of the seconds per call, and of the ratios
+of this checkout to each other contender per round: below 1 this checkout is faster. Freed memory below 32 MiB per block
+stays with the process: with glibc's defaults it depends on chance whether a process returns and maps it again at each
+call, and two processes with the same code differ by up to 25 %.
 
 Memory is the largest resident size during one forward and backward minus the resident size before, minus the unit
 copies and the gradients (one float32 tensor per input, and one more per input with a gradient). It is measured once, in
-a fresh process per case, after two calls at M = 256, and needs Linux.
+a fresh process per contender, after two calls at M = 256, and needs Linux.
 
-All contenders get the same inputs and parameters. Where their values or the norms of their gradients differ by more
-than 0.1 %, or where a checkout fails, the table says so, and the exit status is 1.
+All contenders get the same inputs and parameters. `same_result` is false where their values or the norms of their
+gradients differ by more than 0.1 %. `absent` names who was not measured, and why. The exit status is 1 where results
+differ or a checkout fails.
 """
 
 import argparse
 import ctypes
 import gc
-import hashlib
-import importlib
-import json
 import math
-import os
-import platform
-import re
-import statistics
-import subprocess
 import sys
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
+import harness
 import torch
-from loss_cases import CASES, DIMS, Case, Step
+from harness import MIB, ROOT, Key, Results, Worker
+from loss_cases import CASES, LIBRARIES, Case, Step
 
-ROOT = Path(__file__).resolve().parents[1]
 DENSE_LIMIT = 8 * 2**30
 """Bytes above which dense code is not tried."""
-MIB = 2**20
 KEEP_FREED = {"MALLOC_MMAP_THRESHOLD_": str(32 * MIB), "MALLOC_TRIM_THRESHOLD_": str(2**40)}
 RETURN_FREED = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
-"""Settings of glibc: for times, and for memory, where what is resident shall be what is in use."""
-Answer = dict[str, Any]
+"""Settings of glibc: for times, and for memory, where the resident size is to be the size in use."""
 
 # ----------------------------------------------------------------------------------------- what a worker process does
 
 
-def losses_of(checkout: str) -> ModuleType | None:
-    """Import `contrast.losses` and check that it is the checkout's; None for "dense"."""
-    if checkout == "dense":
-        return None
-    losses = importlib.import_module("contrast.losses")
-    found = Path(str(sys.modules["contrast"].__file__)).resolve()
-    assert found.is_relative_to(Path(checkout).resolve() / "contrast"), f"{found} is not of {checkout}"
-    return losses
+def work(contender: str, checkout: str) -> None:
+    """Answer jobs about one contender, whose `contrast` is the one of `checkout`."""
+    torch.set_num_threads(1)
+    prepared: list[Step] = []
+
+    def answer(job: dict[str, Any]) -> dict[str, Any]:
+        if "calls" in job:
+            gc.collect()
+            return {"seconds": harness.cpu_seconds(prepared[0], job["calls"])}
+        case = CASES[job["loss"]]
+        if job["kind"] == "memory":
+            return {"mib": measure_memory(case, contender, job["size"])}
+        prepared.clear()  # Frees the inputs of the case before.
+        run, _ = case.step(contender, job["size"])
+        module = sys.modules.get("contrast")
+        assert module is None or Path(str(module.__file__)).is_relative_to(checkout), f"{module} is not of {checkout}"
+        prepared[:] = [run]
+        value, *gradients = run()
+        norm = math.sqrt(sum(float(gradient.square().sum()) for gradient in gradients))
+        return {"check": [float(value), norm], "seconds": harness.cpu_seconds(run)}
+
+    harness.serve(answer)
 
 
-def cpu_seconds(run: Callable[[], Any], calls: int) -> float:
-    """Return the CPU seconds per call."""
-    began = time.process_time()
-    for _ in range(calls):
-        run()
-    return (time.process_time() - began) / calls
-
-
-def status(name: str) -> int:
-    """Return an entry of /proc/self/status in bytes: "VmRSS", "VmHWM"."""
-    found = re.search(rf"^{name}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
-    assert found, name
-    return 1024 * int(found[1])
-
-
-def measure_memory(case: Case, losses: ModuleType | None, size: int) -> float:
+def measure_memory(case: Case, contender: str, size: int) -> float:
     """Return the MiB by which the process grows beyond inputs, unit copies and gradients."""
-    small, _ = case.step(losses, 256)
+    small, _ = case.step(contender, 256)
     small(), small()  # What libraries load and keep at their first call is not memory of the loss.
-    run, given = case.step(losses, size)
+    run, given = case.step(contender, size)
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
-    before = status("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # VmHWM, the largest VmRSS so far, starts anew.
-    kept = run()
-    grown = status("VmHWM") - before
-    del kept
+    before = harness.process_bytes("VmRSS")
+    harness.reset_peak()
+    result = run()
+    grown = harness.process_bytes("VmHWM") - before
+    del result
     floats = [tensor for tensor in given.values() if tensor.is_floating_point()]
     allowance = sum(4 * tensor.numel() * (1 + tensor.requires_grad) for tensor in floats)
     return max(0, grown - allowance) / MIB
 
 
-def work(checkout: str) -> None:
-    """Answer jobs, one JSON object per line, until the input ends."""
-    torch.set_num_threads(1)
-    run: Step | None = None
-    for line in sys.stdin:
-        job = json.loads(line)
-        try:
-            if "calls" in job:
-                assert run, "no case is prepared"
-                gc.collect()
-                answer = {"seconds": cpu_seconds(run, job["calls"])}
-            else:
-                case, losses = CASES[job["case"]], losses_of(checkout)
-                if job["memory"]:
-                    answer = {"mib": measure_memory(case, losses, job["size"])}
-                else:
-                    run = None  # Frees the inputs of the case before.
-                    run, _ = case.step(losses, job["size"])
-                    value, *gradients = run()
-                    norm = math.sqrt(sum(float(gradient.square().sum()) for gradient in gradients))
-                    answer = {"check": [float(value), norm], "seconds": cpu_seconds(run, 1)}
-        except Exception as error:
-            text = next(iter(str(error).splitlines()), "")
-            answer = {"absent": "fails: " + re.sub(r"(/[^\s/]+)+/", "", f"{type(error).__name__}: {text}")[:160]}
-        print(json.dumps(answer), flush=True)
-
-
 # ------------------------------------------------------------------------------------------ what the parent does
-
-
-class Worker:
-    """A process with one thread that measures one contender: "dense" or a checkout, whose `contrast` it imports."""
-
-    def __init__(self, checkout: str, **environment: str) -> None:
-        self.command = [sys.executable, "-W", "ignore", str(Path(__file__).resolve()), "--worker", checkout]
-        threads = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-        self.environment = {**os.environ, **threads, "PYTHONPATH": checkout, **environment}
-        self.start()
-
-    def start(self) -> None:
-        pipe = subprocess.PIPE
-        self.process = subprocess.Popen(self.command, env=self.environment, text=True, stdin=pipe, stdout=pipe)
-
-    def ask(self, **job: Any) -> Answer:
-        """Return the answer to a job; where the process ended, return how, and start another."""
-        assert self.process.stdin
-        assert self.process.stdout
-        self.process.stdin.write(json.dumps(job) + "\n")
-        self.process.stdin.flush()
-        line = self.process.stdout.readline()
-        if line:
-            return dict(json.loads(line))
-        status = self.process.wait()
-        self.start()
-        return {"absent": f"fails: the process ended with status {status}"}
-
-    def end(self) -> None:
-        """Let the process end."""
-        assert self.process.stdin
-        self.process.stdin.close()
-        self.process.wait()
-
-
-def quartiles(values: Sequence[float]) -> list[float]:
-    """Return the first quartile, the median and the third quartile."""
-    return statistics.quantiles(values, n=4, method="inclusive")
 
 
 def too_large(contender: str, case: Case, size: int) -> bool:
@@ -173,159 +96,124 @@ def too_large(contender: str, case: Case, size: int) -> bool:
     return contender == "dense" and 4 * case.matrices * case.pairs(size) > DENSE_LIMIT
 
 
+def expected_seconds(results: Results, key: Key, contender: str) -> float:
+    """Return the seconds per call by the largest smaller size of the loss that has been measured; 0 without any."""
+    smaller = [
+        (cell["key"]["size"], cell["result"]["seconds"][contender]["median"])
+        for cell in results.cells
+        if cell["key"]["size"] < key["size"]
+        and {**cell["key"], "size": key["size"]} == key
+        and contender in cell["result"].get("seconds", {})
+    ]
+    if not smaller:
+        return 0.0
+    size, seconds = max(smaller)
+    case = CASES[key["loss"]]
+    return seconds * case.pairs(key["size"]) / case.pairs(size)
+
+
+def reason_for_absence(contender: str, key: Key, results: Results, longest: float) -> str:
+    """Return why a contender is not tried; "" where it is."""
+    case = CASES[key["loss"]]
+    if too_large(contender, case, key["size"]):
+        return "does not fit"
+    if contender in LIBRARIES and contender not in case.libraries:
+        return "has no such loss"
+    return "too long" if expected_seconds(results, key, contender) > longest else ""
+
+
+def measure(key: Key, results: Results, workers: dict[str, Worker], given: argparse.Namespace) -> dict[str, Any]:
+    """Return what was measured of each contender, and who is absent.
+
+    Args:
+        key: of the cell.
+        results: of smaller sizes.
+        workers: the processes; missing ones are started.
+        given: the command line.
+    """
+    absent: dict[str, str] = {}
+    first: dict[str, dict[str, Any]] = {}
+    for contender in contenders(given):
+        if reason := reason_for_absence(contender, key, results, given.longest):
+            absent[contender] = reason
+            continue
+        if contender not in workers:
+            checkout = str(given.base if contender == "base" else ROOT)
+            words = [str(Path(__file__).resolve()), "--worker", contender, checkout]
+            workers[contender] = Worker(*words, PYTHONPATH=checkout, **(RETURN_FREED if given.memory else KEEP_FREED))
+        try:
+            first[contender] = workers[contender].ask(**key)
+        except ChildProcessError as error:
+            absent[contender] = f"fails: {error}"
+        if given.memory:
+            workers.pop(contender).close()
+    if given.memory:
+        found = {"mib": {contender: answer["mib"] for contender, answer in first.items()}}
+    else:
+        found = measure_times({contender: workers[contender] for contender in first}, first, given)
+    base = {"base": harness.revision(given.base)} if given.base else {}
+    return {**found, **base, "absent": absent}
+
+
 def measure_times(
-    workers: Mapping[str, Worker], name: str, size: int, given: argparse.Namespace, absent: Answer
-) -> Answer:
-    """Return quartiles of each contender's seconds per call and of its ratios per round; adds to who is absent."""
-    first: dict[str, Answer] = {}
-    for contender in workers.keys() - absent.keys():
-        answer = workers[contender].ask(case=name, size=size, memory=False)
-        (absent if "absent" in answer else first)[contender] = answer.get("absent", answer)
-    calls = {
-        contender: max(1, min(1000, round(given.seconds / answer["seconds"]))) for contender, answer in first.items()
-    }
-    seconds: dict[str, list[float]] = {contender: [] for contender in workers if contender in first}
-    for number in range(given.rounds):
-        order = list(seconds)
-        start = number % max(1, len(order))
-        for contender in order[start:] + order[:start]:
-            answer = workers[contender].ask(calls=calls[contender])
-            if "absent" in answer:
-                absent[contender] = answer["absent"]
-                del seconds[contender]
-            else:
-                seconds[contender].append(answer["seconds"])
+    workers: dict[str, Worker], first: dict[str, dict[str, Any]], given: argparse.Namespace
+) -> dict[str, Any]:
+    """Return the seconds of each worker, its ratios, and whether the results of the first calls agree."""
+    calls = {name: max(1, min(1000, round(given.seconds / first[name]["seconds"]))) for name in workers}
+    seconds = harness.take_turns(
+        {name: lambda name=name: workers[name].ask(calls=calls[name])["seconds"] for name in workers}, given.rounds
+    )
     ours = seconds.get("this", [])
-    per_round = {
-        other: [a / b for a, b in zip(ours, theirs, strict=True)]
-        for other, theirs in seconds.items()
-        if ours and other != "this"
-    }
-    checks = [answer["check"] for answer in first.values()]
-    same = all(math.isclose(a, b, rel_tol=1e-3) for one in checks for a, b in zip(one, checks[0], strict=True))
+    checks = list(zip(*(answer["check"] for answer in first.values()), strict=True))
     return {
         "calls": calls,
-        "seconds": {contender: quartiles(values) for contender, values in seconds.items()},
-        "ratio": {other: quartiles(values) for other, values in per_round.items()},
-        "same_result": same,
+        "seconds": {name: harness.quartiles(values) for name, values in seconds.items()},
+        "ratio": {name: harness.ratios(ours, values) for name, values in seconds.items() if ours and name != "this"},
+        "same_result": all(math.isclose(one, of_all[0], rel_tol=1e-3) for of_all in checks for one in of_all),
     }
 
 
-def measure_growth(checkouts: Mapping[str, str], name: str, size: int, absent: Answer) -> Answer:
-    """Return the MiB of each contender, each in a fresh process; adds to who is absent."""
-    mib: dict[str, float] = {}
-    for contender in [contender for contender in checkouts if contender not in absent]:
-        worker = Worker(checkouts[contender], **RETURN_FREED)
-        answer = worker.ask(case=name, size=size, memory=True)
-        worker.end()
-        (absent if "absent" in answer else mib)[contender] = answer.get("absent", answer.get("mib"))
-    return {"mib": mib}
+def contenders(given: argparse.Namespace) -> list[str]:
+    """Return who is measured, this checkout first."""
+    return ["this", *(["base"] if given.base else []), *([] if given.no_dense else ["dense"]), *given.libraries]
 
 
-def row(result: Answer, contenders: Sequence[str]) -> list[str]:
-    """Return the cells of a result's row in the table."""
-    size, case = result["size"], CASES[result["loss"]]
-    absent, cells = result["absent"], [f"`{result['loss']}`", f"{size:,}", f"{size // case.views:,}"]
-    if "mib" in result:
-        mib = result["mib"]
-        return cells + [f"{mib[one]:.1f}" if one in mib else absent[one] for one in contenders]
-    seconds, ratio = result["seconds"], result["ratio"]
-    cells += [f"{1000 * seconds[one][1]:.4g}" if one in seconds else absent[one] for one in contenders]
-    for other in contenders:
-        if other != "this":
-            cells.append("{1:.3f} [{0:.3f}-{2:.3f}]".format(*ratio[other]) if other in ratio else "-")
-    return [*cells, "yes" if result["same_result"] else "**no**"]
-
-
-def header(memory: bool, contenders: Sequence[str]) -> list[str]:
-    """Return the head of the table."""
-    cells = ["loss", "M", "samples per view"]
-    if memory:
-        return cells + [f"{one} MiB" for one in contenders]
-    ratios = [f"this / {one} [quartiles]" for one in contenders if one != "this"]
-    return [*cells, *(f"{one} ms" for one in contenders), *ratios, "same result"]
-
-
-def line(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
-
-
-def revision(checkout: str) -> Answer:
-    """Return the commit, whether `contrast` differs from it, and a hash of the files of `contrast` as they are now."""
-
-    def git(*words: str) -> str:
-        done = subprocess.run(["git", "-C", checkout, *words], capture_output=True, text=True, check=False)
-        return done.stdout.strip() if done.returncode == 0 else "unknown"
-
-    files = sorted(Path(checkout, "contrast").rglob("*.py"))
-    source = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
-    dirty = git("status", "--porcelain", "--", "contrast") != ""
-    return {"commit": git("rev-parse", "HEAD"), "dirty": dirty, "source": source}
-
-
-def processor() -> str:
-    names = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    model = re.search(r"^model name\s*:\s*(.*)$", names, re.MULTILINE)
-    return model[1] if model else platform.processor()
-
-
-def parse(words: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkout", type=Path, default=ROOT, help="the checkout measured; the script's own")
-    parser.add_argument("--base", type=Path, help="the checkout to compare with")
-    parser.add_argument("--sizes", nargs="+", type=int, metavar="M", help="512 1024 4096 8192; with --memory 65536")
-    parser.add_argument("--losses", nargs="+", choices=list(CASES), default=list(CASES), metavar="LOSS")
-    parser.add_argument("--rounds", type=int, default=7, help="measurements of each contender, at least 2")
-    parser.add_argument("--seconds", type=float, default=0.1, help="of a measurement, about")
-    parser.add_argument("--longest", type=float, default=60, help="skip what would take more seconds per call")
-    parser.add_argument("--no-dense", action="store_true", help="measure no dense code")
-    parser.add_argument("--default-malloc", action="store_true", help="measure times with glibc's defaults")
-    parser.add_argument("--memory", action="store_true", help="measure memory instead of time")
-    parser.add_argument("--out", type=Path, help="the JSON file to write")
-    parser.add_argument("--worker", help=argparse.SUPPRESS)
-    given = parser.parse_args(words)
-    given.sizes = given.sizes or ([65536] if given.memory else [512, 1024, 4096, 8192])
-    if given.rounds < 2:
-        parser.error(f"--rounds is at least 2, quartiles need them; got {given.rounds}.")
-    return given
+def plan(given: argparse.Namespace) -> list[Key]:
+    """Return the keys of all cells; what this checkout is compared with is a part of each."""
+    against = "+".join(contenders(given)[1:])
+    if given.base:
+        against = against.replace("base", harness.revision(given.base)["commit"][:7])
+    kind = "memory" if given.memory else "time"
+    sizes = given.sizes or ([65536] if given.memory else [512, 1024, 4096, 8192])
+    return [{"kind": kind, "loss": loss, "size": size, "against": against} for loss in given.losses for size in sizes]
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """Measure, print the table and write the JSON file; 1 where a checkout fails or results differ."""
-    given = parse(words)
+    """Measure and print; 1 where a checkout fails or results differ."""
+    parser = harness.parser("core", __doc__)
+    parser.add_argument("--base", type=Path, help="the checkout to compare with")
+    parser.add_argument("--libraries", nargs="+", choices=list(LIBRARIES), default=[], help="those that are installed")
+    parser.add_argument("--no-dense", action="store_true")
+    parser.add_argument("--memory", action="store_true", help="measure memory instead of time")
+    parser.add_argument("--sizes", nargs="+", type=int, metavar="M", help="512 1024 4096 8192; with --memory 65536")
+    parser.add_argument("--losses", nargs="+", choices=list(CASES), default=list(CASES), metavar="LOSS")
+    parser.add_argument("--rounds", type=int, default=7, help="measurements of each contender, at least 2")
+    parser.add_argument("--seconds", type=float, default=0.1, help="about how long each measurement takes")
+    parser.add_argument("--longest", type=float, default=60, help="seconds per call above which nothing is measured")
+    parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
+    given = parser.parse_args(words)
     if given.worker:
-        work(given.worker)
+        work(*given.worker)
         return 0
-    paths = {"this": given.checkout, "base": given.base}
-    checkouts = {name: str(path.resolve()) for name, path in paths.items() if path}
-    revisions = {name: revision(checkout) for name, checkout in checkouts.items()}
-    contenders = checkouts if given.no_dense else {**checkouts, "dense": "dense"}
-    malloc = {} if given.default_malloc else KEEP_FREED
-    workers = {} if given.memory else {name: Worker(checkout, **malloc) for name, checkout in contenders.items()}
-    cells = header(given.memory, list(contenders))
-    print(line(cells), line(["---"] * len(cells)), sep="\n", flush=True)
-    results: list[Answer] = []
-    for name in given.losses:
-        case, last = CASES[name], dict.fromkeys(contenders, 0.0)  # seconds per entry of the similarity matrix
-        for size in sorted(given.sizes):
-            absent = {one: "does not fit" for one in contenders if too_large(one, case, size)}
-            absent |= {one: "too long" for one in contenders if last[one] * case.pairs(size) > given.longest}
-            if given.memory:
-                found = measure_growth(contenders, name, size, absent)
-            else:
-                found = measure_times(workers, name, size, given, absent)
-                last |= {one: seconds[1] / case.pairs(size) for one, seconds in found["seconds"].items()}
-            results.append({"loss": name, "size": size, **found, "absent": absent})
-            print(line(row(results[-1], list(contenders))), flush=True)
+    if given.rounds < 2:
+        parser.error(f"--rounds is at least 2, quartiles need them; got {given.rounds}.")
+    given.base = given.base and given.base.resolve()
+    keys, workers = plan(given), dict[str, Worker]()
+    cells = harness.run(given, lambda _: keys, lambda key, results: measure(key, results, workers, given))
     for worker in workers.values():
-        worker.end()
-    arguments = {key: value for key, value in vars(given).items() if key not in ("checkout", "base", "out", "worker")}
-    about = {"torch": torch.__version__, "python": platform.python_version(), "processor": processor(), "threads": 1}
-    if given.out:
-        whole = {"checkouts": revisions, **about, "dims": DIMS, "arguments": arguments, "results": results}
-        given.out.write_text(json.dumps(whole, indent=1) + "\n")
-    print(f"\n{json.dumps({**revisions, **about})}")
-    failed = any(why.startswith("fails") for result in results for why in result["absent"].values())
+        worker.close()
+    results = [cell["result"] for cell in cells]
+    failed = any(result["absent"].get(name, "").startswith("fails") for result in results for name in ("this", "base"))
     return int(failed or not all(result.get("same_result", True) for result in results))
 
 

@@ -1,53 +1,90 @@
-"""benchmarks/core.py measures every case in miniature, and this checkout beside itself is neither faster nor slower."""
+"""benchmarks/core.py measures every loss in miniature, and its dense losses are the package's losses."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
+import core
+import harness
 import pytest
+import torch
+from loss_cases import CASES
 
 ROOT = Path(__file__).resolve().parents[1]
-LOSSES = {"info_nce", "clip", "cacr", "cwcl", "siglip", "supcon_10", "supcon_100", "decoupled", "hard_negative"}
-LOSSES |= {"queue", "hard_contrastive", "amcl", "amcl_mlp", "amcl_max"}
 
 
-def measure(out, *words):
-    """The rows of the table, as lists of cells, and what the JSON file says."""
-    command = [sys.executable, str(ROOT / "benchmarks" / "core.py"), "--base", str(ROOT), "--out", str(out), *words]
-    done = subprocess.run(command, cwd=out.parent, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    rows = [[cell.strip(" `") for cell in line.split("|")[1:-1]] for line in done.stdout.splitlines() if "|" in line]
-    return rows, out.read_text()
+@pytest.mark.parametrize("name", CASES)
+def test_the_dense_losses_have_the_values_and_gradients_of_the_package(name):
+    (ours, inputs), (dense, _) = (CASES[name].step(contender, 32, torch.float64) for contender in ("this", "dense"))
+    found, expected = ours(), dense()
+    assert len(found) == len(expected) == 1 + len(CASES[name].learned) + len(CASES[name].parameters)
+    assert {tensor.dtype for tensor in inputs.values() if tensor.is_floating_point()} == {torch.float64}
+    for one, other in zip(found, expected, strict=True):
+        assert one.dtype == torch.float64
+        assert other.abs().sum() > 0
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
 
 
-def test_each_case_has_the_same_result_and_about_the_same_time_as_itself(tmp_path):
-    (head, _, *rows), text = measure(tmp_path / "found.json", "--sizes", "32", "--rounds", "2", "--seconds", "0.02")
-    found = json.loads(text)
-    assert {row[0] for row in rows} == {result["loss"] for result in found["results"]} == LOSSES
-    assert len(rows) == len(LOSSES)
-    assert head[3:6] == ["this ms", "base ms", "dense ms"]
-    for row, result in zip(rows, found["results"], strict=True):
-        assert row[0] == result["loss"]
-        assert not result["absent"]
-        assert row[-1] == "yes"
-        low, middle, high = result["ratio"]["base"]
-        assert 0.2 < low <= middle <= high < 5
-        assert row[6] == f"{middle:.3f} [{low:.3f}-{high:.3f}]"
-        assert all(1e-5 < seconds[1] < 10 for seconds in result["seconds"].values())
+def test_this_checkout_has_the_results_and_about_the_time_of_itself(tmp_path, capsys):
+    out = tmp_path / "cells.json"
+    few = ["--sizes", "32", "--rounds", "2", "--seconds", "0.01", "--losses", "info_nce", "siglip", "--out", str(out)]
+    assert core.main([*few, "--base", str(ROOT), "--json"]) == 0
+    cells = json.loads(capsys.readouterr().out)
+    commit = harness.revision(ROOT)["commit"]
+    assert [cell["key"] for cell in cells] == [
+        {"kind": "time", "loss": loss, "size": 32, "against": f"{commit[:7]}+dense"} for loss in ("info_nce", "siglip")
+    ]
+    for cell in cells:
+        result = cell["result"]
+        assert result["same_result"] is True
+        assert result["absent"] == {}
+        assert result["base"]["commit"] == cell["commit"] == commit
         assert set(result["seconds"]) == {"this", "base", "dense"}
-    assert found["checkouts"]["this"] == found["checkouts"]["base"]
-    assert found["arguments"]["sizes"] == [32]
-    assert found["threads"] == 1
-    assert str(ROOT) not in text
+        assert all(1e-5 < seconds["low"] <= seconds["median"] < 10 for seconds in result["seconds"].values())
+        assert set(result["ratio"]) == {"base", "dense"}
+        assert 0.1 < result["ratio"]["base"]["median"] < 10
+        assert cell["machine"]["threads"] >= 1
+    assert str(ROOT) not in out.read_text()
+
+
+def test_results_that_differ_are_an_error(tmp_path, monkeypatch, capsys):
+    answers = {"this": [1.0, 2.0], "dense": [1.0, 2.01]}
+
+    class Fixed:
+        def __init__(self, *words, **environment):
+            self.contender = words[2]
+
+        def ask(self, **job):
+            return {"check": answers[self.contender], "seconds": 0.1}
+
+        def close(self):
+            pass
+
+    monkeypatch.setattr(core, "Worker", Fixed)
+    words = ["--sizes", "32", "--losses", "clip", "--out", str(tmp_path / "cells.json"), "--json"]
+    assert core.main(words) == 1
+    assert json.loads(capsys.readouterr().out)[0]["result"]["same_result"] is False
+    answers["dense"] = [1.0, 2.001]
+    assert core.main([*words, "--again"]) == 0
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="resident memory is read from /proc")
-def test_dense_code_needs_its_matrices(tmp_path):
-    words = ["--memory", "--sizes", "2048", "--losses", "info_nce"]
-    (_, _, row), text = measure(tmp_path / "found.json", *words)
-    (result,) = json.loads(text)["results"]
+def test_dense_code_needs_its_matrices(tmp_path, capsys):
+    words = ["--memory", "--sizes", "2048", "--losses", "info_nce", "--json", "--out", str(tmp_path / "cells.json")]
+    assert core.main(words) == 0
+    (cell,) = json.loads(capsys.readouterr().out)
     matrix = 4 * 2048**2 / 2**20
-    assert 2 * matrix < result["mib"]["dense"] < 6 * matrix
-    assert row[:3] == ["info_nce", "2,048", "1,024"]
-    assert row[3:] == [f"{result['mib'][one]:.1f}" for one in ("this", "base", "dense")]
+    assert 2 * matrix < cell["result"]["mib"]["dense"] < 6 * matrix
+    assert cell["result"]["mib"]["this"] < matrix
+
+
+def test_what_does_not_fit_or_takes_too_long_is_not_tried(tmp_path, monkeypatch):
+    monkeypatch.setattr(core, "Worker", lambda *words, **environment: pytest.fail("a process was started"))
+    words = ["--sizes", "65536", "--losses", "info_nce", "--longest", "1", "--out", str(tmp_path / "cells.json")]
+    results = harness.Results(tmp_path / "cells.json")
+    key = {"kind": "time", "loss": "info_nce", "size": 4096, "against": "dense"}
+    results.add(key, {"seconds": {"this": {"median": 0.5}}})
+    core.main(words)
+    (_, cell) = harness.Results(tmp_path / "cells.json").cells
+    # 16 times the size are 256 times the pairs.
+    assert cell["result"]["absent"] == {"this": "too long", "dense": "does not fit"}
