@@ -1,7 +1,12 @@
 """Operations on batches of images, (N, C, H, W) float32 in [0, 1], random per sample.
 
-Each class draws its numbers and hands them to a function above it that does the same to the same numbers every time:
-that function is what torchvision's functional form does to one image.
+Each class draws random numbers and passes them to the deterministic function above it, which applies torchvision's
+functional form with each sample's own numbers.
+
+Example:
+    >>> from contrast.views.images import HorizontalFlip
+    >>> HorizontalFlip(p=1)(torch.tensor([[[[0.0, 0.5, 1.0]]]]), torch.Generator())
+    tensor([[[[1.0000, 0.5000, 0.0000]]]])
 """
 
 from __future__ import annotations
@@ -13,23 +18,23 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from contrast.core.registry import InputError
-from contrast.views.draws import chance, check_amount, check_range, check_share, uniform
+from contrast.views.draws import bernoulli, check_amount, check_range, check_share, uniform
 from contrast.views.views import IMAGE, VIEWS, Operation
 
 GREY = (0.299, 0.587, 0.114)
 """The weights of red, green and blue in grey (ITU-R BT.601); torchvision's first is 0.2989, which darkens white."""
 
 CANDIDATES = 10
-"""How many boxes are tried for each sample before the centre is taken, as torchvision does."""
+"""Number of boxes drawn per sample before the centre is used, as in torchvision."""
 
 ALMOST_NO_BLUR = 1e-3
-"""A blur this narrow (pixels) is exactly the identity: every other weight underflows to zero in float32."""
+"""A blur of this width (pixels) is exactly the identity: every other weight underflows to zero in float32."""
 
 
 def crop(x: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tensor:
-    """Give each sample's own box, resized to `size` by antialiased linear interpolation.
+    """Return each sample's own box, resized to `size` by antialiased linear interpolation.
 
-    Both axes are products with a matrix of interpolation weights for each sample: (h, H) @ (H, W) @ (W, w).
+    Each axis is a product with a matrix of interpolation weights per sample: (h, H) @ (H, W) @ (W, w).
 
     Args:
         x: (N, C, H, W).
@@ -40,33 +45,33 @@ def crop(x: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tensor:
     top, left, tall, wide = boxes.to(x.dtype).unbind(1)
     rows = _interpolation(top, tall, height, size[0])
     columns = _interpolation(left, wide, width, size[1])
-    return _between(rows, x, columns).clamp_(0, 1)
+    return _apply_matrices(rows, x, columns).clamp_(0, 1)
 
 
 def _interpolation(start: Tensor, length: Tensor, source: int, target: int) -> Tensor:
-    """Give (N, target, source) weights: a triangle about each target's centre, widened where the box shrinks."""
+    """Return (N, target, source) weights: a triangle about each target pixel's centre, wider if the box shrinks."""
     step = (length / target)[:, None, None]
     centre = step * (torch.arange(target, device=start.device, dtype=start.dtype) + 0.5)[:, None]
     pixel = torch.arange(source, device=start.device, dtype=start.dtype) + 0.5 - start[:, None, None]
     weight = (pixel - centre).abs_().div_(step.clamp(min=1)).neg_().add_(1).clamp_(min=0)
-    # What lies outside the box is not read, also where the triangle reaches over its edge.
+    # Pixels outside the box have weight zero, also where the triangle extends beyond its edge.
     weight = weight.mul_((pixel > 0) & (pixel < length[:, None, None]))
     return weight.div_(weight.sum(2, keepdim=True))
 
 
-def _between(rows: Tensor, x: Tensor, columns: Tensor) -> Tensor:
-    """Give rows @ x @ columns^T for every sample and channel: (N, h, H), (N, C, H, W), (N, w, W) -> (N, C, h, w)."""
+def _apply_matrices(rows: Tensor, x: Tensor, columns: Tensor) -> Tensor:
+    """Return rows @ x @ columns^T for every sample and channel: (N, h, H), (N, C, H, W), (N, w, W) -> (N, C, h, w)."""
     samples, channels, height, width = x.shape
-    narrow = torch.bmm(x.reshape(samples, channels * height, width), columns.transpose(1, 2))
-    return torch.matmul(rows[:, None], narrow.view(samples, channels, height, columns.shape[1]))
+    resized = torch.bmm(x.reshape(samples, channels * height, width), columns.transpose(1, 2))
+    return torch.matmul(rows[:, None], resized.view(samples, channels, height, columns.shape[1]))
 
 
 @VIEWS.register("random_resized_crop")
 class RandomResizedCrop(Operation):
-    """A random box of the image, resized; the boxes are distributed as torchvision's RandomResizedCrop draws them.
+    """A random box of the image, resized; the boxes have the distribution of torchvision's RandomResizedCrop.
 
     Args:
-        size: height and width of the output in pixels; nothing keeps the input's own.
+        size: height and width of the output in pixels; None: those of the input.
         scale: the box's share of the image's area, drawn uniformly from [low, high], in (0, 1].
         ratio: the box's width / height, drawn log-uniformly from [low, high].
     """
@@ -87,7 +92,7 @@ class RandomResizedCrop(Operation):
         self.size, self.scale, self.ratio = size, scale, ratio
 
     def boxes(self, x: Tensor, generator: torch.Generator) -> Tensor:
-        """Draw a box for each sample: (N, 4) top, left, height, width in whole pixels."""
+        """Return a random box per sample: (N, 4) top, left, height, width in whole pixels."""
         samples, _, height, width = x.shape
         area = uniform(x, *self.scale, generator, samples, CANDIDATES).mul_(height * width)
         low, high = self.ratio
@@ -98,29 +103,31 @@ class RandomResizedCrop(Operation):
         wide, tall = wide.gather(1, first), tall.gather(1, first)
 
         any_fits = fits.any(1, keepdim=True)
-        # The largest box of an allowed ratio, where no candidate fits.
+        # If no candidate fits: the largest box of an allowed ratio.
         widest, tallest = min(width, max(1, round(height * high))), min(height, max(1, round(width / low)))
         wide, tall = torch.where(any_fits, wide, widest), torch.where(any_fits, tall, tallest)
-        place = uniform(x, 0, 1, generator, samples, 2)
-        room = torch.cat([height - tall, width - wide], 1)
-        # The product may round up to room + 1; the minimum takes that back.
-        corner = torch.where(any_fits, torch.minimum((place * (room + 1)).floor_(), room), (room / 2).floor_())
+        position = uniform(x, 0, 1, generator, samples, 2)
+        largest = torch.cat([height - tall, width - wide], 1)
+        # The product may round up to largest + 1, hence the minimum.
+        corner = torch.where(
+            any_fits, torch.minimum((position * (largest + 1)).floor_(), largest), (largest / 2).floor_()
+        )
         return torch.cat([corner, tall, wide], 1)
 
     def forward(self, x: Tensor, generator: torch.Generator) -> Tensor:
-        """Give the crops."""
+        """Return the crops."""
         _, height, width = self.output_shape(tuple(x.shape[1:]))
         return crop(x, self.boxes(x, generator), (height, width))
 
     def output_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Give (C, size, size); an output larger than the input raises an InputError."""
+        """Return (C, size, size), or raise an InputError if that is larger than the input."""
         channels, height, width = shape
         if self.size is None:
             return shape
         if self.size > min(height, width):
             raise InputError(
                 f"views.size must be at most {min(height, width)}, since the images are {height} x {width} pixels and "
-                f"views are not larger than their image; got {self.size}. Give a smaller views.size or a larger "
+                f"views are not larger than their image; got {self.size}. Set a smaller views.size or a larger "
                 "data.size."
             )
         return channels, self.size, self.size
@@ -131,7 +138,7 @@ class HorizontalFlip(Operation):
     """The image with left and right exchanged.
 
     Args:
-        p: the probability for each sample.
+        p: the probability per sample.
     """
 
     kinds = IMAGE
@@ -142,8 +149,8 @@ class HorizontalFlip(Operation):
         self.p = p
 
     def forward(self, x: Tensor, generator: torch.Generator) -> Tensor:
-        """Give the batch with the picked samples flipped."""
-        return torch.where(chance(x, self.p, generator), x.flip(-1), x)
+        """Return the batch with a random subset of samples flipped."""
+        return torch.where(bernoulli(x, self.p, generator), x.flip(-1), x)
 
 
 @VIEWS.register("vertical_flip")
@@ -151,7 +158,7 @@ class VerticalFlip(Operation):
     """The image with top and bottom exchanged.
 
     Args:
-        p: the probability for each sample.
+        p: the probability per sample.
     """
 
     kinds = IMAGE
@@ -162,12 +169,12 @@ class VerticalFlip(Operation):
         self.p = p
 
     def forward(self, x: Tensor, generator: torch.Generator) -> Tensor:
-        """Give the batch with the picked samples flipped."""
-        return torch.where(chance(x, self.p, generator), x.flip(-2), x)
+        """Return the batch with a random subset of samples flipped."""
+        return torch.where(bernoulli(x, self.p, generator), x.flip(-2), x)
 
 
 def grey(x: Tensor) -> Tensor:
-    """Give (N, 1, H, W): the weighted sum of red, green and blue; of other than three channels, the mean."""
+    """Return the grey images (N, 1, H, W): the weighted sum of three channels, the mean of any other number."""
     if x.shape[1] != 3:
         return x.mean(1, keepdim=True)
     return (x[:, 0:1] * GREY[0]).add_(x[:, 1:2], alpha=GREY[1]).add_(x[:, 2:3], alpha=GREY[2])
@@ -182,18 +189,18 @@ def adjust(
     hue: Tensor | None = None,
     order: Tensor | None = None,
 ) -> Tensor:
-    """Give the images with brightness, contrast and saturation scaled in each sample's own order, then hue turned.
+    """Return the images with brightness, contrast and saturation scaled in each sample's own order, then hue rotated.
 
     The first three are one formula, clamp(f x + (1 - f) other), where other is black, the mean of the grey image, or
-    the grey image. That allows an order for each sample in three passes.
+    the grey image. Three passes therefore suffice for an order per sample.
 
     Args:
         x: (N, C, H, W); saturation and hue need C = 3.
-        brightness: (N,) factors f >= 0; nothing leaves it out. Contrast and saturation likewise.
-        contrast: (N,).
-        saturation: (N,).
-        hue: (N,) in turns of the colour circle, [-0.5, 0.5].
-        order: (N, 3), each row a permutation of 0 brightness, 1 contrast, 2 saturation; by default in this order.
+        brightness: (N,) factors f >= 0; None: unchanged.
+        contrast: (N,) factors, or None.
+        saturation: (N,) factors, or None.
+        hue: (N,) in turns of the colour circle, [-0.5, 0.5], or None.
+        order: (N, 3), each row a permutation of 0 brightness, 1 contrast, 2 saturation; None: in this order.
     """
     given = [factor for factor in (brightness, contrast, saturation) if factor is not None]
     if given:
@@ -207,25 +214,25 @@ def adjust(
             if saturation is not None:
                 other = torch.addcmul(other, grey(x), (rest * (kind == 2))[:, None, None, None])
             x = torch.addcmul(other, x, factor[:, None, None, None]).clamp_(0, 1)
-    return x if hue is None else _turn_hue(x, hue)
+    return x if hue is None else _rotate_hue(x, hue)
 
 
 def _mean_grey(x: Tensor) -> Tensor:
-    # The mean of the weighted sum is the weighted sum of the means, one number a channel.
+    # The mean of the weighted sum is the weighted sum of the means, one number per channel.
     return grey(x.mean((2, 3), keepdim=True)).view(-1)
 
 
-def _turn_hue(x: Tensor, turns: Tensor) -> Tensor:
-    """Give the colours turned about the circle, each pixel's largest and smallest channel kept (HSV's hue).
+def _rotate_hue(x: Tensor, turns: Tensor) -> Tensor:
+    """Return the images with HSV's hue rotated; each pixel's largest and smallest channel value do not change.
 
-    With red, green and blue stretched to [0, 1] the hue is, in sixths of a turn, 1 + green + blue - red, taken
-    clockwise where blue is above green: on each half of the circle that sum runs straight through its three pieces.
+    With red, green and blue stretched to [0, 1] the hue is, in sixths of a turn, 1 + green + blue - red, clockwise if
+    blue is above green: on each half of the circle that sum is linear over all three pieces of HSV's definition.
     """
     red, green, blue = x.unbind(1)
     largest, smallest = x.amax(1), x.amin(1)
     hue = torch.sub(largest, smallest, alpha=2).add_(green).add_(blue).sub_(red)
     chroma = largest.sub_(smallest)
-    # A grey pixel has no hue; any will do, since its chroma is zero.
+    # A grey pixel has no hue; any value is right, since its chroma is zero.
     hue.div_(chroma.clamp(min=torch.finfo(x.dtype).tiny)).copysign_(green - blue)
     hue.div_(6).add_(turns[:, None, None])
     hue.sub_(hue.floor()).mul_(6)
@@ -237,16 +244,16 @@ def _turn_hue(x: Tensor, turns: Tensor) -> Tensor:
 class ColourJitter(Operation):
     """Brightness, contrast, saturation and hue, changed at random.
 
-    Images of three channels are taken as red, green and blue. All others have no colours: only brightness and contrast
-    change, and the mean over the channels stands for grey. torchvision draws the order of all four for each image;
-    here the first three have an order of their own for each sample and hue comes last.
+    Images of three channels are red, green and blue. Others have no colours: only brightness and contrast change, and
+    grey is the mean over the channels. torchvision draws the order of all four per image; here the order of the first
+    three is drawn per sample and hue is last.
 
     Args:
-        brightness: a; the factor is drawn from [max(0, 1 - a), 1 + a]. Contrast and saturation likewise.
-        contrast: a.
-        saturation: a.
-        hue: the largest turn either way, as a share of the colour circle, in [0, 0.5].
-        p: the probability for each sample.
+        brightness: a; the factor is drawn from [max(0, 1 - a), 1 + a].
+        contrast: a of its factor.
+        saturation: a of its factor.
+        hue: the largest rotation in either direction, as a share of the colour circle, in [0, 0.5].
+        p: the probability per sample.
     """
 
     kinds = IMAGE
@@ -267,7 +274,7 @@ class ColourJitter(Operation):
         self.brightness, self.contrast, self.saturation, self.hue, self.p = brightness, contrast, saturation, hue, p
 
     def forward(self, x: Tensor, generator: torch.Generator) -> Tensor:
-        """Give the batch with the picked samples adjusted."""
+        """Return the batch with a random subset of samples adjusted."""
         coloured = x.shape[1] == 3
 
         def factor(amount: float) -> Tensor:
@@ -281,15 +288,15 @@ class ColourJitter(Operation):
             hue=uniform(x, -self.hue, self.hue, generator) if coloured and self.hue else None,
             order=uniform(x, 0, 1, generator, len(x), 3).argsort(1),
         )
-        return torch.where(chance(x, self.p, generator), adjusted, x)
+        return torch.where(bernoulli(x, self.p, generator), adjusted, x)
 
 
 @VIEWS.register("greyscale", aliases=("grayscale",))
 class Greyscale(Operation):
-    """Every channel replaced by the grey image: of other than three channels, by their mean.
+    """Every channel replaced by the grey image (the channels' mean, unless there are three).
 
     Args:
-        p: the probability for each sample.
+        p: the probability per sample.
     """
 
     kinds = IMAGE
@@ -300,30 +307,31 @@ class Greyscale(Operation):
         self.p = p
 
     def forward(self, x: Tensor, generator: torch.Generator) -> Tensor:
-        """Give the batch with the picked samples grey."""
-        return torch.where(chance(x, self.p, generator), grey(x), x)
+        """Return the batch with a random subset of samples grey."""
+        return torch.where(bernoulli(x, self.p, generator), grey(x), x)
 
 
 def blur(x: Tensor, sigma: Tensor, kernel: int) -> Tensor:
-    """Give the images under a Gaussian of each sample's own width, with reflected edges.
+    """Return the images blurred by a Gaussian of each sample's own width, with reflected edges.
 
     Args:
         x: (N, C, H, W).
         sigma: (N,), standard deviations in pixels, > 0.
-        kernel: how many pixels the Gaussian spans on each axis; odd, and at most 2 min(H, W) - 1.
+        kernel: pixels of the Gaussian on each axis; odd, and at most 2 min(H, W) - 1.
     """
     distance = torch.arange(kernel, device=x.device, dtype=x.dtype) - kernel // 2
     weights = (distance / sigma[:, None]).square_().mul_(-0.5).softmax(1)
     height, width = x.shape[2:]
-    rows = _convolution(weights, height)
-    return _between(rows, x, rows if width == height else _convolution(weights, width)).clamp_(0, 1)
+    rows = _convolution_matrix(weights, height)
+    columns = rows if width == height else _convolution_matrix(weights, width)
+    return _apply_matrices(rows, x, columns).clamp_(0, 1)
 
 
-def _convolution(weights: Tensor, length: int) -> Tensor:
-    """Give (N, length, length): the convolution with each row of weights (N, K) as a matrix, edges reflected."""
+def _convolution_matrix(weights: Tensor, length: int) -> Tensor:
+    """Return the convolution with each row of weights (N, kernel) as matrices (N, length, length), edges reflected."""
     samples, kernel = weights.shape
-    reach = torch.arange(length, device=weights.device) + torch.arange(kernel, device=weights.device)[:, None]
-    source = (reach - kernel // 2).abs()
+    position = torch.arange(length, device=weights.device) + torch.arange(kernel, device=weights.device)[:, None]
+    source = (position - kernel // 2).abs()
     source = (length - 1) - ((length - 1) - source).abs()
     taps = (source[:, :, None] == torch.arange(length, device=weights.device)).to(weights.dtype)
     return (weights @ taps.view(kernel, length * length)).view(samples, length, length)
@@ -331,11 +339,11 @@ def _convolution(weights: Tensor, length: int) -> Tensor:
 
 @VIEWS.register("gaussian_blur")
 class GaussianBlur(Operation):
-    """The image under a Gaussian that spans about a tenth of it (an odd number of pixels, at least 3).
+    """Blur by a Gaussian kernel of about a tenth of the image (an odd number of pixels, at least 3).
 
     Args:
-        sigma: standard deviation in pixels, drawn uniformly from [low, high] for each sample.
-        p: the probability for each sample.
+        sigma: standard deviation in pixels, drawn uniformly from [low, high] per sample.
+        p: the probability per sample.
     """
 
     kinds = IMAGE
@@ -347,20 +355,20 @@ class GaussianBlur(Operation):
         self.sigma, self.p = sigma, p
 
     def forward(self, x: Tensor, generator: torch.Generator) -> Tensor:
-        """Give the batch with the picked samples blurred."""
+        """Return the batch with a random subset of samples blurred."""
         shorter = min(x.shape[2:])
         kernel = min(max(3, 2 * (shorter // 20) + 1), 2 * shorter - 1)
         sigma = uniform(x, *self.sigma, generator)
-        return blur(x, torch.where(chance(x, self.p, generator).view(-1), sigma, ALMOST_NO_BLUR), kernel)
+        return blur(x, torch.where(bernoulli(x, self.p, generator).view(-1), sigma, ALMOST_NO_BLUR), kernel)
 
 
 @VIEWS.register("solarise", aliases=("solarize",))
 class Solarise(Operation):
-    """Every value from the threshold on replaced by 1 - value.
+    """Every value at or above the threshold replaced by 1 - value.
 
     Args:
         threshold: in [0, 1].
-        p: the probability for each sample.
+        p: the probability per sample.
     """
 
     kinds = IMAGE
@@ -371,12 +379,12 @@ class Solarise(Operation):
         self.threshold, self.p = threshold, p
 
     def forward(self, x: Tensor, generator: torch.Generator) -> Tensor:
-        """Give the batch with the picked samples solarised."""
-        return torch.where(chance(x, self.p, generator) & (x >= self.threshold), 1 - x, x)
+        """Return the batch with a random subset of samples solarised."""
+        return torch.where(bernoulli(x, self.p, generator) & (x >= self.threshold), 1 - x, x)
 
 
 def transform(x: Tensor, degrees: Tensor, translate: Tensor, scale: Tensor, shear: Tensor) -> Tensor:
-    """Give the images rotated, shifted, scaled and sheared about their centres; what comes in from outside is black.
+    """Return the images rotated, shifted, scaled and sheared about their centres; pixels from outside are black.
 
     Args:
         x: (N, C, H, W).
@@ -388,11 +396,11 @@ def transform(x: Tensor, degrees: Tensor, translate: Tensor, scale: Tensor, shea
     height, width = x.shape[2:]
     angle, slope = degrees.deg2rad(), shear.deg2rad().tan()
     cosine, sine = angle.cos(), angle.sin()
-    # Each output pixel reads from the inverse of scale * rotation @ [[1, -slope], [0, 1]], after the shift is undone.
+    # The input position of each output pixel: the shift is undone, then scale * rotation @ [[1, -slope], [0, 1]].
     xx, xy = (cosine - slope * sine) / scale, (sine + slope * cosine) / scale
     yx, yy = -sine / scale, cosine / scale
     right, down = translate.unbind(1)
-    # affine_grid counts in half widths and half heights.
+    # The units of affine_grid are half widths and half heights.
     to_x = torch.stack([xx, xy * (height / width), (xx * right + xy * down) * (-2 / width)], 1)
     to_y = torch.stack([yx * (width / height), yy, (yx * right + yy * down) * (-2 / height)], 1)
     grid = F.affine_grid(torch.stack([to_x, to_y], 1), list(x.shape), align_corners=False)
@@ -401,14 +409,14 @@ def transform(x: Tensor, degrees: Tensor, translate: Tensor, scale: Tensor, shea
 
 @VIEWS.register("affine")
 class Affine(Operation):
-    """The image rotated, shifted, scaled and sheared a little about its centre; what comes in from outside is black.
+    """The image rotated, shifted, scaled and sheared about its centre; pixels from outside are black.
 
     Args:
-        degrees: the largest rotation either way, in [0, 180].
-        translate: the largest shift either way along each axis, as a share of the width and height.
+        degrees: the largest rotation in either direction, in [0, 180].
+        translate: the largest shift in either direction along each axis, as a share of the width and height.
         scale: the factor of size, drawn uniformly from [low, high].
-        shear: the largest shear either way along the x axis, in degrees below 90.
-        p: the probability for each sample.
+        shear: the largest shear in either direction along the x axis, in degrees below 90.
+        p: the probability per sample.
     """
 
     kinds = IMAGE
@@ -430,7 +438,7 @@ class Affine(Operation):
         self.degrees, self.translate, self.scale, self.shear, self.p = degrees, translate, scale, shear, p
 
     def forward(self, x: Tensor, generator: torch.Generator) -> Tensor:
-        """Give the batch with the picked samples transformed."""
+        """Return the batch with a random subset of samples transformed."""
         height, width = x.shape[2:]
         right = uniform(x, -self.translate * width, self.translate * width, generator)
         down = uniform(x, -self.translate * height, self.translate * height, generator)
@@ -441,4 +449,4 @@ class Affine(Operation):
             scale=uniform(x, *self.scale, generator),
             shear=uniform(x, -self.shear, self.shear, generator),
         )
-        return torch.where(chance(x, self.p, generator), transformed, x)
+        return torch.where(bernoulli(x, self.p, generator), transformed, x)

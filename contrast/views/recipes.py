@@ -1,6 +1,11 @@
-"""Recipes: rows of operations that are known to go together, by name; their arguments are the config's schema.
+"""Recipes: established sequences of operations by name; their arguments are the schema of `views:` in a config.
 
-Images of at most 64 pixels are small here: they keep more of themselves in a crop, and are not blurred.
+Images of at most 64 pixels are small here: their crops are larger shares of the image, and they are not blurred.
+
+Example:
+    >>> from contrast.views import recipes
+    >>> [type(operation).__name__ for operation in recipes.series_weak(scaling=0.2).views[0].operations]
+    ['Scaling', 'Jitter']
 """
 
 from __future__ import annotations
@@ -18,11 +23,11 @@ from contrast.views.images import (
 from contrast.views.series import ChannelDrop, CropResize, Jitter, Permutation, Scaling, TimeMask
 from contrast.views.views import Compose, Operation, Views, recipe
 
-SMALL = 64
+SMALL_PIXELS = 64
 """The largest height and width, in pixels, of a small image."""
 
-LARGE = 224
-"""What larger images are cropped to where no size is given, in pixels."""
+LARGE_PIXELS = 224
+"""Height and width, in pixels, to which larger images are cropped if no size is given."""
 
 
 @recipe("simclr", "image", aliases=("supcon", "simsiam"))
@@ -34,15 +39,15 @@ def simclr(
     strength: float | None = None,
     flip: float = 0.5,
 ) -> Views:
-    """Crop, flip, colour jitter, greyscale and, for large images, blur.
+    """Return views by crop, flip, colour jitter, greyscale and, for large images, blur.
 
     Args:
         shape: (C, H, W) of the data.
-        count: how many views.
-        size: their height and width in pixels; by default the data's own, at most 224.
+        count: number of views.
+        size: height and width of the views in pixels; by default those of the data, at most 224.
         smallest_crop: the smallest share of the image's area; by default 0.2 for small images, else 0.08.
         strength: s of the jitter (0.8 s, 0.8 s, 0.8 s, 0.2 s); by default 0.5 for small images, else 1.
-        flip: the probability of a horizontal flip; 0 where left and right mean something.
+        flip: the probability of a horizontal flip; 0 if left and right differ in meaning.
 
     Source: Chen et al. 2020, A Simple Framework for Contrastive Learning of Visual Representations, arXiv:2002.05709,
         appendix A (and B.9 for small images).
@@ -50,15 +55,15 @@ def simclr(
     small = _is_small(shape, size)
     s = strength if strength is not None else (0.5 if small else 1.0)
     check_amount(strength=s)
-    row: list[Operation] = [
+    operations: list[Operation] = [
         _crop(shape, size, smallest_crop),
         HorizontalFlip(flip),
         ColourJitter(0.8 * s, 0.8 * s, 0.8 * s, min(0.2 * s, 0.5), p=0.8),
-        *_grey(shape),
+        *_greyscale(shape),
     ]
     if not small:
-        row.append(GaussianBlur(p=0.5))
-    return _repeat([row], count)
+        operations.append(GaussianBlur(p=0.5))
+    return _cycle([operations], count)
 
 
 @recipe("moco_v3", "image", aliases=("byol",))
@@ -69,26 +74,26 @@ def moco_v3(
     smallest_crop: float = 0.2,
     flip: float = 0.5,
 ) -> Views:
-    """Two different rows: the first always blurred; the second seldom, but solarised at times.
+    """Return views by two different sequences: the first always blurred; the second rarely, but sometimes solarised.
 
-    Small images are not blurred in either. With more than two views the rows take turns.
+    Small images are not blurred in either. More than two views alternate between the sequences.
 
     Args:
         shape: (C, H, W) of the data.
-        count: how many views.
-        size: their height and width in pixels; by default the data's own, at most 224.
+        count: number of views.
+        size: height and width of the views in pixels; by default those of the data, at most 224.
         smallest_crop: the smallest share of the image's area.
         flip: the probability of a horizontal flip.
 
     Source: Chen et al. 2021, An Empirical Study of Training Self-Supervised Vision Transformers, arXiv:2104.02057;
-        the rows are those of Grill et al. 2020, Bootstrap Your Own Latent, arXiv:2006.07733.
+        the sequences are those of Grill et al. 2020, Bootstrap Your Own Latent, arXiv:2006.07733.
     """
 
-    def row(blur: float, solarise: float) -> list[Operation]:
+    def sequence(blur: float, solarise: float) -> list[Operation]:
         operations: list[Operation] = [
             _crop(shape, size, smallest_crop),
             ColourJitter(0.4, 0.4, 0.2, 0.1, p=0.8),
-            *_grey(shape),
+            *_greyscale(shape),
         ]
         if not _is_small(shape, size):
             operations.append(GaussianBlur(p=blur))
@@ -96,7 +101,7 @@ def moco_v3(
             operations.append(Solarise(p=solarise))
         return [*operations, HorizontalFlip(flip)]
 
-    return _repeat([row(blur=1.0, solarise=0.0), row(blur=0.1, solarise=0.2)], count)
+    return _cycle([sequence(blur=1.0, solarise=0.0), sequence(blur=0.1, solarise=0.2)], count)
 
 
 @recipe("cacr", "image")
@@ -107,25 +112,25 @@ def cacr(
     smallest_crop: float | None = None,
     flip: float = 0.5,
 ) -> Views:
-    """As simclr, but the colour jitter of (0.4, 0.4, 0.4, 0.4) is always applied and nothing is blurred.
+    """Return views as simclr does, but always with a colour jitter of (0.4, 0.4, 0.4, 0.4) and never blurred.
 
     Args:
         shape: (C, H, W) of the data.
-        count: how many views; the paper's best results have 5.
-        size: their height and width in pixels; by default the data's own, at most 224.
+        count: number of views; the paper's best results use 5.
+        size: height and width of the views in pixels; by default those of the data, at most 224.
         smallest_crop: the smallest share of the image's area; by default 0.2 for small images, else 0.08.
         flip: the probability of a horizontal flip.
 
     Source: Zheng et al. 2021, Contrastive Attraction and Contrastive Repulsion for Representation Learning,
         arXiv:2105.03746, and its released code.
     """
-    row: list[Operation] = [
+    operations: list[Operation] = [
         _crop(shape, size, smallest_crop),
         HorizontalFlip(flip),
         ColourJitter(0.4, 0.4, 0.4, 0.4, p=1.0),
-        *_grey(shape),
+        *_greyscale(shape),
     ]
-    return _repeat([row], count)
+    return _cycle([operations], count)
 
 
 @recipe("small_images", "image", aliases=("digits", "mnist"))
@@ -140,32 +145,32 @@ def small_images(
     strength: float = 0.4,
     flip: float = 0.0,
 ) -> Views:
-    """Small rotations, shifts and zooms, a mild crop, brightness and contrast: for tiny images such as digits.
+    """Return views by small rotations, shifts and zooms, a mild crop, brightness and contrast: for images of digits.
 
-    Nothing is mirrored unless asked for, since a mirrored digit or letter is another sign or none.
+    There is no flip by default, since a mirrored digit or letter is another character or none.
 
     Args:
         shape: (C, H, W) of the data.
-        count: how many views.
-        size: their height and width in pixels; by default the data's own, at most 224.
+        count: number of views.
+        size: height and width of the views in pixels; by default those of the data, at most 224.
         smallest_crop: the smallest share of the image's area.
-        degrees: the largest rotation either way.
-        translate: the largest shift either way, as a share of the width and height.
-        zoom: the largest change of size either way, as a share in [0, 1).
-        strength: the largest change of brightness and contrast either way.
+        degrees: the largest rotation in either direction, in degrees.
+        translate: the largest shift in either direction, as a share of the width and height.
+        zoom: the largest change of size in either direction, as a share in [0, 1).
+        strength: the largest change of brightness and contrast in either direction.
         flip: the probability of a horizontal flip.
     """
     check_amount(strength=strength)
     if not 0 <= zoom < 1:
         raise ValueError(f"zoom is a share of the size in [0, 1); got {zoom}.")
-    row: list[Operation] = [
+    operations: list[Operation] = [
         Affine(degrees, translate, (1 - zoom, 1 + zoom)),
         _crop(shape, size, smallest_crop),
         ColourJitter(strength, strength, 0.0, 0.0, p=1.0),
     ]
     if flip:
-        row.append(HorizontalFlip(flip))
-    return _repeat([row], count)
+        operations.append(HorizontalFlip(flip))
+    return _cycle([operations], count)
 
 
 @recipe("series", "series")
@@ -179,71 +184,71 @@ def series(
     mask: float = 0.3,
     drop: float = 0.0,
 ) -> Views:
-    """A stretched window, scaling, jitter and a hidden span; permutation and dropped channels where asked for.
+    """Return views by a stretched window, scaling, jitter and a masked span; permutation and dropped channels optional.
 
     Args:
-        count: how many views.
-        strength: multiplies the cropped-away share, scaling, jitter, mask and drop; 0 changes nothing but `segments`.
+        count: number of views.
+        strength: factor of the cropped share, scaling, jitter, mask and drop; with 0 only `segments` has an effect.
         smallest_crop: the smallest window, as a share of the length, at strength 1.
         scaling: the standard deviation of each channel's factor.
         jitter: the standard deviation of the noise, in standard deviations of the channel.
-        segments: the largest number of segments that are permuted; 1 is none. It destroys slow shapes.
-        mask: the widest hidden span, as a share of the length; half of the samples have one.
-        drop: the probability of each channel to be set to zero.
+        segments: the largest number of segments that are permuted; 1: no permutation. It destroys slow shapes.
+        mask: the widest masked span, as a share of the length; half of the samples have one.
+        drop: the probability that a channel is set to zero.
     """
     check_amount(strength=strength)
     if not 0 < smallest_crop <= 1:
         raise ValueError(f"smallest_crop is a share of the length in (0, 1]; got {smallest_crop}.")
-    # However strong, a twentieth of the series stays in the window and a tenth in sight.
-    row: list[Operation] = [CropResize((max(0.05, 1 - strength * (1 - smallest_crop)), 1.0))]
+    # At any strength the window is at least a twentieth of the series, and a tenth is not masked.
+    operations: list[Operation] = [CropResize((max(0.05, 1 - strength * (1 - smallest_crop)), 1.0))]
     if segments != 1:
-        row.append(Permutation(segments))
-    row += [Scaling(strength * scaling), Jitter(strength * jitter)]
+        operations.append(Permutation(segments))
+    operations += [Scaling(strength * scaling), Jitter(strength * jitter)]
     if drop:
-        row.append(ChannelDrop(min(0.9, strength * drop)))
-    row.append(TimeMask(min(0.9, strength * mask), p=0.5))
-    return _repeat([row], count)
+        operations.append(ChannelDrop(min(0.9, strength * drop)))
+    operations.append(TimeMask(min(0.9, strength * mask), p=0.5))
+    return _cycle([operations], count)
 
 
 @recipe("series_weak", "series")
 def series_weak(count: int = 2, scaling: float = 0.1, jitter: float = 0.05) -> Views:
-    """Scaling and jitter only: nothing moves in time.
+    """Return views by scaling and jitter only, without changes in time.
 
     Args:
-        count: how many views.
+        count: number of views.
         scaling: the standard deviation of each channel's factor.
         jitter: the standard deviation of the noise, in standard deviations of the channel.
     """
-    return _repeat([[Scaling(scaling), Jitter(jitter)]], count)
+    return _cycle([[Scaling(scaling), Jitter(jitter)]], count)
 
 
 @recipe("none", "image", "series")
 def none(count: int = 2) -> Views:
-    """Equal copies of the input.
+    """Return equal copies of the input.
 
     Args:
-        count: how many views.
+        count: number of views.
     """
-    return _repeat([[]], count)
+    return _cycle([[]], count)
 
 
-def _repeat(rows: list[list[Operation]], count: int) -> Views:
-    """Give `count` views that take turns with the rows."""
+def _cycle(sequences: list[list[Operation]], count: int) -> Views:
+    """Return `count` views that cycle through the sequences of operations."""
     if count < 1:
         raise ValueError(f"count is the number of views, at least 1; got {count}.")
-    views = [Compose(row) for row in rows]
+    views = [Compose(operations) for operations in sequences]
     return Views([views[index % len(views)] for index in range(count)])
 
 
-def _side(shape: tuple[int, ...], size: int | None) -> int | None:
-    """Give the views' height and width in pixels, or nothing where the data's own are kept."""
-    if size is not None or max(shape[1:]) <= LARGE:
+def _view_size(shape: tuple[int, ...], size: int | None) -> int | None:
+    """Return the views' height and width in pixels, or None if those of the data do not change."""
+    if size is not None or max(shape[1:]) <= LARGE_PIXELS:
         return size
-    return min(LARGE, *shape[1:])
+    return min(LARGE_PIXELS, *shape[1:])
 
 
 def _is_small(shape: tuple[int, ...], size: int | None) -> bool:
-    return (_side(shape, size) or max(shape[1:])) <= SMALL
+    return (_view_size(shape, size) or max(shape[1:])) <= SMALL_PIXELS
 
 
 def _crop(shape: tuple[int, ...], size: int | None, smallest: float | None) -> RandomResizedCrop:
@@ -251,9 +256,9 @@ def _crop(shape: tuple[int, ...], size: int | None, smallest: float | None) -> R
         smallest = 0.2 if _is_small(shape, size) else 0.08
     if not 0 < smallest <= 1:
         raise ValueError(f"smallest_crop is a share of the image's area in (0, 1]; got {smallest}.")
-    return RandomResizedCrop(_side(shape, size), scale=(smallest, 1.0))
+    return RandomResizedCrop(_view_size(shape, size), scale=(smallest, 1.0))
 
 
-def _grey(shape: tuple[int, ...]) -> list[Operation]:
-    """Give the greyscale operation for images with colours; other channels are measurements and stay apart."""
+def _greyscale(shape: tuple[int, ...]) -> list[Operation]:
+    """Return the greyscale operation for images with colours; other channels are measurements and are not mixed."""
     return [Greyscale(0.2)] if shape[0] == 3 else []

@@ -1,4 +1,8 @@
-"""Views of a batch: operations in a row, one row a view, built from a recipe's name or from lists."""
+"""Views of a batch: a sequence of operations per view, built from a recipe's name or from lists.
+
+This file has the registries, the base class of operations and the builder; the operations are in images.py and
+series.py, the recipes in recipes.py.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +15,13 @@ from torch import Tensor, nn
 from contrast.core.registry import InputError, Registry
 
 VIEWS = Registry("view operation")
+"""The operations by name."""
+
 RECIPES = Registry("recipe")
-KINDS: dict[str, frozenset[str]] = {}
-"""The kinds of data that a recipe is made for; a recipe that is not in here is judged by its operations."""
+"""The recipes by name; `recipe` registers one."""
+
+RECIPE_KINDS: dict[str, frozenset[str]] = {}
+"""The kinds of data per recipe; for a recipe that is not in here, its operations decide."""
 
 IMAGE = frozenset({"image"})
 SERIES = frozenset({"series"})
@@ -22,38 +30,56 @@ Recipe = TypeVar("Recipe", bound=Callable[..., "Views"])
 
 
 class Operation(nn.Module):
-    """One random change of a batch, drawn anew for every sample on the batch's device.
+    """One random change of a batch, drawn independently per sample on the batch's device.
 
-    An operation leaves its input as it is, draws from the given generator only and never waits for the device.
+    An operation does not modify its input, draws from the given generator only and never synchronises with the device.
+
+    Example:
+        >>> class Shift(Operation):
+        ...     kinds = SERIES
+        ...     def forward(self, x, generator):
+        ...         return x + torch.randn(len(x), 1, 1, generator=generator)
+        >>> Shift()(torch.zeros(4, 2, 10), torch.Generator()).shape
+        torch.Size([4, 2, 10])
     """
 
     kinds: ClassVar[frozenset[str]]
-    """The kinds of data it is made for: "image" (N, C, H, W) in [0, 1], "series" (N, C, L) with NaN = not observed."""
+    """The supported kinds of data: "image" (N, C, H, W) in [0, 1], "series" (N, C, L) with NaN = not observed."""
 
     def forward(self, x: Tensor, generator: torch.Generator) -> Tensor:
-        """Give the changed batch, float32; the generator lives on x's device."""
+        """Return the changed batch, float32; the generator is on x's device."""
         raise NotImplementedError
 
     def output_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Give the shape of one changed sample, for a sample of the given shape; raise where that cannot be."""
+        """Return the shape of one changed sample for that of one sample; raise an InputError if it does not fit."""
         return shape
 
 
 class Compose(nn.Module):
-    """Operations, one after the other."""
+    """Operations applied one after the other.
+
+    Args:
+        operations: in the order in which they are applied.
+
+    Example:
+        >>> from contrast.views import images
+        >>> compose = Compose([images.RandomResizedCrop(size=16), images.HorizontalFlip()])
+        >>> compose(torch.rand(4, 3, 32, 32), torch.Generator().manual_seed(0)).shape
+        torch.Size([4, 3, 16, 16])
+    """
 
     def __init__(self, operations: Sequence[Operation]) -> None:
         super().__init__()
         self.operations = nn.ModuleList(operations)
 
     def forward(self, x: Tensor, generator: torch.Generator) -> Tensor:
-        """Give the batch after all operations."""
+        """Return the batch after all operations."""
         for operation in self.operations:
             x = operation(x, generator)
         return x
 
     def output_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Give the shape of one sample after all operations."""
+        """Return the shape of one sample after all operations."""
         for operation in self.operations:
             if isinstance(operation, Operation):
                 shape = operation.output_shape(shape)
@@ -61,10 +87,17 @@ class Compose(nn.Module):
 
 
 class Views(nn.Module):
-    """Several views of every sample, each by its own row of operations.
+    """Several views of every sample, each by its own sequence of operations.
 
     Args:
-        views: one `Compose` a view; the same one may stand for several views, which are drawn independently.
+        views: one `Compose` per view; the same one may be used for several views, which are drawn independently.
+
+    Example:
+        >>> from contrast.views import series
+        >>> views = Views([Compose([series.Jitter(0.1)]), Compose([])])
+        >>> first, second = views(torch.ones(4, 2, 10), torch.Generator().manual_seed(0))
+        >>> len(views), bool((first == 1).all()), bool((second == 1).all())
+        (2, False, True)
     """
 
     def __init__(self, views: Sequence[Compose]) -> None:
@@ -72,46 +105,61 @@ class Views(nn.Module):
         self.views = nn.ModuleList(views)
 
     def __len__(self) -> int:
-        """Count the views."""
+        """Return the number of views."""
         return len(self.views)
 
     @torch.no_grad()
     def forward(self, x: Tensor, generator: torch.Generator) -> list[Tensor]:
-        """Give the V views of a batch in float32, also under autocast; no view shares memory with x."""
+        """Return the V views of a batch in float32, also under autocast; no view shares memory with x."""
         with torch.autocast(x.device.type, enabled=False):
             views = [view(x, generator) for view in self.views]
         return [view.clone() if view is x else view for view in views]
 
     def output_shapes(self, shape: tuple[int, ...]) -> list[tuple[int, ...]]:
-        """Give the shape of one sample in each view; raise an InputError where the operations do not fit it."""
+        """Return the shape of one sample in each view; raise an InputError if the operations do not fit it."""
         return [view.output_shape(shape) for view in self.views if isinstance(view, Compose)]
 
 
 def recipe(name: str, *kinds: str, aliases: Sequence[str] = ()) -> Callable[[Recipe], Recipe]:
-    """Give the decorator that enters a function under `name`, as a recipe for these kinds of data.
+    """Return the decorator that registers a function as the recipe `name` for these kinds of data.
 
-    The function gives `Views`; its keyword arguments are the schema of `views:` in a config. `shape`, the shape of one
-    sample, and `kind` are filled in where the function has arguments of these names.
+    The function returns `Views`; its keyword arguments are the schema of `views:` in a config. `shape`, the shape of
+    one sample, and `kind` are filled in if the function has arguments of these names.
+
+    Args:
+        name: of the recipe.
+        *kinds: "image", "series" or both.
+        aliases: names that are answered with the right one.
+
+    Example:
+        >>> from contrast.views import recipes  # where @recipe("none", "image", "series") decorates the function none
+        >>> RECIPES["none"] is recipes.none, sorted(RECIPE_KINDS["none"])
+        (True, ['image', 'series'])
     """
-    KINDS[name] = frozenset(kinds)
+    RECIPE_KINDS[name] = frozenset(kinds)
     return RECIPES.register(name, aliases=aliases)
 
 
 def build_views(
     part: str | Mapping[str, Any] | Sequence[Any], shape: tuple[int, ...], kind: str, *, where: str = "views"
 ) -> Views:
-    """Make the views of a config.
+    """Return the views that a config describes.
 
     Args:
         part: a recipe's name; {name: recipe, its arguments}; a list of operations, which makes two views; or a list of
-            such lists, one a view.
+            such lists, one per view.
         shape: the shape of one sample, (C, H, W) or (C, L).
         kind: "image" or "series".
         where: the key of the config, for messages.
 
     Raises:
-        InputError: for unknown names and arguments, for what is made for another kind of data, and for an output size
-            above the input's.
+        InputError: for unknown names and arguments, for a recipe or operation of another kind of data, and for an
+            output size above the input's.
+
+    Example:
+        >>> views = build_views(["horizontal_flip", {"name": "solarise", "p": 0.5}], shape=(3, 32, 32), kind="image")
+        >>> [view.shape for view in views(torch.rand(4, 3, 32, 32), torch.Generator())]
+        [torch.Size([4, 3, 32, 32]), torch.Size([4, 3, 32, 32])]
     """
     if isinstance(part, str | Mapping):
         views = _from_recipe(part, shape, kind, where)
@@ -124,7 +172,7 @@ def build_views(
         )
     for view in views.views:
         for operation in view.operations if isinstance(view, Compose) else ():
-            _check_kind(operation, kind, where)
+            _check_operation_kind(operation, kind, where)
     views.output_shapes(shape)
     return views
 
@@ -134,11 +182,11 @@ def _from_recipe(part: str | Mapping[str, Any], shape: tuple[int, ...], kind: st
     if name in VIEWS and name not in RECIPES:
         raise InputError(f"{where}: '{name}' is an operation, not a recipe; write a list of operations, [{name}, ...].")
     RECIPES.check(part, where=where)
-    if kind not in KINDS.get(str(name), {kind}):
-        fitting = [other for other in RECIPES if kind in KINDS.get(other, ())]
+    if kind not in RECIPE_KINDS.get(str(name), {kind}):
+        fitting = [other for other in RECIPES if kind in RECIPE_KINDS.get(other, ())]
         raise InputError(
-            f"{where}: the recipe '{name}' is for {_words(KINDS[str(name)])}, but the data are {_words({kind})}. "
-            f"Recipes that fit: {', '.join(fitting)}."
+            f"{where}: the recipe '{name}' is for {_kind_text(RECIPE_KINDS[str(name)])}, but the data are "
+            f"{_kind_text({kind})}. Recipes that fit: {', '.join(fitting)}."
         )
     views: Views = RECIPES.build(part, where=where, shape=shape, kind=kind)
     return views
@@ -147,13 +195,13 @@ def _from_recipe(part: str | Mapping[str, Any], shape: tuple[int, ...], kind: st
 def _from_lists(part: Sequence[Any], kind: str, where: str) -> Views:
     nested = [isinstance(entry, Sequence) and not isinstance(entry, str) for entry in part]
     if any(nested) != all(nested):
-        raise InputError(f"{where} mixes operations and lists of operations; give one list, or one list for each view.")
+        raise InputError(f"{where} mixes operations and lists of operations; write one list, or one list per view.")
 
     def compose(operations: Sequence[Any], where: str) -> Compose:
         built = []
         for index, operation in enumerate(operations):
             built.append(VIEWS.build(operation, where=f"{where}[{index}]"))
-            _check_kind(built[-1], kind, f"{where}[{index}]")
+            _check_operation_kind(built[-1], kind, f"{where}[{index}]")
         return Compose(built)
 
     if all(nested):
@@ -161,16 +209,16 @@ def _from_lists(part: Sequence[Any], kind: str, where: str) -> Views:
     return Views([compose(part, where)] * 2)
 
 
-def _check_kind(operation: nn.Module, kind: str, where: str) -> None:
+def _check_operation_kind(operation: nn.Module, kind: str, where: str) -> None:
     kinds = getattr(operation, "kinds", frozenset({kind}))
     if kind not in kinds:
         name = next((name for name, part in VIEWS.items() if part is type(operation)), type(operation).__name__)
         fitting = [name for name, part in VIEWS.items() if kind in getattr(part, "kinds", ())]
         raise InputError(
-            f"{where}: the operation '{name}' is for {_words(kinds)}, but the data are {_words({kind})}. "
+            f"{where}: the operation '{name}' is for {_kind_text(kinds)}, but the data are {_kind_text({kind})}. "
             f"Operations that fit: {', '.join(fitting)}."
         )
 
 
-def _words(kinds: frozenset[str] | set[str]) -> str:
+def _kind_text(kinds: frozenset[str] | set[str]) -> str:
     return " and ".join({"image": "images"}.get(kind, kind) for kind in sorted(kinds))

@@ -20,7 +20,7 @@ def seeded(seed=0):
 
 
 def some_series(lengths=LENGTHS, channels=3, steps=12, gaps=True):
-    """Series of these lengths, padded with NaN; the first has two missing values, the second a channel without any."""
+    """Return series of these lengths, padded with NaN; the first has two missing values, the second an empty one."""
     x = torch.randn(len(lengths), channels, steps, generator=seeded(1))
     for sample, length in enumerate(lengths):
         x[sample, :, length:] = NAN
@@ -56,7 +56,7 @@ def test_permute_cuts_and_sorts_the_observed_steps_only():
         assert np.isnan(permuted[i][:, length:]).all()
 
 
-def test_resample_interpolates_between_neighbours_and_a_gap_beside_a_step_does_not_matter():
+def test_resample_interpolates_between_neighbours_and_ignores_a_gap_next_to_a_whole_position():
     x = some_series()
     positions = torch.rand(6, 12, generator=seeded()) * 13 - 0.5
     positions[:, ::3] = positions[:, ::3].round()
@@ -65,37 +65,37 @@ def test_resample_interpolates_between_neighbours_and_a_gap_beside_a_step_does_n
         for c in range(3):
             series = x[i, c].double().numpy()
             for t in range(12):
-                place = min(max(positions[i, t].item(), 0), length - 1)
-                left = math.floor(place)
-                share = place - left
+                position = min(max(positions[i, t].item(), 0), length - 1)
+                left = math.floor(position)
+                share = position - left
                 expected = series[left] if share == 0 else (1 - share) * series[left] + share * series[left + 1]
                 np.testing.assert_allclose(resampled[i, c, t], expected if t < length else NAN, atol=1e-5)
 
 
-def test_hide_hides_the_span_in_all_channels():
+def test_mask_span_masks_the_span_in_all_channels():
     x = some_series()
     start, width = torch.tensor([2, 0, 0, 1, 11, 3]), torch.tensor([3, 4, 0, 1, 1, 0])
-    hidden = ops.hide(x, start, width)
+    masked = ops.mask_span(x, start, width)
     for i in range(6):
         expected = x[i].clone()
         for t in range(start[i], start[i] + width[i]):
             expected[:, t] = NAN
-        assert same(hidden[i], expected)
+        assert same(masked[i], expected)
 
 
-def test_a_curve_joins_its_knots_by_straight_lines_over_each_length():
+def test_knots_are_interpolated_linearly_over_each_length():
     knots = torch.randn(4, 3, 5, generator=seeded())
-    drawn = ops.curve(knots, torch.tensor([9, 5, 2, 1]), 9).numpy()
+    curve = ops.interpolate_knots(knots, torch.tensor([9, 5, 2, 1]), 9).numpy()
     for i, length in enumerate([9, 5, 2, 1]):
         for c in range(3):
-            places = np.arange(length) * 4 / max(length - 1, 1)
-            np.testing.assert_allclose(drawn[i, c, :length], np.interp(places, range(5), knots[i, c]), atol=1e-5)
+            positions = np.arange(length) * 4 / max(length - 1, 1)
+            np.testing.assert_allclose(curve[i, c, :length], np.interp(positions, range(5), knots[i, c]), atol=1e-5)
 
 
-# --- what is drawn ---------------------------------------------------------------------------------------------------
+# --- distributions of the random numbers -----------------------------------------------------------------------------
 
 
-def test_jitter_has_the_asked_deviation_and_scaling_one_factor_a_channel():
+def test_jitter_has_the_given_deviation_and_scaling_one_factor_per_channel():
     x = torch.ones(200, 3, 20)
     noise = ops.Jitter(0.5)(x, seeded()) - 1
     assert abs(noise.std() - 0.5) < 0.02
@@ -107,19 +107,19 @@ def test_jitter_has_the_asked_deviation_and_scaling_one_factor_a_channel():
 
 
 def test_permutation_draws_every_number_of_segments():
-    """Counting the steps whose successor changed tells the number of segments, but for neighbours that stayed so."""
+    """The number of segments is that of changed successors plus one, unless segments stay next to each other."""
     x = torch.arange(100.0).expand(2000, 1, 100)
     permuted = ops.Permutation(4)(x, seeded())
     segments = 1 + (permuted.diff(dim=2) != 1).sum(2).flatten()
     assert segments.unique().tolist() == [1, 2, 3, 4]
     assert torch.equal(permuted.sort(2).values, x)
-    # One segment (1/4) stays; two stay in order with 1/2, three with 1/6, four with 1/24; distinct cuts neglected.
+    # P(order unchanged): 1 for one segment, 1/2 for two, 1/6 for three, 1/24 for four; equal cuts neglected.
     expected = (1 + 1 / 2 + 1 / 6 + 1 / 24) / 4
     assert abs((segments == 1).float().mean() - expected) < 0.05
 
 
-def test_permutation_keeps_the_channels_of_a_series_together():
-    """The error of a well-known library: one channel permuted and written over all."""
+def test_permutation_is_the_same_for_all_channels_of_a_series():
+    """A well-known library permutes one channel and writes it over all others."""
     step = torch.arange(12.0)
     x = torch.stack([step, step + 100, step + 200]).expand(50, 3, 12)
     permuted = ops.Permutation(5)(x, seeded())
@@ -128,14 +128,14 @@ def test_permutation_keeps_the_channels_of_a_series_together():
     assert not torch.equal(permuted, x)
 
 
-def test_missing_values_travel_with_their_step():
+def test_missing_values_move_with_their_step():
     x = torch.arange(12.0).expand(20, 2, 12).clone()
     x[:, 1, 6] = NAN
     permuted = ops.Permutation(5)(x, seeded())
     assert torch.equal(permuted[:, 1].isnan(), permuted[:, 0] == 6)
 
 
-def test_crop_resize_reads_a_window_of_the_asked_share_from_end_to_end():
+def test_crop_resize_returns_a_window_of_the_given_share_from_end_to_end():
     x = torch.arange(101.0).expand(500, 1, 101)
     cropped = ops.CropResize((0.4, 0.7))(x, seeded())[:, 0]
     share = (cropped[:, -1] - cropped[:, 0]) / 100
@@ -149,41 +149,41 @@ def test_crop_resize_reads_a_window_of_the_asked_share_from_end_to_end():
     torch.testing.assert_close(cropped, even)
 
 
-def test_time_mask_hides_one_span_up_to_the_asked_share_of_each_length():
+def test_time_mask_masks_one_span_up_to_the_given_share_of_each_length():
     x = torch.ones(1000, 2, 40)
     x[500:, :, 20:] = NAN
     masked = ops.TimeMask(0.25, p=0.5)(x, seeded())
     assert torch.equal(masked[:, 0].isnan(), masked[:, 1].isnan())
-    hidden = masked[:, 0].isnan() & ~x[:, 0].isnan()
-    width = hidden.sum(1)
-    edges = hidden.int().diff(dim=1, prepend=torch.zeros(1000, 1), append=torch.zeros(1000, 1)).abs().sum(1)
+    span = masked[:, 0].isnan() & ~x[:, 0].isnan()
+    width = span.sum(1)
+    edges = span.int().diff(dim=1, prepend=torch.zeros(1000, 1), append=torch.zeros(1000, 1)).abs().sum(1)
     assert set(edges.tolist()) == {0, 2}
     assert width[:500].unique().tolist() == list(range(11))
     assert width[500:].unique().tolist() == list(range(6))
-    # Half are picked, of which 1 in 11 (1 in 6) draws the width 0.
+    # Half of the samples are masked, of which 1 in 11 (1 in 6) draws the width 0.
     assert abs((width[:500] > 0).float().mean() - 10 / 22) < 4 * math.sqrt(0.25 / 500)
-    assert hidden[:500, 0].any()
-    assert hidden[:500, 39].any()
+    assert span[:500, 0].any()
+    assert span[:500, 39].any()
 
 
-def test_channel_drop_drops_the_asked_share_and_never_all():
+def test_channel_drop_drops_the_given_share_and_never_all():
     x = some_series([12] * 500, channels=4, gaps=False)
     dropped = (ops.ChannelDrop(0.3)(x, seeded()) == 0).all(2)
     assert not dropped.all(1).any()
-    # 0.3, less the channel that is spared where all four would go.
+    # 0.3, less one channel where all four would be dropped.
     assert abs(dropped.float().mean() - (0.3 - 0.3**4 / 4)) < 4 * math.sqrt(0.21 / 2000)
     all_but_one = (ops.ChannelDrop(1.0)(x, seeded()) == 0).all(2)
     assert (all_but_one.sum(1) == 3).all()
     assert all_but_one.float().mean(0).max() < 0.85
 
 
-def test_channel_drop_spares_a_channel_that_was_observed():
+def test_channel_drop_never_drops_the_only_observed_channel():
     x = torch.full((200, 3, 5), NAN)
     x[:, 1] = 2.0
     assert same(ops.ChannelDrop(1.0)(x, seeded()), x)
 
 
-def test_time_warp_starts_at_the_first_and_ends_at_the_last_step_without_going_back():
+def test_time_warp_is_increasing_from_the_first_to_the_last_step():
     x = torch.arange(50.0).expand(100, 1, 50).clone()
     x[50:, :, 30:] = NAN
     warped = ops.TimeWarp(0.5)(x, seeded())[:, 0]
@@ -194,7 +194,7 @@ def test_time_warp_starts_at_the_first_and_ends_at_the_last_step_without_going_b
     assert (warped[:50] - x[:50, 0]).abs().max() > 2
 
 
-def test_magnitude_warp_multiplies_by_a_slow_curve():
+def test_magnitude_warp_multiplies_by_a_piecewise_linear_curve():
     factors = ops.MagnitudeWarp(0.3, knots=3)(torch.ones(500, 2, 41), seeded())
     assert abs(factors[:, :, 20].std() - 0.3) < 0.03
     bends = factors.diff(dim=2).diff(dim=2).abs() > 1e-5
@@ -202,13 +202,13 @@ def test_magnitude_warp_multiplies_by_a_slow_curve():
     assert bends[:, :, 19].float().mean() > 0.99
 
 
-# --- what holds for every operation ----------------------------------------------------------------------------------
+# --- properties of every operation -----------------------------------------------------------------------------------
 
 NEVER_ADDS_GAPS = ["jitter", "scaling", "permutation", "channel_drop", "magnitude_warp"]
 
 
 @pytest.mark.parametrize("name", SERIES_OPERATIONS)
-def test_padding_stays_at_the_end_and_the_input_untouched(name):
+def test_padding_stays_at_the_end_and_the_input_is_not_modified(name):
     x = some_series()
     before, state = x.clone(), torch.get_rng_state()
     view = VIEWS[name]()(x, seeded(4))
@@ -223,7 +223,7 @@ def test_padding_stays_at_the_end_and_the_input_untouched(name):
 
 
 @pytest.mark.parametrize("name", NEVER_ADDS_GAPS)
-def test_the_number_of_observations_stays(name):
+def test_the_number_of_observations_does_not_change(name):
     x = some_series()
     view = VIEWS[name]()(x, seeded(4))
     assert torch.equal((~view.isnan()).sum((1, 2)), (~x.isnan()).sum((1, 2)))
@@ -231,7 +231,7 @@ def test_the_number_of_observations_stays(name):
 
 @pytest.mark.parametrize("name", [name for name in SERIES_OPERATIONS if name != "jitter"])
 def test_padding_changes_nothing(name):
-    """A batch padded further gives the same views of the same steps; jitter alone draws one number a step."""
+    """A batch with more padding has the same views of the same steps, except for jitter's one number per step."""
     x = some_series()
     longer = torch.cat([x, torch.full((6, 3, 9), NAN)], 2)
     torch.testing.assert_close(
@@ -240,7 +240,7 @@ def test_padding_changes_nothing(name):
 
 
 @pytest.mark.parametrize("name", SERIES_OPERATIONS)
-def test_a_seed_fixes_the_bits_and_another_seed_changes_them(name):
+def test_the_result_is_a_function_of_the_seed(name):
     x = some_series([30] * 16, channels=6, steps=30)
     operation = VIEWS[name]()
     assert same(operation(x, seeded(5)), operation(x, seeded(5)))
@@ -248,8 +248,8 @@ def test_a_seed_fixes_the_bits_and_another_seed_changes_them(name):
 
 
 @pytest.mark.parametrize("name", SERIES_OPERATIONS)
-def test_nothing_is_read_back_from_the_device(name):
-    """A tensor on the meta device has no values: reading one, or mixing devices, raises."""
+def test_an_operation_never_synchronises_with_the_device(name):
+    """A tensor on the meta device has no values: reading one, or mixing devices, raises an error."""
     x = torch.empty(4, 3, 16, device="meta")
     assert VIEWS[name]()(x, None).shape == x.shape
 
@@ -264,7 +264,7 @@ def test_equal_samples_are_changed_differently(name):
 
 @pytest.mark.parametrize("name", SERIES_OPERATIONS)
 @pytest.mark.parametrize("shape", [(1, 1, 1), (1, 2, 30), (3, 1, 2)])
-def test_the_smallest_batches_pass(name, shape):
+def test_the_smallest_batches_work(name, shape):
     view = VIEWS[name]()(torch.ones(shape), seeded())
     assert view.shape == shape
     assert not view.flatten(1).isnan().all(1).any()
@@ -279,7 +279,7 @@ def test_a_series_with_every_second_value_missing_keeps_an_observation(name):
 
 
 @pytest.mark.parametrize("name", SERIES_OPERATIONS)
-def test_a_single_observation_among_gaps_is_kept(name):
+def test_a_single_observation_among_gaps_is_never_removed(name):
     x = torch.full((500, 2, 20), NAN)
     x[:, 1, 13] = 1.0
     view = VIEWS[name]()(x, seeded())
@@ -287,7 +287,7 @@ def test_a_single_observation_among_gaps_is_kept(name):
 
 
 @pytest.mark.parametrize("name", SERIES_OPERATIONS)
-def test_a_series_without_observations_stays_one(name):
+def test_a_series_without_observations_does_not_change(name):
     assert VIEWS[name]()(torch.full((2, 2, 5), NAN), seeded()).isnan().all()
 
 

@@ -1,14 +1,14 @@
-"""Views from recipes and from lists, and the sentences for what does not fit."""
+"""Views from recipes and from lists, and the error messages for what does not fit."""
 
 import pytest
 import torch
 
 from contrast.core.registry import InputError
 from contrast.views import RECIPES, VIEWS, Views, build_views
-from contrast.views.views import KINDS
+from contrast.views.views import RECIPE_KINDS
 
 SHAPES = {"image": (3, 32, 32), "series": (2, 40)}
-FITTING = [(name, kind) for name in RECIPES for kind in sorted(KINDS[name])]
+FITTING = [(name, kind) for name in RECIPES for kind in sorted(RECIPE_KINDS[name])]
 
 
 def seeded(seed=0):
@@ -21,7 +21,7 @@ def a_batch(kind, samples=8):
 
 @pytest.mark.parametrize(("name", "kind"), FITTING)
 @pytest.mark.parametrize("count", [1, 2, 5])
-def test_every_recipe_gives_as_many_views_as_asked_for(name, kind, count):
+def test_every_recipe_returns_the_requested_number_of_views(name, kind, count):
     x = a_batch(kind)
     before = x.clone()
     views = build_views({"name": name, "count": count}, SHAPES[kind], kind)
@@ -40,7 +40,7 @@ def test_every_recipe_gives_as_many_views_as_asked_for(name, kind, count):
 
 
 @pytest.mark.parametrize("kind", ["image", "series"])
-def test_none_gives_equal_copies(kind):
+def test_none_returns_equal_copies(kind):
     x = a_batch(kind)
     first, second = build_views("none", SHAPES[kind], kind)(x, seeded())
     assert torch.equal(first, x)
@@ -50,7 +50,7 @@ def test_none_gives_equal_copies(kind):
 
 
 @pytest.mark.parametrize(("name", "kind"), FITTING)
-def test_a_seed_fixes_the_bits_of_all_views(name, kind):
+def test_all_views_are_a_function_of_the_seed(name, kind):
     views = build_views(name, SHAPES[kind], kind)
     x = a_batch(kind)
 
@@ -65,7 +65,7 @@ def names_of(view):
     return [type(operation).__name__ for operation in view.operations]
 
 
-def test_simclr_blurs_and_crops_harder_above_64_pixels():
+def test_simclr_blurs_and_crops_more_strongly_above_64_pixels():
     small, large = (build_views("simclr", (3, side, side), "image").views[0] for side in (64, 65))
     assert "GaussianBlur" not in names_of(small)
     assert "GaussianBlur" in names_of(large)
@@ -75,7 +75,7 @@ def test_simclr_blurs_and_crops_harder_above_64_pixels():
     assert (large.operations[2].brightness, large.operations[2].hue) == (0.8, 0.2)
 
 
-def test_moco_v3_takes_turns_with_two_rows():
+def test_moco_v3_alternates_between_two_sequences():
     views = build_views({"name": "moco_v3", "count": 3}, (3, 96, 96), "image").views
     assert "Solarise" not in names_of(views[0])
     assert "Solarise" in names_of(views[1])
@@ -91,24 +91,24 @@ def test_cacr_always_jitters_and_never_blurs():
     assert "GaussianBlur" not in names_of(view)
 
 
-def test_small_images_are_not_mirrored_unless_asked_for():
+def test_small_images_are_not_flipped_by_default():
     """An image that is dark on the left and bright on the right stays so."""
     x = torch.linspace(0, 1, 28).expand(200, 1, 28, 28)
 
-    def mirrored(part):
+    def flipped_share(part):
         (view, _) = build_views(part, (1, 28, 28), "image")(x, seeded())
         return (view[:, :, 7:21, 4:14].mean((1, 2, 3)) > view[:, :, 7:21, 14:24].mean((1, 2, 3))).float().mean().item()
 
-    assert mirrored("small_images") == 0
-    assert 0.3 < mirrored({"name": "small_images", "flip": 0.5}) < 0.7
+    assert flipped_share("small_images") == 0
+    assert 0.3 < flipped_share({"name": "small_images", "flip": 0.5}) < 0.7
 
 
-def test_channels_that_are_no_colours_are_not_made_grey():
+def test_images_without_colours_are_not_made_grey():
     for channels in (1, 2, 5):
         assert "Greyscale" not in names_of(build_views("simclr", (channels, 32, 32), "image").views[0])
 
 
-def test_large_images_are_cropped_to_224_pixels_and_others_keep_their_size():
+def test_large_images_are_cropped_to_224_pixels_and_others_are_not():
     assert build_views("simclr", (3, 300, 260), "image").output_shapes((3, 300, 260)) == [(3, 224, 224)] * 2
     assert build_views("simclr", (3, 100, 500), "image").output_shapes((3, 100, 500)) == [(3, 100, 100)] * 2
     assert build_views("simclr", (3, 96, 128), "image").output_shapes((3, 96, 128)) == [(3, 96, 128)] * 2
@@ -122,7 +122,7 @@ def test_strength_zero_changes_no_series():
         torch.testing.assert_close(view, x)
 
 
-def test_any_strength_of_series_leaves_finite_observations():
+def test_series_have_finite_observations_at_any_strength():
     x = a_batch("series")
     part = {"name": "series", "strength": 50.0, "segments": 5, "drop": 0.5}
     for view in build_views(part, (2, 40), "series")(x, seeded()):
@@ -141,7 +141,7 @@ def test_a_list_of_operations_makes_two_views_and_a_list_of_lists_one_each():
     assert torch.equal(third, x)
 
 
-def test_views_ignore_autocast_and_keep_no_graph():
+def test_views_ignore_autocast_and_have_no_gradient():
     x = a_batch("image").requires_grad_()
     views = build_views("simclr", (3, 32, 32), "image")
     plain = views(x, seeded())
@@ -151,12 +151,12 @@ def test_views_ignore_autocast_and_keep_no_graph():
     assert all(torch.equal(a, b) for a, b in zip(plain, cast, strict=True))
 
 
-def test_views_hold_nothing_that_a_checkpoint_would_keep():
+def test_views_have_an_empty_state_dict():
     assert build_views("simclr", (3, 96, 96), "image").state_dict() == {}
 
 
 @pytest.mark.parametrize("name", VIEWS)
-def test_every_operation_says_what_it_is_for(name):
+def test_every_operation_names_its_kinds_of_data(name):
     assert VIEWS[name].kinds <= {"image", "series"}
     assert VIEWS[name].kinds
 
@@ -189,7 +189,7 @@ def test_every_operation_says_what_it_is_for(name):
         ({"count": 2}, "image", ["views", "name"]),
     ],
 )
-def test_what_does_not_fit_is_refused_in_a_sentence(part, kind, words):
+def test_views_that_do_not_fit_are_refused_in_one_line(part, kind, words):
     with pytest.raises(InputError) as refused:
         build_views(part, SHAPES[kind], kind)
     assert "\n" not in str(refused.value)
@@ -197,7 +197,7 @@ def test_what_does_not_fit_is_refused_in_a_sentence(part, kind, words):
         assert word in str(refused.value)
 
 
-def test_the_second_of_two_crops_is_judged_by_what_the_first_left():
+def test_the_second_of_two_crops_is_checked_against_the_size_after_the_first():
     crops = [{"name": "random_resized_crop", "size": 16}, {"name": "random_resized_crop", "size": 20}]
     with pytest.raises(InputError, match="at most 16"):
         build_views(crops, (3, 32, 32), "image")
