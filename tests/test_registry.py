@@ -45,7 +45,7 @@ def given(tools, **arguments):
     return tools.build({"name": "hammer", **arguments}).given
 
 
-def test_names_are_walked_in_alphabetical_order(tools):
+def test_names_are_in_alphabetical_order(tools):
     assert list(tools) == ["anything", "hammer", "saw"]
     assert len(tools) == 3
     assert "saw" in tools
@@ -64,17 +64,17 @@ def test_a_misspelt_name_is_answered_with_the_nearest(tools, typed, meant):
         tools[typed]
 
 
-def test_a_strange_name_is_answered_with_all_names(tools):
+def test_an_unknown_name_is_answered_with_all_names(tools):
     with pytest.raises(InputError, match=r"there is no tool 'xyz'\. Known: anything, hammer, saw\."):
         tools["xyz"]
 
 
 def test_two_parts_cannot_share_a_name(tools):
-    with pytest.raises(InputError, match="two parts want to be the tool 'saw'"):
+    with pytest.raises(InputError, match="two parts are registered as the tool 'saw'"):
         tools.register("saw")(dict)
 
 
-def test_nearest_is_silent_where_nothing_is_near():
+def test_did_you_mean_is_empty_where_nothing_is_similar():
     assert did_you_mean("qqq", ["hammer"]) == ""
     assert did_you_mean("Hamer", ["hammer"]) == " Did you mean 'hammer'?"
 
@@ -90,7 +90,7 @@ def test_a_part_without_a_name_is_refused(tools, part):
         tools.build(part)
 
 
-def test_a_whole_number_becomes_a_float_where_a_float_is_wanted(tools):
+def test_a_whole_number_becomes_a_float_where_a_float_is_expected(tools):
     weight = given(tools, weight=2)["weight"]
     assert weight == 2.0
     assert isinstance(weight, float)
@@ -140,7 +140,7 @@ def test_a_wrong_type_is_named_with_its_key(tools, key, value, words):
         ("nails", None, None),
     ],
 )
-def test_a_right_type_arrives(tools, key, value, kept):
+def test_a_value_of_the_right_type_is_passed_on(tools, key, value, kept):
     assert given(tools, **{key: value})[key] == kept
     assert type(given(tools, **{key: value})[key]) is type(kept)
 
@@ -189,7 +189,48 @@ def boxes():
         def __init__(self, inner: Box, samples: int, spare: Box | None = None, label: str = "") -> None:
             self.inner, self.samples, self.spare, self.label = inner, samples, spare, label
 
+    @registry.register("stack")
+    class Stack(Box):
+        def __init__(self, boxes: Sequence[Box], extra: list[Box] | None = None) -> None:
+            self.boxes, self.extra = boxes, extra
+
     return registry
+
+
+def test_a_list_of_parts_inside_a_part_is_built_part_by_part(boxes):
+    ready = boxes.build("plain")
+    inner = ["plain", {"name": "plain", "size": 2}, {"name": "stack", "boxes": "plain"}, ready]
+    made = boxes.build({"name": "stack", "boxes": inner, "extra": None}, samples=4)
+    assert [box.size for box in made.boxes[:2]] == [1.0, 2.0]
+    assert (made.boxes[1].samples, made.boxes[2].boxes[0].samples) == (4, 4)
+    assert made.boxes[3] is ready
+    assert made.extra is None
+    assert boxes.build({"name": "stack", "boxes": [], "extra": ["plain"]}).extra[0].size == 1.0
+    assert boxes.takes_parts("stack", "boxes") and boxes.takes_parts("stack", "extra")
+    assert not boxes.takes_parts("nested", "inner") and not boxes.takes_part("stack", "boxes")
+
+
+def test_checking_a_list_of_parts_returns_every_part_with_its_name(boxes):
+    part = {"name": "stack", "boxes": ["plain", {"name": "plain", "size": 2}]}
+    assert boxes.check(part, where="box") == ("stack", {"boxes": [{"name": "plain"}, {"name": "plain", "size": 2.0}]})
+
+
+@pytest.mark.parametrize(
+    ("inner", "words"),
+    [
+        (["plain", "plian"], r"^box\.boxes\[1\]: there is no box 'plian'\. Did you mean 'plain'"),
+        ([{"name": "plain", "sice": 1}], r"^box\.boxes\[0\]\.sice: box 'plain' has no such argument"),
+        ([{"name": "plain", "size": -1}], r"^box\.boxes\[0\] 'plain': size must be 0 or more"),
+        ([3], r"^box\.boxes\[0\] must be a name or a mapping with a name"),
+        (3, r"^box\.boxes must be a list, each a box"),
+        (None, r"^box\.boxes must be a list of a Box; got nothing"),
+    ],
+)
+def test_what_is_wrong_in_a_list_of_parts_is_named_with_its_place(boxes, inner, words):
+    with pytest.raises(InputError, match=words):
+        boxes.build({"name": "stack", "boxes": inner})
+    with pytest.raises(InputError, match=r"^box 'stack': boxes is missing; give box\.boxes, a list, each a box"):
+        boxes.build("stack")
 
 
 def test_a_part_inside_a_part_is_built_first_and_given_the_same_facts(boxes):

@@ -52,23 +52,23 @@ class Registry(Mapping[str, Callable[..., Any]]):
     def register(self, name: str, *, aliases: Sequence[str] = ()) -> Callable[[Part], Part]:
         """Return the decorator that enters a class or function under `name`.
 
-        An alias is a signpost, not a second name: whoever types it is told the right one.
+        An alias is not a second name: it is answered with an error that says the right one.
         """
 
         def enter(part: Part) -> Part:
             if name in self._parts:
-                raise InputError(f"two parts want to be the {self.kind} '{name}'; give one of them another name.")
+                raise InputError(f"two parts are registered as the {self.kind} '{name}'; rename one of them.")
             self._parts[name] = part
-            self._aliases.update({_plain(alias): name for alias in (name, *aliases)})
+            self._aliases.update({_letters_and_digits(alias): name for alias in (name, *aliases)})
             return part
 
         return enter
 
     def __getitem__(self, name: str) -> Callable[..., Any]:
-        """Return the part called `name`; an unknown name raises an InputError that says the nearest one."""
+        """Return the part called `name`; an unknown name raises an InputError with the most similar one."""
         if name in self._parts:
             return self._parts[name]
-        if (right := self._aliases.get(_plain(name))) is not None:
+        if (right := self._aliases.get(_letters_and_digits(name))) is not None:
             raise InputError(f"the {self.kind} '{name}' is called '{right}' here.")
         raise InputError(
             f"there is no {self.kind} '{name}'.{did_you_mean(name, self._parts)} "
@@ -91,14 +91,15 @@ class Registry(Mapping[str, Callable[..., Any]]):
         """Make a part from its name, or from {"name": ..., its constructor's arguments}.
 
         Args:
-            part: a name or a mapping, as it stands in a config.
+            part: a name or a mapping, as in a config.
             where: the key of the config, for messages ("loss").
-            **facts: what only the run knows; each fills the constructor's parameter of that name, where there is one
-                and `part` does not give it. The parts inside `part`, which are built first, get them too.
+            **facts: what only the run knows (samples, dim, ...); each fills the constructor's parameter of that name,
+                where there is one and `part` does not give it. The parts inside `part`, which are built first, get
+                them too.
 
         Raises:
-            InputError: for an unknown name or argument, a wrong type, one that is missing, or a value that the
-                constructor refuses.
+            InputError: for an unknown name or argument, a wrong type, a missing one, or a value that the constructor
+                refuses.
         """
         where = where or self.kind
         name, arguments = self.check(part, where=where)
@@ -106,12 +107,21 @@ class Registry(Mapping[str, Callable[..., Any]]):
         for key, value in arguments.items():
             if self._is_part(name, key, value):
                 arguments[key] = self.build(value, where=f"{where}.{key}", **facts)
+            elif value is not None and self.takes_parts(name, key):
+                arguments[key] = [
+                    self.build(one, where=f"{where}.{key}[{number}]", **facts) if _names_part(one) else one
+                    for number, one in enumerate(value)
+                ]
         known = schema(build)
         filled = {key: value for key, value in facts.items() if key in known and key not in arguments} | arguments
         for key, (annotation, default) in known.items():
             if default is inspect.Parameter.empty and key not in filled:
-                kind = f"a {self.kind}" if self.takes_part(name, key) else describe(annotation)
-                raise InputError(f"{where} '{name}': {key} is missing; give {where}.{key}, {kind}.")
+                expected = describe(annotation)
+                if self.takes_part(name, key):
+                    expected = f"a {self.kind}"
+                elif self.takes_parts(name, key):
+                    expected = f"a list, each a {self.kind}"
+                raise InputError(f"{where} '{name}': {key} is missing; give {where}.{key}, {expected}.")
         try:
             return build(**filled)
         except InputError:
@@ -122,7 +132,8 @@ class Registry(Mapping[str, Callable[..., Any]]):
     def check(self, part: str | Mapping[str, Any], *, where: str) -> tuple[str, dict[str, Any]]:
         """Return the name and the arguments of a part once both fit its signature, without building it.
 
-        An argument that is itself a part is checked as one, and given as {"name": ..., its arguments}.
+        An argument that is itself a part, or a list of parts, is checked as such, and returned as
+        {"name": ..., its arguments}; a single part is accepted as a list of one.
         """
         if isinstance(part, str):
             part = {"name": part}
@@ -133,27 +144,71 @@ class Registry(Mapping[str, Callable[..., Any]]):
             build = self[part["name"]]
         except InputError as error:
             raise InputError(f"{where}: {error}") from None
-        name = part["name"]
-        inner = {key: value for key, value in arguments.items() if self._is_part(name, key, value)}
-        plain = {key: value for key, value in arguments.items() if key not in inner}
-        checked = check_arguments(build, plain, where=where, owner=f"{self.kind} '{name}'")
-        for key, value in inner.items():
-            inner_name, inner_arguments = self.check(value, where=f"{where}.{key}")
-            checked[key] = {"name": inner_name, **inner_arguments}
-        return name, {key: checked[key] for key in arguments}
+        name, owner = part["name"], f"{self.kind} '{part['name']}'"
+        checked: dict[str, Any] = {}
+        for key, value in arguments.items():
+            if self._is_part(name, key, value):
+                checked[key] = self._named(value, where=f"{where}.{key}")
+            elif value is not None and self.takes_parts(name, key):
+                checked[key] = self.check_list(value, where=f"{where}.{key}")
+            else:
+                checked |= check_arguments(build, {key: value}, where=where, owner=owner)
+        return name, checked
+
+    def check_list(self, parts: Any, *, where: str) -> list[Any]:
+        """Return a list of parts, each checked and as {"name": ..., its arguments}; objects stay as they are.
+
+        Args:
+            parts: a list, or one part, which stands for a list of one.
+            where: the key of the config, for messages; an entry is `where[0]`.
+        """
+        listed = [parts] if _names_part(parts) else parts
+        if not isinstance(listed, list | tuple):
+            raise InputError(f"{where} must be a list, each a {self.kind}: [{{name: ..., ...}}, ...]; got {parts!r}.")
+        return [
+            one if self._is_instance(one) else self._named(one, where=f"{where}[{number}]")
+            for number, one in enumerate(listed)
+        ]
+
+    def _named(self, part: Any, *, where: str) -> dict[str, Any]:
+        name, arguments = self.check(part, where=where)
+        return {"name": name, **arguments}
 
     def takes_part(self, name: str, argument: str) -> bool:
         """True if this argument of a part is itself a part of this registry: its annotation is their class."""
-        wanted = schema(self._parts[name]).get(argument, (None, None))[0] if name in self._parts else None
-        options = typing.get_args(wanted) if typing.get_origin(wanted) in (Union, UnionType) else (wanted,)
-        classes = [part for part in self._parts.values() if inspect.isclass(part)]
+        return any(self._is_kind(option) for option in _options(self._annotation(name, argument)))
+
+    def takes_parts(self, name: str, argument: str) -> bool:
+        """True if this argument is a list of parts of this registry, `Sequence[...]` or `list[...]` of their class."""
         return any(
-            inspect.isclass(kind) and kind is not object and any(issubclass(part, kind) for part in classes)
-            for kind in options
+            typing.get_origin(option) in (list, tuple, Sequence)
+            and any(self._is_kind(kind) for one in typing.get_args(option)[:1] for kind in _options(one))
+            for option in _options(self._annotation(name, argument))
         )
 
+    def _annotation(self, name: str, argument: str) -> Any:
+        return schema(self._parts[name]).get(argument, (None, None))[0] if name in self._parts else None
+
+    def _is_kind(self, annotation: Any) -> bool:
+        """True for a class of which some part of this registry is a subclass."""
+        if not inspect.isclass(annotation) or annotation is object or getattr(annotation, "_is_protocol", False):
+            return False
+        return any(inspect.isclass(part) and issubclass(part, annotation) for part in self._parts.values())
+
+    def _is_instance(self, value: Any) -> bool:
+        return any(inspect.isclass(part) and isinstance(value, part) for part in self._parts.values())
+
     def _is_part(self, name: str, argument: str, value: Any) -> bool:
-        return isinstance(value, str | Mapping) and self.takes_part(name, argument)
+        return _names_part(value) and self.takes_part(name, argument)
+
+
+def _names_part(value: Any) -> bool:
+    return isinstance(value, str | Mapping)
+
+
+def _options(annotation: Any) -> tuple[Any, ...]:
+    """Return the members of a union, or the annotation itself."""
+    return typing.get_args(annotation) if typing.get_origin(annotation) in (Union, UnionType) else (annotation,)
 
 
 def schema(build: Callable[..., Any]) -> dict[str, tuple[Any, Any]]:
@@ -257,5 +312,5 @@ def describe(annotation: Any) -> str:
     return f"a {getattr(annotation, '__name__', annotation)}"
 
 
-def _plain(name: str) -> str:
+def _letters_and_digits(name: str) -> str:
     return "".join(character for character in name.lower() if character.isalnum())

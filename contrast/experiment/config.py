@@ -1,41 +1,43 @@
-"""The typed experiment: one YAML file and `key=value` words, checked whole before any data is touched."""
+"""The typed experiment: one YAML file and overrides, checked completely before any data is read."""
 
 from __future__ import annotations
 
 import dataclasses
-import importlib
-import importlib.util
 import inspect
 import re
-import sys
-import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import lightning
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from contrast.core.registry import InputError, Registry, check_arguments, did_you_mean, schema
-from contrast.data.loader import SAMPLERS
-from contrast.evaluation.protocols import PROTOCOLS
-from contrast.losses import LOSSES
-from contrast.memory import MEMORIES
+from contrast.experiment.parts import KINDS, Kind, Part, import_plugins
 from contrast.models.backbones import BACKBONES
-from contrast.models.heads import HEADS
-from contrast.train.optimizers import OPTIMIZERS
-from contrast.views.views import RECIPES, VIEWS
+from contrast.views.views import VIEWS
 
-Part = Mapping[str, Any] | str
-"""{name: ..., its constructor's arguments}, or a bare name."""
+Override = str | tuple[str, Any]
+"""One value over those of the file: the text "loss.temperature=0.2", or the pair ("loss.temperature", 0.2)."""
 
 
 @dataclass(frozen=True)
 class DataSettings:
-    """What to read and how to split it; see `contrast.data.source.open_data`."""
+    """What to read and how to split it; see `contrast.data.open_data`.
+
+    Args:
+        source: a path, "digits", "torchvision:NAME" or "aeon:NAME" (`contrast list data`).
+        labels: a table next to an image folder, one row per image; for other sources the same as `target`.
+        target: the column or array that has the labels; "none" reads no labels.
+        split_by: a column (patient, slide, recording); items with equal values are never on two sides of a split.
+        positives: whose items are positives of each other: "sample" (each item's own views), "label", or a column.
+        splits: shares {test: 0.2, validation: 0.2} where the source has no split; validation is a share of train.
+        size: height and width in pixels to which images are resized and cropped; null: chosen from the images.
+        channels: 1, 3 or 4 channels to which images are converted; null: chosen from the images.
+        workers: processes that read items ahead; 0: the training process reads them itself.
+    """
 
     source: str = ""
     labels: str | None = None
@@ -50,11 +52,17 @@ class DataSettings:
 
 @dataclass(frozen=True)
 class EncoderSettings:
-    """Backbone and head; `momentum` adds a momentum twin, `predictor` a second head on the online side.
+    """The network that is trained.
 
-    `joint: false` sends each view through on its own, so that batch normalisation sees one view at a time.
-    `reference` names a frozen network, as `contrast evaluate` takes it: its features say how alike samples are, for the
-    losses that ask (cwcl, false_negatives with guide).
+    Args:
+        backbone: from inputs to features; `pretrained: true` starts from published weights, a path from a file.
+        head: from features to the embeddings that the loss compares; it is dropped after pretraining.
+        momentum: share of the momentum encoder that is kept at each step, in [0, 1); null: no momentum encoder.
+        predictor: a second head on the trained side (BYOL, SimSiam, MoCo v3); null: none.
+        joint: true sends all views through the network in one batch; false view by view, so that batch normalisation
+            sees one view at a time.
+        reference: a frozen network, named as MODEL of `contrast evaluate`; its features tell the losses that ask for
+            them (cwcl, false_negatives with guide) how similar samples are.
     """
 
     backbone: Part = "auto"
@@ -67,7 +75,12 @@ class EncoderSettings:
 
 @dataclass(frozen=True)
 class ProbeSettings:
-    """The online probe: how often (steps; null: twenty times a run) and on how many items; 0 items: never."""
+    """The online probe: a linear classifier on frozen features, solved now and then during training.
+
+    Args:
+        every: steps between two probes; null: twenty times per run.
+        items: labelled items, at most, to fit it on, and as many to test it on; 0: no online probe.
+    """
 
     every: int | None = None
     items: int = 1000
@@ -75,23 +88,54 @@ class ProbeSettings:
 
 @dataclass(frozen=True)
 class EvaluateSettings:
-    """What follows training; an empty list of protocols: nothing."""
+    """What is measured after training.
 
-    protocols: Sequence[str] = ("knn", "linear", "few_labels")
+    Args:
+        protocols: a list of protocols; empty: nothing is measured.
+        draws: random draws of labels, where a protocol has draws and does not say how many.
+        labels_per_class: labels per class, where a protocol has few labels and does not say how many.
+    """
+
+    protocols: Sequence[Part] = ("knn", "linear", "few_labels")
     draws: int = 5
     labels_per_class: int = 10
 
 
 @dataclass(frozen=True)
 class ReportSettings:
-    """The report; `samples: false` leaves every sample out."""
+    """The page of the run.
+
+    Args:
+        samples: false leaves out all pictures and names of items.
+    """
 
     samples: bool = True
 
 
 @dataclass(frozen=True)
 class Config:
-    """An experiment, version 1. "auto" is chosen by the data and written into the run's own config."""
+    """An experiment. "auto" is chosen from the data, and the choice is written into the run's own config.yaml.
+
+    Args:
+        version: of this format.
+        seed: decides every random number of the run.
+        name: of the run, in its folder's name; empty: the name of the config file or of the loss.
+        plugins: `.py` files or modules that register parts of your own.
+        data: what to read and how to split it.
+        views: a recipe, or a list of operations, or one list of operations per view.
+        encoder: backbone, head, momentum encoder, predictor.
+        loss: what is minimised.
+        memory: where further candidates or other positives come from; a list.
+        sampler: in which order items are drawn.
+        optimizer: with its learning rate, weight decay and warm-up.
+        batch_size: items per step over all processes together.
+        budget: how long to train: "200 epochs", "50000 steps", "8h" or "auto"; the schedule ends there.
+        trainer: arguments of Lightning's Trainer, such as devices and precision.
+        probe: the online probe.
+        evaluate: what is measured after training.
+        report: the page of the run.
+        logger: where metrics go besides metrics.jsonl: "tensorboard" or "none".
+    """
 
     version: Literal[1] = 1
     seed: int = 0
@@ -120,19 +164,7 @@ SECTIONS: dict[str, type] = {
     "evaluate": EvaluateSettings,
     "report": ReportSettings,
 }
-PARTS: dict[str, Registry] = {
-    "views": RECIPES,
-    "encoder.backbone": BACKBONES,
-    "encoder.head": HEADS,
-    "encoder.predictor": HEADS,
-    "loss": LOSSES,
-    "sampler": SAMPLERS,
-    "optimizer": OPTIMIZERS,
-}
-LOSS_FACTS = {"samples": 1, "dim": 1, "epochs": 1}
-"""What only the run knows of a loss: `build.py` fills it in, here stands what does for a check."""
-MEMORY_FACTS = ("samples", "dim", "heads", "reference_dim", "bank", "store", "seed")
-"""What only the run knows of a memory."""
+"""The parts of the config that have keys of their own, by key."""
 _AT_LEAST = {
     "seed": 0,
     "data.workers": 0,
@@ -141,10 +173,16 @@ _AT_LEAST = {
     "evaluate.draws": 1,
     "evaluate.labels_per_class": 1,
 }
-"""The keys of the experiment itself that count something; parts look after their own arguments."""
-_WHERE = {"command line": "on the command line", "call": "in the call"}
-_BUDGET_SAYS = ("max_epochs", "max_steps", "max_time", "min_epochs", "min_steps")
-_OURS = ("callbacks", "logger", "default_root_dir", "enable_checkpointing", "enable_progress_bar", "profiler")
+_ORIGINS = {"command line": "on the command line", "call": "in the call"}
+_BUDGET_DECIDES = ("max_epochs", "max_steps", "max_time", "min_epochs", "min_steps")
+_SET_BY_CONTRAST = (
+    "callbacks",
+    "logger",
+    "default_root_dir",
+    "enable_checkpointing",
+    "enable_progress_bar",
+    "profiler",
+)
 
 
 @dataclass(frozen=True)
@@ -153,20 +191,23 @@ class Loaded:
 
     Args:
         config: the experiment.
-        origins: dotted key -> "default", "command line", a file, or "picked".
+        origins: dotted key -> "command line", "call" or a file; what is not in it has its default.
     """
 
     config: Config
     origins: Mapping[str, str]
 
 
-def load(config: str | None = None, words: Sequence[str] = (), *, by: str = "command line") -> Loaded:
-    """Read a config and lay `key=value` words over it.
+# ------------------------------------------------------------------------------------------------------------- loading
+
+
+def load(config: str | None = None, overrides: Sequence[Override] = (), *, by: str = "command line") -> Loaded:
+    """Read a config and apply overrides.
 
     Args:
-        config: a shipped name, a `.yaml` file, or nothing for the defaults.
-        words: "loss.temperature=0.2", later ones win.
-        by: where the words were written: "command line", or "call" for a call in Python.
+        config: a shipped name, a `.yaml` file, or None for the defaults.
+        overrides: in order, later ones win.
+        by: where the overrides were written: "command line", or "call" for a call in Python.
 
     Raises:
         InputError: naming the file and the key, for the first thing that does not fit.
@@ -175,138 +216,47 @@ def load(config: str | None = None, words: Sequence[str] = (), *, by: str = "com
     origins: dict[str, str] = {}
     if config is not None:
         file = find(config)
-        written = _read_yaml(file)
-        if isinstance(written.get("plugins"), list):
-            written["plugins"] = [_beside(file, plugin) for plugin in written["plugins"]]
-        for key, value in written.items():
-            _lay(tree, [str(key)], value, origins, str(config))
+        content = _read_yaml(file)
+        if isinstance(content.get("plugins"), list):
+            content["plugins"] = [_next_to(file, plugin) for plugin in content["plugins"]]
+        for key, value in content.items():
+            _override(tree, [key], value, origins, str(config))
         try:
-            _plugins(tree["plugins"])  # a word may reach into a part of theirs
+            import_plugins(tree["plugins"])  # an override may reach into a part of theirs
         except InputError as error:
             raise InputError(with_origin(str(error), origins)) from None
-    for word in words:
-        key, _, text = word.partition("=")
-        _lay(tree, key.split("."), _value(word, key, text, by), origins, by)
+    for override in overrides:
+        key, value = _parsed(override, by) if isinstance(override, str) else override
+        _override(tree, key.split("."), value, origins, by)
     try:
         return Loaded(check(tree), origins)
     except InputError as error:
         raise InputError(with_origin(str(error), origins)) from None
 
 
-def check(tree: Mapping[str, Any]) -> Config:
-    """Give the typed experiment of a tree of settings, every part of it checked against its signature."""
-    _plugins(tree.get("plugins", ()))
-    settings = {key: _checked(key, value) for key, value in tree.items()}
-    config = Config(**check_arguments(Config, settings, where="", owner="the config"))
-    values = flat(config)
-    for key, least in _AT_LEAST.items():
-        if values[key] is not None and values[key] < least:
-            raise InputError(f"{key} must be {least} or more; got {values[key]}.")
-    for number, protocol in enumerate(config.evaluate.protocols):
-        PROTOCOLS.check(protocol, where=f"evaluate.protocols[{number}]")
-    _check_trainer(config.trainer)
-    # What needs no data is built once and forgotten, for the values that its constructor refuses.
-    LOSSES.build(config.loss, where="loss", **LOSS_FACTS)
-    OPTIMIZERS.build(config.optimizer, where="optimizer")
-    SAMPLERS.build(config.sampler, where="sampler")
-    return config
-
-
-def _checked(key: str, value: Any) -> Any:
-    """Check what stands at a key of the first level, where it is a section or made of parts."""
-    if key in SECTIONS:
-        return _section(key, value)
-    if key == "memory":
-        return memories(value)
-    return part(key, value) if key in PARTS else value
-
-
-def part(key: str, value: Any) -> Any:
-    """Give a part as {name: ..., arguments}, checked against its constructor; lists of views and "auto" as they are."""
-    registry = PARTS[key]
-    if value is None or value == "auto" or (isinstance(value, Mapping) and value.get("name") == "auto"):
-        if value is None and key != "encoder.predictor":
-            raise InputError(f"{key} must be a name or {{name: ..., ...}}; got nothing.")
-        taken = ["name", "count"] if key == "views" else ["name"]
-        if isinstance(value, Mapping) and (odd := [name for name in value if name not in taken]):
-            raise InputError(f"{key}.{odd[0]}: 'auto' does not take it; give {key}.name, one of {', '.join(registry)}.")
-        return value if value is None or (isinstance(value, Mapping) and len(value) > 1) else "auto"
-    if key == "views" and isinstance(value, list | tuple):
-        return _operations(key, value)
-    if key == "encoder.backbone":
-        return _backbone(key, value)
-    name, arguments = registry.check(value, where=key)
-    return {"name": name, **arguments}
-
-
-def memories(value: Any) -> list[dict[str, Any]]:
-    """Give the memories, each checked against its constructor; one may stand alone, without the list."""
-    listed = [value] if isinstance(value, str | Mapping) else [] if value is None else value
-    if not isinstance(listed, list | tuple):
-        raise InputError(f"memory must be a list of memories, [{{name: queue, size: 4096}}]; got {value!r}.")
-    checked = (MEMORIES.check(one, where=f"memory[{number}]") for number, one in enumerate(listed))
-    return [{"name": name, **arguments} for name, arguments in checked]
-
-
 def defaults() -> dict[str, Any]:
-    """Give the defaults as a tree."""
+    """Return the defaults as a tree."""
     tree: dict[str, Any] = dataclasses.asdict(Config())
-    for key in PARTS:
+    for key in KINDS:
         parent, name = _parent(tree, key.split("."))
         if isinstance(parent[name], str) and parent[name] != "auto":
             parent[name] = {"name": parent[name]}
     return tree
 
 
-def to_yaml(config: Config) -> str:
-    """Give the whole config as YAML that `load` reads back."""
-    return OmegaConf.to_yaml(OmegaConf.create(_plain(dataclasses.asdict(config))))
-
-
-def flat(config: Config) -> dict[str, Any]:
-    """Give every value by its dotted key."""
-    return dict(_flatten(_plain(dataclasses.asdict(config))))
-
-
-def resolved(config: Config) -> dict[str, Any]:
-    """Give every value by its dotted key, also the defaults of the parts' own arguments; facts of the run are left out.
-
-    A part inside a part has keys of its own: `loss.loss.temperature`.
-    """
-    values = flat(config)
-    parts = list(PARTS.items())
-    for key, registry in parts:
-        name = str(values.get(f"{key}.name"))
-        if name in registry:
-            for argument, (_, default) in schema(registry[name]).items():
-                if registry.takes_part(name, argument):
-                    parts.append((f"{key}.{argument}", registry))
-                elif default is not inspect.Parameter.empty and not (registry is LOSSES and argument in LOSS_FACTS):
-                    values.setdefault(f"{key}.{argument}", default)
-    if config.memory:
-        values["memory"] = [_with_defaults(one) for one in config.memory]
-    order = [field.name for field in dataclasses.fields(Config)]
-    return dict(sorted(values.items(), key=lambda item: order.index(item[0].split(".")[0])))
-
-
-def _with_defaults(memory: Part) -> dict[str, Any]:
-    """Give a memory with the defaults of its arguments; facts of the run are left out."""
-    name, arguments = MEMORIES.check(memory, where="memory")
-    known = schema(MEMORIES[name])
-    free = {key: default for key, (_, default) in known.items() if key not in MEMORY_FACTS}
-    left = {key: default for key, default in free.items() if default is not inspect.Parameter.empty}
-    return {"name": name, **left, **arguments}
-
-
 def shipped() -> dict[str, Path]:
-    """Give the configs that come with the package, by name."""
+    """Return the configs that come with the package, by name."""
     inside = Path(__file__).parents[1] / "configs"
     folder = inside if inside.is_dir() else Path(__file__).parents[2] / "configs"
     return {file.stem: file for file in sorted(folder.glob("*.yaml"))}
 
 
 def find(config: str) -> Path:
-    """Give the file of a shipped name or of a path."""
+    """Return the file of a shipped name or of a path.
+
+    Raises:
+        InputError: where there is no such config.
+    """
     known = shipped()
     if config in known:
         return known[config]
@@ -318,14 +268,14 @@ def find(config: str) -> Path:
     return file
 
 
-def is_config(word: str) -> bool:
-    """Tell whether a word of the command line names a config."""
-    return word in shipped() or word.endswith((".yaml", ".yml"))
+def is_config(text: str) -> bool:
+    """True if an argument of the command line names a config."""
+    return text in shipped() or text.endswith((".yaml", ".yml"))
 
 
-def is_setting(word: str) -> bool:
-    """Tell whether a word of the command line is `key=value`."""
-    return re.match(r"[A-Za-z_][\w.]*=", word) is not None and not Path(word).exists()
+def is_override(text: str) -> bool:
+    """True if an argument of the command line is `key=value`."""
+    return re.match(r"[A-Za-z_][\w.]*=", text) is not None and not Path(text).exists()
 
 
 def _read_yaml(file: Path) -> dict[str, Any]:
@@ -334,162 +284,280 @@ def _read_yaml(file: Path) -> dict[str, Any]:
     except (OmegaConfBaseException, yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"{file} cannot be read as YAML: {_first_line(error)}") from None
     if not isinstance(tree, dict):
-        raise InputError(f"{file} must hold `key: value` lines; it holds a {type(tree).__name__}.")
+        raise InputError(f"{file} must have `key: value` lines; it has a {type(tree).__name__}.")
     return {str(key): value for key, value in tree.items()}
 
 
-def _value(word: str, key: str, text: str, by: str) -> Any:
-    """Read what stands behind `key=` as YAML; where the key wants text, as it stands: a folder may be called 2024."""
+def _next_to(config: Path, plugin: Any) -> Any:
+    """Return the path of a plugin in the folder of the config that names it; anything else unchanged."""
+    file = config.parent / str(plugin)
+    return str(file.resolve()) if str(plugin).endswith(".py") and file.is_file() else plugin
+
+
+def _parsed(override: str, by: str) -> tuple[str, Any]:
+    """Parse "key=value". The value is YAML; for a key that is text, it is that text: a folder may be called 2024."""
+    key, _, text = override.partition("=")
     section, _, name = key.rpartition(".")
     owner = SECTIONS.get(section) if section else Config
     annotation = schema(owner)[name][0] if owner and name in schema(owner) else None
-    if annotation in (str, str | None) and text not in ("", "null"):
-        return text
+    quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "'\""
+    if annotation in (str, str | None) and text not in ("", "null") and not quoted:
+        return key, text
     try:
-        return OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))["value"]  # type: ignore[index, call-overload]
+        return key, OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))["value"]  # type: ignore[index, call-overload]
     except (OmegaConfBaseException, yaml.YAMLError) as error:
-        raise InputError(f"{_WHERE[by]}: {word}: {_first_line(error)}") from None
+        raise InputError(f"{_ORIGINS[by]}: {override}: {_first_line(error)}") from None
 
 
-def _lay(tree: dict[str, Any], path: list[str], value: Any, origins: dict[str, str], origin: str) -> None:
-    """Lay one value over the tree; a mapping goes into the one below, a part without a name keeps the one it has."""
+def _first_line(error: Exception) -> str:
+    return " ".join(str(error).replace('in "<unicode string>", ', "").split())[:300]
+
+
+# ----------------------------------------------------------------------------------------------------------- overrides
+
+
+def _override(tree: dict[str, Any], path: list[str], value: Any, origins: dict[str, str], origin: str) -> None:
+    """Put one value into the tree; a mapping is merged, and a part without a name keeps the name that it has."""
     key = ".".join(path)
     parent, name = _parent(tree, path)
-    below = parent.get(name)
-    part_here = _registry_at(tree, path) is not None
-    renamed = isinstance(value, Mapping) and "name" in value and part_here
-    if isinstance(value, Mapping) and isinstance(below, str) and part_here and not renamed:
-        below = parent[name] = {"name": below}
-    if isinstance(value, Mapping) and isinstance(below, dict) and not renamed:
+    current = parent.get(name)
+    is_part = _registry_at(tree, path) is not None
+    replaces = is_part and isinstance(value, Mapping) and "name" in value
+    if is_part and isinstance(value, Mapping) and isinstance(current, str) and not replaces:
+        current = parent[name] = {"name": current}
+    if isinstance(value, Mapping) and isinstance(current, dict) and not replaces:
         for inner, one in value.items():
-            _lay(tree, [*path, str(inner)], one, origins, origin)
+            _override(tree, [*path, str(inner)], one, origins, origin)
         return
     if path[-1] == "name" and _registry_at(tree, path[:-1]) is not None and parent.get("name") != value:
         for other in [other for other in parent if other != "name"]:
-            del parent[other]
-    if isinstance(value, str) and part_here and value != "auto":
+            del parent[other]  # another part does not take the arguments of the first
+    if isinstance(value, str) and is_part and value != "auto":
         value = {"name": value}
     parent[name] = dict(value) if isinstance(value, Mapping) else value
-    for stale in [one for one in origins if one.startswith(f"{key}.")]:
-        del origins[stale]
+    for outdated in [one for one in origins if one.startswith(f"{key}.")]:
+        del origins[outdated]
     for inner, _ in _flatten(value, key):
         origins[inner] = origin
     origins[key] = origin
 
 
 def _parent(tree: dict[str, Any], path: list[str]) -> tuple[dict[str, Any], str]:
-    """Walk to the mapping that holds the last word of the path, making what is missing."""
+    """Return the mapping that has the last name of the path, and that name; missing mappings are created."""
     root = tree
-    for number, word in enumerate(path[:-1]):
-        below = tree.get(word)
-        if isinstance(below, str) and _registry_at(root, path[: number + 1]) is not None:
-            below = {"name": below}
-        elif below is None:
-            below = {}
-        elif not isinstance(below, dict):
-            key, above = ".".join(path), ".".join(path[: number + 1])
-            if isinstance(below, list | tuple):
-                raise InputError(f"{key}: {above} is a list; write it whole, {above}={in_words(below, whole=True)}.")
-            raise InputError(f"{key}: {above} is {below!r} and has nothing inside.")
-        tree[word] = below
-        tree = below
+    for number, name in enumerate(path[:-1]):
+        inner = tree.get(name)
+        if isinstance(inner, str) and _registry_at(root, path[: number + 1]) is not None:
+            inner = {"name": inner}
+        elif inner is None:
+            inner = {}
+        elif not isinstance(inner, dict):
+            key, outer = ".".join(path), ".".join(path[: number + 1])
+            if isinstance(inner, list | tuple):
+                raise InputError(f"{key}: {outer} is a list; write all of it, {outer}={to_text(inner)}.")
+            raise InputError(f"{key}: {outer} is {inner!r} and has no keys.")
+        tree[name] = inner
+        tree = inner
     return tree, path[-1]
 
 
 def _registry_at(tree: Mapping[str, Any], path: Sequence[str]) -> Registry | None:
-    """Give the registry of the part that belongs at this path: one of PARTS, or a part inside such a part."""
-    registry, above = None, tree
-    for number, word in enumerate(path):
-        if (known := PARTS.get(".".join(path[: number + 1]))) is not None:
-            registry = known
-        elif registry is not None and not registry.takes_part(str(above.get("name")), word):
+    """Return the registry of the single part that belongs at this path, also of a part inside a part."""
+    registry, parent = None, tree
+    for number, name in enumerate(path):
+        kind = KINDS.get(".".join(path[: number + 1]))
+        if kind is not None:
+            registry = None if kind.many else kind.registry
+        elif registry is not None and not registry.takes_part(str(parent.get("name")), name):
             registry = None
-        below = above.get(word)
-        above = below if isinstance(below, Mapping) else {"name": below}
+        inner = parent.get(name)
+        parent = inner if isinstance(inner, Mapping) else {"name": inner}
     return registry
 
 
-def _section(key: str, value: Any) -> Any:
-    if not isinstance(value, Mapping):
-        raise InputError(f"{key} must be a mapping with some of {', '.join(_names(SECTIONS[key]))}; got {value!r}.")
-    inner = {name: part(f"{key}.{name}", one) if f"{key}.{name}" in PARTS else one for name, one in value.items()}
-    return SECTIONS[key](**check_arguments(SECTIONS[key], inner, where=key, owner=f"'{key}'"))
+# ------------------------------------------------------------------------------------------------------------ checking
 
 
-def _backbone(key: str, value: Any) -> Any:
-    """Check a backbone: one of ours by its signature; a timm or torchvision name is checked when it is built."""
-    given = {"name": value} if isinstance(value, str) else value
-    if not isinstance(given, Mapping) or not isinstance(given.get("name"), str):
-        raise InputError(f"{key} must be a name or {{name: ..., ...}}; got {value!r}.")
-    if given["name"] not in BACKBONES:
-        return dict(given)
-    ours = {name: one for name, one in given.items() if name != "pretrained"}
-    name, arguments = BACKBONES.check(ours, where=key)
-    kept = {"pretrained": given["pretrained"]} if "pretrained" in given else {}
-    return {"name": name, **arguments, **kept}
+def check(tree: Mapping[str, Any]) -> Config:
+    """Return the typed experiment of a tree of settings, with every part checked against its signature.
+
+    Raises:
+        InputError: naming the key, for the first thing that does not fit.
+    """
+    import_plugins(tree.get("plugins", ()))
+    config = Config(**_arguments(Config, {key: _checked(key, value) for key, value in tree.items()}, "the config"))
+    values = flat(config)
+    for key, least in _AT_LEAST.items():
+        if values[key] is not None and values[key] < least:
+            raise InputError(f"{key} must be {least} or more; got {values[key]}.")
+    _check_trainer(config.trainer)
+    for kind in KINDS.values():
+        if kind.trial is not None:  # for the values that its constructor refuses
+            for where, part in parts_of(config, kind):
+                kind.build(part, where=where, **kind.trial)
+    return config
 
 
-def _operations(key: str, value: Sequence[Any]) -> list[Any]:
-    """Check a list of view operations, or a list of lists, one a view."""
+def parts_of(config: Config, kind: Kind) -> Iterator[tuple[str, Part]]:
+    """Iterate over the parts of one kind as (key, part); the parts of a list have keys such as `memory[0]`."""
+    value: Any = config
+    for name in kind.key.split("."):
+        value = getattr(value, name)
+    if kind.many:
+        yield from ((f"{kind.key}[{number}]", part) for number, part in enumerate(value))
+    elif isinstance(value, str | Mapping):
+        yield kind.key, value
+
+
+def _arguments(owner: type, settings: Mapping[str, Any], name: str, where: str = "") -> dict[str, Any]:
+    return check_arguments(owner, settings, where=where, owner=name)
+
+
+def _checked(key: str, value: Any) -> Any:
+    """Return the value of a key once it fits: a section, a part, a list of parts, or a plain value."""
+    if key in SECTIONS:
+        section = SECTIONS[key]
+        if not isinstance(value, Mapping):
+            raise InputError(f"{key} must be a mapping with some of {', '.join(schema(section))}; got {value!r}.")
+        inner = {name: _checked(f"{key}.{name}", one) for name, one in value.items()}
+        return section(**_arguments(section, inner, f"'{key}'", key))
+    if key not in KINDS:
+        return value
+    kind = KINDS[key]
+    if kind.many:
+        return kind.registry.check_list([] if value is None else value, where=key)
+    if value is None and key == "encoder.predictor":
+        return None
+    if value == "auto" or (isinstance(value, Mapping) and value.get("name") == "auto"):
+        return _checked_auto(kind, value)
+    if key == "views" and isinstance(value, list | tuple):
+        return _checked_operations(key, value)
+    if key == "encoder.backbone":
+        return _checked_backbone(key, value)
+    name, arguments = kind.registry.check(value, where=key)
+    return {"name": name, **arguments}
+
+
+def _checked_auto(kind: Kind, value: str | Mapping[str, Any]) -> str | Mapping[str, Any]:
+    arguments = [] if isinstance(value, str) else [name for name in value if name != "name"]
+    for name in arguments:
+        if (kind.key, name) != ("views", "count"):
+            raise InputError(
+                f"{kind.key}.{name}: 'auto' does not take it; give {kind.key}.name, one of {', '.join(kind.registry)}."
+            )
+    return value if arguments else "auto"
+
+
+def _checked_operations(key: str, value: Sequence[Any]) -> list[Any]:
+    """Check a list of view operations, or a list of lists, one per view."""
     checked: list[Any] = []
     for number, one in enumerate(value):
         where = f"{key}[{number}]"
         if isinstance(one, list | tuple):
-            checked.append(_operations(where, one))
+            checked.append(_checked_operations(where, one))
         else:
             name, arguments = VIEWS.check(one, where=where)
             checked.append({"name": name, **arguments})
     return checked
 
 
+def _checked_backbone(key: str, value: Any) -> Any:
+    """Check a backbone of ours against its signature; a timm or torchvision name is checked when it is built."""
+    part = {"name": value} if isinstance(value, str) else value
+    if not isinstance(part, Mapping) or not isinstance(part.get("name"), str):
+        raise InputError(f"{key} must be a name or {{name: ..., ...}}; got {value!r}.")
+    if part["name"] not in BACKBONES:
+        return dict(part)
+    own = {name: one for name, one in part.items() if name != "pretrained"}
+    name, arguments = BACKBONES.check(own, where=key)
+    weights = {"pretrained": part["pretrained"]} if "pretrained" in part else {}
+    return {"name": name, **arguments, **weights}
+
+
 def _check_trainer(trainer: Mapping[str, Any]) -> None:
     for name in trainer:
-        if name in _BUDGET_SAYS:
+        if name in _BUDGET_DECIDES:
             raise InputError(
-                f'trainer.{name}: the budget says that; write budget: "200 epochs", "50000 steps" or "8h".'
+                f'trainer.{name}: the budget decides that; write budget: "200 epochs", "50000 steps" or "8h".'
             )
-        if name in _OURS:
+        if name in _SET_BY_CONTRAST:
             raise InputError(f"trainer.{name} is set by contrast; leave it out.")
-    check_arguments(lightning.Trainer, trainer, where="trainer", owner="Lightning's Trainer")
+    if trainer:
+        import lightning  # takes seconds, and most configs do not need it here
+
+        check_arguments(lightning.Trainer, trainer, where="trainer", owner="Lightning's Trainer")
 
 
-def _plugins(files: Any) -> None:
-    """Import the user's own parts, which register themselves: a `.py` file or a module's name each."""
-    if not isinstance(files, list | tuple):
-        raise InputError(f"plugins must be a list of .py files or module names; got {files!r}.")
-    for file in files:
-        name, path = str(file), Path(str(file)).resolve()
-        is_file = name.endswith(".py")
-        if is_file:
-            # Files in two folders may have one name.
-            name = f"contrast_plugin_{path.stem}_{zlib.crc32(str(path).encode()):08x}"
-        if name in sys.modules:
-            continue
-        try:
-            if is_file:
-                _import_file(name, path)
-            else:
-                importlib.import_module(name)
-        except (FileNotFoundError, ModuleNotFoundError) as error:
-            raise InputError(f"plugins: {file} cannot be imported: {error}.") from None
+def with_origin(message: str, origins: Mapping[str, str]) -> str:
+    """Return the message of an error, preceded by where its key was written: a file or the command line.
+
+    Args:
+        message: begins with the dotted key.
+        origins: as of `Loaded`.
+    """
+    key = re.split(r"[:\s]", message, maxsplit=1)[0].lstrip(".")
+    while key and key not in origins:
+        key, _, _ = key.rpartition("[") if key.endswith("]") else key.rpartition(".")
+    origin = origins.get(key)
+    message = message.lstrip(".")
+    return message if origin is None else f"{_ORIGINS.get(origin, origin)}: {message}"
 
 
-def _import_file(name: str, path: Path) -> None:
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except BaseException:
-        del sys.modules[name]
-        raise
+# ------------------------------------------------------------------------------------------------------------- writing
 
 
-def _beside(config: Path, plugin: Any) -> Any:
-    """Give the path of a plugin that stands beside the config that names it; all else as it is."""
-    beside = config.parent / str(plugin)
-    return str(beside.resolve()) if str(plugin).endswith(".py") and beside.is_file() else plugin
+def to_yaml(config: Config) -> str:
+    """Return the complete config as YAML that `load` reads back."""
+    return OmegaConf.to_yaml(OmegaConf.create(_containers(dataclasses.asdict(config))))
+
+
+def to_text(value: Any) -> str:
+    """Return a value as YAML on one line, which an override reads back; a part without arguments as its name."""
+    value = _containers(value)
+    if isinstance(value, dict) and set(value) == {"name"}:
+        value = value["name"]
+    text: str = yaml.safe_dump(value, default_flow_style=True, width=float("inf"), sort_keys=False, allow_unicode=True)
+    return text.removesuffix("...\n").strip()
+
+
+def flat(config: Config) -> dict[str, Any]:
+    """Return every value by its dotted key."""
+    return dict(_flatten(_containers(dataclasses.asdict(config))))
+
+
+def resolved(config: Config) -> dict[str, Any]:
+    """Return every value by its dotted key, with the defaults of the parts' arguments; without facts of the run.
+
+    A part inside a part has keys of its own: `loss.loss.temperature`.
+    """
+    values = flat(config)
+    for kind in KINDS.values():
+        complete = [(where, with_defaults(kind, part)) for where, part in parts_of(config, kind)]
+        if kind.many:
+            values[kind.key] = [part for _, part in complete]
+        for where, part in () if kind.many else complete:
+            if isinstance(part, Mapping):
+                values.pop(where, None)
+                values |= dict(_flatten(part, where))
+    order = [one.name for one in dataclasses.fields(Config)]
+    return dict(sorted(values.items(), key=lambda item: order.index(item[0].split(".")[0])))
+
+
+def with_defaults(kind: Kind, part: Any) -> Any:
+    """Return a part with the defaults of its arguments; facts of the run are left out where they are not given."""
+    part = {"name": part} if isinstance(part, str) else part
+    if not isinstance(part, Mapping) or part.get("name") not in kind.registry:
+        return part
+    name = str(part["name"])
+    complete = dict(part)
+    for argument, (_, default) in schema(kind.registry[name]).items():
+        if default is not inspect.Parameter.empty and argument not in kind.facts:
+            complete.setdefault(argument, default)
+        if kind.registry.takes_part(name, argument) and isinstance(complete.get(argument), Mapping | str):
+            complete[argument] = with_defaults(kind, complete[argument])
+        elif kind.registry.takes_parts(name, argument) and argument in complete:
+            complete[argument] = [with_defaults(kind, one) for one in complete[argument]]
+    return complete
 
 
 def _flatten(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
@@ -500,38 +568,10 @@ def _flatten(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
         yield key, value
 
 
-def _plain(value: Any) -> Any:
+def _containers(value: Any) -> Any:
+    """Return a value with its mappings as dictionaries, its sequences as lists and its paths as text."""
     if isinstance(value, Mapping):
-        return {str(key): _plain(inner) for key, inner in value.items()}
-    return [_plain(inner) for inner in value] if isinstance(value, list | tuple) else value
-
-
-def with_origin(message: str, origins: Mapping[str, str]) -> str:
-    """Put where a key was written, a file or the command line, before a message that begins with that key."""
-    key = re.split(r"[:\s]", message, maxsplit=1)[0].lstrip(".")
-    while key and key not in origins:
-        key, _, _ = key.rpartition("[") if key.endswith("]") else key.rpartition(".")
-    origin = origins.get(key)
-    message = message.lstrip(".")
-    if origin is None:
-        return message
-    return f"{_WHERE.get(origin, origin)}: {message}"
-
-
-def _names(section: Callable[..., Any]) -> list[str]:
-    return [one.name for one in dataclasses.fields(section)]  # type: ignore[arg-type]
-
-
-def _first_line(error: Exception) -> str:
-    return " ".join(str(error).replace('in "<unicode string>", ', "").split())[:300]
-
-
-def in_words(value: Any, *, whole: bool = False) -> str:
-    """Say a value as it stands in YAML on one line; a part without arguments by its name, unless `whole`."""
-    if isinstance(value, Mapping):
-        if set(value) == {"name"} and not whole:
-            return str(value["name"])
-        return "{" + ", ".join(f"{key}: {in_words(one, whole=whole)}" for key, one in value.items()) + "}"
+        return {str(key): _containers(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
-        return "[" + ", ".join(in_words(one, whole=whole) for one in value) + "]"
-    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+        return [_containers(inner) for inner in value]
+    return str(value) if isinstance(value, Path) else value
