@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from contrast.experiment import config as configuration
 from contrast.experiment import named_models
 from contrast.experiment import run as runs
 from contrast.experiment.build import read_data
+from contrast.experiment.config import DataSettings, Override
 from contrast.experiment.folder import RunFolder
 from contrast.experiment.named_models import Model, load
 from contrast.experiment.results import write_evaluations
@@ -27,7 +28,7 @@ log = logging.getLogger("contrast")
 
 
 def pretrain(
-    data: str | None = None, *, config: str | None = None, out: str | Path | None = None, **settings: Any
+    data: str | Path | None = None, *, config: str | None = None, out: str | Path | None = None, **settings: Any
 ) -> Run:
     """Pretrain on a data set, evaluate and report; the keys are those of the command.
 
@@ -36,18 +37,23 @@ def pretrain(
         config: a shipped config or a .yaml file.
         out: the run's folder; the next free one under `runs/` where it is not given.
         **settings: of the config, a section as a mapping: `loss="cacr"`, `budget="2h"`, `optimizer={"lr": 1e-3}`;
-            keys of `data` stand alone: `split_by="patient"`.
+            keys of `data` may be given directly: `split_by="patient"`.
 
     Raises:
         InputError: for anything that does not fit, before anything is written.
         Stopped: where a signal ended training.
+
+    Example:
+        >>> run = contrast.pretrain("digits", budget="20 steps", evaluate={"protocols": ["knn"]}, out=folder / "run")
+        >>> run.evaluation.results[0].protocol
+        'knn'
     """
-    words = _words(settings)
+    overrides = _overrides(settings)
     if data is not None:
-        words.insert(0, f"data.source={data}")
-    loaded = configuration.load(config, words, by="call")
+        overrides.insert(0, ("data.source", str(data)))
+    words = [f"{key}={configuration.to_text(value)}" for key, value in overrides]
     return runs.start(
-        loaded,
+        configuration.load(config, overrides, by="call"),
         out=None if out is None else Path(out),
         name=Path(config).stem if config else None,
         command=shlex.join(["contrast", "pretrain", *filter(None, [config]), *words]),
@@ -56,33 +62,39 @@ def pretrain(
 
 def evaluate(
     model: str | Path,
-    data: str | None = None,
+    data: str | Path | None = None,
     *,
     out: str | Path | None = None,
-    words: Sequence[str] = (),
+    overrides: Sequence[str] = (),
     **settings: Any,
 ) -> Evaluation:
-    """Measure a model's frozen features by the named protocols, beside raw input.
+    """Measure a model's frozen features by the named protocols, next to raw input.
 
     Args:
         model: a run's folder, a weights file, "timm:NAME", "torchvision:NAME", or "module:function".
         data: as for `pretrain`; the run's own where it is not given.
         out: where to write `evaluations/`; a run's own folder where it is not given.
-        words: `key=value` settings as on the command line.
-        **settings: the same as arguments; keys of `data` may stand alone: `labels="labels.csv"`.
+        overrides: `key=value` settings as on the command line.
+        **settings: the same as arguments; keys of `data` may be given directly: `labels="labels.csv"`.
 
     Raises:
-        InputError: for a model or data that cannot be had, or that do not fit each other.
+        InputError: for a model or data that cannot be read, or that do not fit each other.
+
+    Example:
+        >>> found = contrast.evaluate(run.path, "digits", evaluate={"protocols": [{"name": "knn", "neighbours": 5}]})
+        >>> found.results[0].settings["neighbours"]
+        5
     """
     model = str(model)
     own = RunFolder(Path(model)).config
-    given = [*words, *_words(settings)]
+    given: list[Override] = [*overrides, *_overrides(settings)]
     if data is not None:
-        # Another data set is not split or labelled as the run's own was; it is read at the same size.
-        fresh = ["data.labels=null", "data.target=null", "data.split_by=null", "data.splits=null"]
-        fresh.append("data.positives=sample")
-        given = [*(fresh if own.is_file() else []), f"data.source={data}", *given]
-    by = "command line" if words else "call"
+        given.insert(0, ("data.source", str(data)))
+        if own.is_file():
+            # Another data set is not split or labelled as the run's own was; it is read at the same size.
+            unset = [(f"data.{key}", None) for key in ("labels", "target", "split_by", "splits")]
+            given = [*unset, ("data.positives", "sample"), *given]
+    by = "command line" if overrides else "call"
     config = configuration.load(str(own) if own.is_file() else None, given, by=by).config
     opened = read_data(config)
     name, encode = named_models.find(model, config, opened)
@@ -94,24 +106,16 @@ def evaluate(
     return found
 
 
-def _words(settings: Mapping[str, Any]) -> list[str]:
-    """Give `key=value` for each setting as the command line has it; keys of `data` may have stood alone."""
-    keys = {field.name for field in dataclasses.fields(configuration.DataSettings)}
-    dotted = [(f"data.{key}" if key in keys else key, value) for key, value in _dotted(settings)]
-    return [f"{key}={_word(value)}" for key, value in dotted]
+def _overrides(settings: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """Return (key, value) for each setting, a section's keys with dots; keys of `data` may have been given directly."""
+    of_data = {field.name for field in dataclasses.fields(DataSettings)}
+    return [(f"data.{key}" if key in of_data else key, value) for key, value in _dotted(settings)]
 
 
-def _dotted(settings: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    """Give `key, value` for each setting, a section's keys with dots; a part stays whole."""
-    pairs: list[tuple[str, Any]] = []
+def _dotted(settings: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Iterate over (key, value), a mapping's keys with dots; a part stays a mapping."""
     for key, value in settings.items():
         if isinstance(value, Mapping) and "name" not in value:
-            pairs += [(f"{key}.{inner}", one) for inner, one in _dotted(value)]
+            yield from ((f"{key}.{inner}", one) for inner, one in _dotted(value))
         else:
-            pairs.append((key, value))
-    return pairs
-
-
-def _word(value: Any) -> str:
-    """Give a value as it stands on the command line."""
-    return str(value) if isinstance(value, Path) else configuration.in_words(value, whole=True)
+            yield key, str(value) if isinstance(value, Path) else value

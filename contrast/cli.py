@@ -1,4 +1,4 @@
-"""The `contrast` command: words in, one sentence or a table out."""
+"""The command `contrast`: arguments in, one sentence or a table out."""
 
 from __future__ import annotations
 
@@ -9,20 +9,23 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from contrast.core.registry import InputError, did_you_mean
 
-# OpenMP's threads wait for each other by spinning; beside another busy process that makes every step several times
+if TYPE_CHECKING:
+    from contrast.experiment.config import Loaded
+    from contrast.experiment.run import Run
+
+# OpenMP's threads wait for each other by spinning; next to another busy process that makes every step several times
 # slower. It is read when torch is loaded, which no import above does.
 os.environ.setdefault("GOMP_SPINCOUNT", "20000")
-
-_TRAIN = 'this command needs more than the losses: pip install "contrast-learning[train]"'
 
 DONE, FAILED, WRONG_INPUT, STOPPED = 0, 1, 2, 130
 
 _EPILOGUE = """\
 CONFIG: a shipped name (contrast list configs) or a .yaml file. DATA: a path, digits, torchvision:NAME or aeon:NAME.
+MODEL: a run, a weights file, timm:NAME, torchvision:NAME or module:function.
 Everything of the experiment is key=value: loss.temperature=0.2, budget="2h", data.labels=labels.csv.
 """
 
@@ -33,24 +36,29 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command and give its exit status: 0 done, 1 failed, 2 wrong input, 130 stopped by the user and saved."""
+    """Run the command and return its exit status: 0 done, 1 failed, 2 wrong input, 130 stopped by the user and saved.
+
+    Args:
+        arguments: those of the command line where they are not given.
+    """
 
     def command() -> int:
-        words, left = _parser().parse_known_args(sys.argv[1:] if arguments is None else list(arguments))
-        # argparse ends a list of words at the first flag; the words behind it are left over.
-        if unknown := [word for word in left if word.startswith("-")] or (left if not hasattr(words, "words") else []):
+        parsed, rest = _parser().parse_known_args(sys.argv[1:] if arguments is None else list(arguments))
+        # argparse ends a list of arguments at the first flag; those after it are in the rest.
+        takes_more = hasattr(parsed, "arguments")
+        if unknown := [one for one in rest if one.startswith("-")] or ([] if takes_more else rest):
             raise InputError(
-                f"`contrast {words.command}` does not take {unknown[0]}; see `contrast {words.command} --help`."
+                f"`contrast {parsed.command}` does not take {unknown[0]}; see `contrast {parsed.command} --help`."
             )
-        if left:
-            words.words = [*words.words, *left]
-        return int(words.run(words) or DONE)
+        if rest:
+            parsed.arguments = [*parsed.arguments, *rest]
+        return int(parsed.run(parsed) or DONE)
 
     return answer(command)
 
 
 def entry() -> NoReturn:
-    """Be the `contrast` command: run it, then leave without minding a late Ctrl-C."""
+    """Run the command as a program, and exit without being disturbed by a late Ctrl-C."""
     status = main()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
@@ -58,33 +66,34 @@ def entry() -> NoReturn:
 
 
 def answer(command: Callable[[], int]) -> int:
-    """Run a program and give its exit status; what goes wrong becomes one sentence on standard error."""
-    voice = _talk()
+    """Run a program and return its exit status; an error of the user becomes one sentence on standard error."""
+    handler = _log_to_terminal()
     signal.signal(signal.SIGTERM, _interrupt)
     try:
         return command()
     except InputError as error:
-        return _say(error, WRONG_INPUT)
+        return _fail(error, WRONG_INPUT)
     except KeyboardInterrupt:
-        return _say("stopped.", STOPPED)
+        return _fail("stopped.", STOPPED)
     except BrokenPipeError:
         sys.stderr.close()
         return DONE
     except ModuleNotFoundError as error:
-        return _say(f"the package '{error.name}' is missing; {_TRAIN}", FAILED)
+        install = 'this command needs more than the losses: pip install "contrast-learning[train]"'
+        return _fail(f"the package '{error.name}' is missing; {install}", FAILED)
     except OSError as error:
-        return _say(f"{error.strerror or error}: {error.filename or ''}".rstrip(": "), FAILED)
+        return _fail(f"{error.strerror or error}: {error.filename or ''}".rstrip(": "), FAILED)
     except Exception as error:
         from contrast.experiment.run import Stopped
         from contrast.train.callbacks import TrainingFailure
 
         if isinstance(error, Stopped):
-            return _say(error, STOPPED)
+            return _fail(error, STOPPED)
         if isinstance(error, TrainingFailure):
-            return _say(error, FAILED)
+            return _fail(error, FAILED)
         raise
     finally:
-        logging.getLogger("contrast").removeHandler(voice)
+        logging.getLogger("contrast").removeHandler(handler)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -95,103 +104,126 @@ def _parser() -> argparse.ArgumentParser:
         epilog=_EPILOGUE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--version", action="version", version=_version())
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
 
-    def command(name: str, run: Callable[[argparse.Namespace], int | None], words: str) -> argparse.ArgumentParser:
-        made = commands.add_parser(
+    def command(name: str, run: Callable[[argparse.Namespace], int | None], summary: str) -> argparse.ArgumentParser:
+        subparser = commands.add_parser(
             name,
             allow_abbrev=False,
-            help=words,
-            description=words,
+            help=summary,
+            description=summary,
             epilog=_EPILOGUE,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        made.set_defaults(run=run)
-        return made
+        subparser.set_defaults(run=run)
+        return subparser
 
     check = command(
         "check", _check, "All of pretrain except training: counts, duplicates, leaks, a picture of the views."
     )
-    check.add_argument("words", nargs="*", metavar="CONFIG|DATA|key=value")
-    check.add_argument("--out", type=Path, help="where the picture of the views goes (default: views.png)")
+    check.add_argument("arguments", nargs="*", metavar="CONFIG|DATA|key=value")
+    check.add_argument("--out", type=Path, help="the file of the picture of the views (default: views.png)")
     pretrain = command("pretrain", _pretrain, "Pretrain on a data set, evaluate and report.")
-    pretrain.add_argument("words", nargs="*", metavar="CONFIG|DATA|key=value")
+    pretrain.add_argument("arguments", nargs="*", metavar="CONFIG|DATA|key=value")
     pretrain.add_argument("--out", type=Path, help="the run's folder (default: the next free one under runs/)")
-    resume = command(
-        "resume", _resume, "Take a stopped run up again; only budget, trainer.* and data.workers may change."
-    )
+    resume = command("resume", _resume, "Continue a run; only budget, trainer.* and data.workers may change.")
     resume.add_argument("run_folder", metavar="RUN")
-    resume.add_argument("words", nargs="*", metavar="key=value")
+    resume.add_argument("arguments", nargs="*", metavar="key=value")
     evaluate = command("evaluate", _evaluate, "Measure a model by the named protocols; DATA defaults to the run's own.")
     evaluate.add_argument("model", metavar="MODEL")
-    evaluate.add_argument("words", nargs="*", metavar="DATA|key=value")
-    evaluate.add_argument("--out", type=Path, help="where results go (default: into the run)")
-    show = command("show", _show, "Every resolved value and where it came from.")
-    show.add_argument("words", nargs="+", metavar="CONFIG|RUN|MODEL|key=value")
+    evaluate.add_argument("arguments", nargs="*", metavar="DATA|key=value")
+    evaluate.add_argument("--out", type=Path, help="where results are written (default: into the run)")
+    show = command("show", _show, "Every resolved value and where it came from; with --explain, what a key means.")
+    show.add_argument("arguments", nargs="*", metavar="CONFIG|RUN|MODEL|key=value")
+    show.add_argument("--explain", metavar="KEY", help="print what this key means, such as loss.temperature")
     listing = command(
         "list",
         _list,
-        "What there is: losses, memory, backbones, heads, views, samplers, optimizers, protocols, configs, data.",
+        "Print what is available: losses, memory, backbones, heads, views, samplers, optimizers, protocols, configs, "
+        "data; with plugins=FILE, parts of your own too.",
     )
-    listing.add_argument("what", metavar="WHAT", nargs="?")
+    listing.add_argument("arguments", nargs="*", metavar="WHAT|plugins=FILE")
     return parser
 
 
-def _pretrain(words: argparse.Namespace) -> None:
+def _version() -> str:
+    from importlib import metadata
+
+    import contrast
+
+    return f"contrast {contrast.__version__} (torch {metadata.version('torch')}, Python {sys.version.split()[0]})"
+
+
+def _pretrain(parsed: argparse.Namespace) -> None:
+    loaded, name = _experiment(parsed.arguments)
     from contrast.experiment import run as runs
 
-    loaded, name = _experiment(words.words)
-    _print_run(runs.start(loaded, out=words.out, name=name))
+    _print_run(runs.start(loaded, out=parsed.out, name=name))
 
 
-def _resume(words: argparse.Namespace) -> None:
+def _resume(parsed: argparse.Namespace) -> None:
+    from contrast.experiment import config as configuration
+
+    for one in parsed.arguments:
+        if not configuration.is_override(one):
+            raise InputError(f"{one!r} is not key=value.")
     from contrast.experiment import run as runs
 
-    for word in words.words:
-        _need_setting(word)
-    _print_run(runs.resume(words.run_folder, words.words))
+    _print_run(runs.resume(parsed.run_folder, parsed.arguments))
 
 
-def _check(words: argparse.Namespace) -> None:
+def _check(parsed: argparse.Namespace) -> None:
+    loaded, _ = _experiment(parsed.arguments)
     from contrast.experiment.check import check
 
-    loaded, _ = _experiment(words.words)
-    print(check(loaded, out=words.out))
+    print(check(loaded, out=parsed.out))
 
 
-def _evaluate(words: argparse.Namespace) -> None:
+def _evaluate(parsed: argparse.Namespace) -> None:
+    from contrast.experiment import config as configuration
+
+    overrides = [one for one in parsed.arguments if configuration.is_override(one)]
+    data = [one for one in parsed.arguments if not configuration.is_override(one)]
+    if len(data) > 1:
+        raise InputError(f"one DATA at a time: got {data[0]} and {data[1]}.")
     from contrast import api
     from contrast.evaluation.compare import table
 
-    data, settings = None, []
-    for word in words.words:
-        if _is_setting(word):
-            settings.append(word)
-        elif data is None:
-            data = word
-        else:
-            raise InputError(f"one DATA at a time: got {data} and {word}.")
-    found = api.evaluate(words.model, data, out=words.out, words=settings)
+    found = api.evaluate(parsed.model, data[0] if data else None, out=parsed.out, overrides=overrides)
     print(table(found.results, found.warnings))
 
 
-def _show(words: argparse.Namespace) -> None:
+def _show(parsed: argparse.Namespace) -> None:
     from contrast.experiment import config as configuration
+    from contrast.experiment.explain import explain, origin_of
     from contrast.experiment.folder import RunFolder, is_run
 
-    first, *rest = words.words
+    first, *rest = parsed.arguments or [""]
+    if not first and parsed.explain is None:
+        raise InputError("contrast show: name a CONFIG, a RUN or a MODEL, or give --explain KEY.")
     if is_run(first):
         loaded = configuration.load(str(RunFolder(Path(first)).config), rest)
     elif _is_model(first):
         return _show_model(first)
     else:
-        loaded, _ = _experiment(words.words)
+        loaded, _ = _experiment(parsed.arguments)
+    if parsed.explain is not None:
+        print(explain(loaded, parsed.explain))
+        return None
     values, written = configuration.resolved(loaded.config), configuration.flat(loaded.config)
     width = max(len(key) for key in values)
     for key, value in values.items():
-        origin = _origin(key, loaded.origins) if key in written else "default"
-        print(f"{key:<{width}}  {configuration.in_words(value):<40}  {origin}")
+        origin = origin_of(key, loaded.origins) if key in written else "default"
+        print(f"{key:<{width}}  {configuration.to_text(value):<40}  {origin}")
     return None
+
+
+def _is_model(text: str) -> bool:
+    from contrast.models.weights import DESCRIPTION
+
+    path = Path(text)
+    return (path / DESCRIPTION).is_file() or path.suffix in (".safetensors", ".json")
 
 
 def _show_model(path: str) -> None:
@@ -201,145 +233,99 @@ def _show_model(path: str) -> None:
         print(f"{key:<10}  {value}")
 
 
-def _list(words: argparse.Namespace) -> None:
+def _list(parsed: argparse.Namespace) -> None:
     from contrast.data import SOURCES
-    from contrast.data.loader import SAMPLERS
-    from contrast.evaluation.protocols import PROTOCOLS
     from contrast.experiment import config as configuration
-    from contrast.losses import LOSSES
-    from contrast.memory import MEMORIES
-    from contrast.models import BACKBONES, HEADS
-    from contrast.train.optimizers import OPTIMIZERS
-    from contrast.views.views import RECIPES, VIEWS
+    from contrast.experiment.parts import listing
 
-    lists: dict[str, dict[str, str]] = {
-        "losses": _described(LOSSES),
-        "memory": _described(MEMORIES),
-        "backbones": {
-            **_described(BACKBONES),
-            "timm:NAME": "any network of timm",
-            "torchvision:NAME": "any classification network of torchvision",
-            "module:function": "your own",
-        },
-        "heads": _described(HEADS),
-        "views": {
-            **_described(RECIPES),
-            **{f"- {name}": words for name, words in _described(VIEWS).items()},
-        },
-        "samplers": _described(SAMPLERS),
-        "optimizers": _described(OPTIMIZERS),
-        "protocols": _described(PROTOCOLS),
-        "configs": {name: _first_comment(file) for name, file in configuration.shipped().items()},
-        "data": dict(SOURCES),
-    }
-    if words.what is not None and words.what not in lists:
-        raise InputError(
-            f"there is no list of {words.what!r}.{did_you_mean(words.what, lists)} Known: {', '.join(lists)}."
-        )
-    for what in [words.what] if words.what else lists:
-        if not words.what:
-            print(f"{what}:")
-        width = max(map(len, lists[what]), default=0)
-        for name, line in lists[what].items():
+    overrides = [one for one in parsed.arguments if configuration.is_override(one)]
+    if unknown := next((one for one in overrides if not one.startswith("plugins=")), None):
+        raise InputError(f"`contrast list` takes plugins=FILE only; got {unknown}.")
+    configuration.load(None, overrides)
+    configs = {name: _first_comment(file) for name, file in configuration.shipped().items()}
+    lists = {**listing(), "configs": configs, "data": dict(SOURCES)}
+    titles = [one for one in parsed.arguments if one not in overrides]
+    for title in titles:
+        if title not in lists:
+            raise InputError(f"there is no list of {title!r}.{did_you_mean(title, lists)} Known: {', '.join(lists)}.")
+    for title in titles or lists:
+        if len(titles) != 1:
+            print(f"{title}:")
+        width = max(map(len, lists[title]), default=0)
+        for name, line in lists[title].items():
             print(f"  {name:<{width}}  {line}")
 
 
-def _experiment(words: Sequence[str]) -> tuple[Any, str | None]:
-    """Sort words into a config, data and settings, in any order, and load them."""
+def _first_comment(file: Path) -> str:
+    first = file.read_text().partition("\n")[0]
+    return first.lstrip("# ") if first.startswith("#") else ""
+
+
+def _experiment(arguments: Sequence[str]) -> tuple[Loaded, str | None]:
+    """Sort arguments into a config, data and overrides, in any order, and load them; the config's name comes second."""
     from contrast.experiment import config as configuration
 
     config: str | None = None
     data: str | None = None
-    settings = []
-    for word in words:
-        if _is_setting(word):
-            settings.append(word)
-        elif config is None and configuration.is_config(word):
-            config = word
+    overrides = []
+    for argument in arguments:
+        if configuration.is_override(argument):
+            overrides.append(argument)
+        elif config is None and configuration.is_config(argument):
+            config = argument
         elif data is None:
-            data = word
+            data = argument
         else:
-            for one in (data, word):
-                _need_data(one)
-            raise InputError(
-                f"one CONFIG and one DATA at a time: got {', '.join(filter(None, (config, data)))} and {word}."
-            )
+            for one in (data, argument):
+                _check_data(one)
+            given = ", ".join(filter(None, (config, data)))
+            raise InputError(f"one CONFIG and one DATA at a time: got {given} and {argument}.")
     if data is not None:
-        _need_data(data)
-        settings.insert(0, f"data.source={data}")
-    return configuration.load(config, settings), Path(config).stem if config else None
+        _check_data(data)
+        overrides.insert(0, f"data.source={data}")
+    return configuration.load(config, overrides), Path(config).stem if config else None
 
 
-def _need_data(word: str) -> None:
+def _check_data(argument: str) -> None:
+    """Check that an argument can name data: a path, or the name of a set."""
     from contrast.experiment import config as configuration
 
-    if not _is_data(word) and not configuration.is_config(word):
+    names_data = Path(argument).exists() or argument == "digits" or any(sign in argument for sign in ":/.")
+    if not names_data and not configuration.is_config(argument):
+        shipped = configuration.shipped()
         raise InputError(
-            f"'{word}' is no file or folder here, and no shipped config.{did_you_mean(word, configuration.shipped())} "
-            f"Shipped: {', '.join(configuration.shipped())}."
+            f"'{argument}' is no file or folder here, and no shipped config.{did_you_mean(argument, shipped)} "
+            f"Shipped: {', '.join(shipped)}."
         )
 
 
-def _is_data(word: str) -> bool:
-    return Path(word).exists() or ":" in word or word == "digits" or "/" in word or "." in word
-
-
-def _is_model(word: str) -> bool:
-    from contrast.models.weights import DESCRIPTION
-
-    path = Path(word)
-    return (path / DESCRIPTION).is_file() or path.suffix in (".safetensors", ".json")
-
-
-def _is_setting(word: str) -> bool:
-    from contrast.experiment import config as configuration
-
-    return configuration.is_setting(word)
-
-
-def _need_setting(word: str) -> None:
-    if not _is_setting(word):
-        raise InputError(f"{word!r} is not key=value.")
-
-
-def _print_run(run: Any) -> None:
+def _print_run(run: Run) -> None:
     if run.evaluation is not None:
         print(run.table())
     print(f"run: {run.path}\nreport: {run.report}")
 
 
-def _origin(key: str, origins: Any) -> str:
-    while key:
-        if key in origins:
-            return str(origins[key])
-        key = key.rpartition(".")[0]
-    return "default"
+def _log_to_terminal() -> logging.Handler:
+    """Send the package's progress to standard error; of several processes only the first one reports it."""
 
+    def is_reported(record: logging.LogRecord) -> bool:
+        from contrast.core import distributed
 
-def _described(registry: Any) -> dict[str, str]:
-    return {name: (registry[name].__doc__ or "").strip().splitlines()[0] for name in registry}
+        return record.levelno >= logging.ERROR or distributed.is_first_process()
 
-
-def _first_comment(file: Path) -> str:
-    first = file.read_text().splitlines()[0]
-    return first.lstrip("# ") if first.startswith("#") else ""
-
-
-def _talk() -> logging.Handler:
-    """Send what the package says about its progress to standard error; of several processes the first one speaks."""
     logger = logging.getLogger("contrast")
-    voice = logging.StreamHandler(sys.stderr)
-    voice.setLevel(logging.INFO if os.environ.get("LOCAL_RANK", "0") == "0" else logging.ERROR)
-    logger.addHandler(voice)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.addFilter(is_reported)
+    logger.addHandler(handler)
     logger.setLevel(logging.INFO)
-    return voice
+    return handler
 
 
 def _interrupt(number: int, frame: Any) -> NoReturn:  # noqa: ARG001
     raise KeyboardInterrupt
 
 
-def _say(message: object, status: int) -> int:
+def _fail(message: object, status: int) -> int:
     print(f"contrast: {message}", file=sys.stderr)
     return status
 

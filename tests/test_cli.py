@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pandas
@@ -14,8 +15,11 @@ from PIL import Image
 
 import contrast
 from contrast import LOSSES, cli
+from contrast.experiment.parts import KINDS
 from contrast.train.callbacks import Checkpoints, MetricsLogger, OnlineProbe
 from tests.tiny import QUICK, QUICK_SERIES, images, series
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(autouse=True)
@@ -443,8 +447,8 @@ def test_no_config_at_all_says_what_was_picked_and_writes_it(tmp_path, contrast_
     monkeypatch.setattr("contrast.experiment.run.pick_steps", lambda *_: 2)
     status, _, err = contrast_says("pretrain", "bars.npz", "evaluate.protocols=[knn]", "logger=none")
     assert status == 0, err
-    for picked in ("picked views: small_images", "picked encoder.backbone: small_conv", "picked budget: 2 steps"):
-        assert picked in err
+    for line in ("chosen views: small_images", "chosen encoder.backbone: small_conv", "chosen budget: 2 steps"):
+        assert line in err
     assert "auto" not in (tmp_path / "runs/bars-info_nce-001/config.yaml").read_text()
 
 
@@ -458,7 +462,7 @@ def test_large_images_are_read_smaller_where_nothing_else_was_chosen(tmp_path, c
             Image.fromarray(pixels).save(f"pets/{name}/{number}.png")
     status, _, err = contrast_says("pretrain", "pets", "evaluate.protocols=[knn]", "logger=none")
     assert status == 0, err
-    assert "picked data.size: 64" in err
+    assert "chosen data.size: 64" in err
     assert "size: 64" in (tmp_path / "runs/pets-info_nce-001/config.yaml").read_text()
     status, out, _ = contrast_says("check", "pets", "data.size=100", *QUICK, "batch_size=4")
     assert status == 0
@@ -565,10 +569,99 @@ def test_list_names_every_part_with_a_line_each(contrast_says):
     assert {line.split()[0] for line in out.splitlines()} == set(contrast.LOSSES)
     status, out, _ = contrast_says("list")
     assert status == 0
-    assert "simclr" in out
+    for kind in KINDS.values():
+        assert f"\n{kind.title}:\n" in f"\n{out}"
+        for name in kind.registry:
+            assert f"\n  {name} " in out
+    for other in ("- jitter", "timm:NAME", "demo_digits", "torchvision:NAME"):
+        assert f"\n  {other} " in out
     status, _, err = contrast_says("list", "loses")
     assert status == 2
     assert "Did you mean 'losses'?" in err
+
+
+def test_list_shows_the_parts_of_a_plugin(tmp_path, contrast_says):
+    (tmp_path / "mine.py").write_text(
+        "from contrast import LOSSES, PairLoss\n"
+        "from contrast.models.heads import HEADS\n"
+        "@LOSSES.register('loss_of_a_plugin')\n"
+        "class Mine(PairLoss):\n"
+        "    'A loss of my own.'\n"
+        "@HEADS.register('head_of_a_plugin')\n"
+        "def head(width: int):\n"
+        "    'A head of my own.'\n"
+    )
+    try:
+        for words in (["list", "losses", "plugins=mine.py"], ["list", "plugins=[mine.py]", "losses"]):
+            status, out, err = contrast_says(*words)
+            assert status == 0, err
+            assert "  loss_of_a_plugin  A loss of my own.\n" in out
+            assert "head_of_a_plugin" not in out
+        assert "  head_of_a_plugin  A head of my own.\n" in contrast_says("list", "heads", "plugins=mine.py")[1]
+    finally:
+        contrast.LOSSES._parts.pop("loss_of_a_plugin", None)
+        KINDS["encoder.head"].registry._parts.pop("head_of_a_plugin", None)
+    status, _, err = contrast_says("list", "losses", "plugins=elsewhere.py")
+    assert (status, err.strip()[:60]) == (2, "contrast: on the command line: plugins: elsewhere.py cannot be"[:60])
+    status, _, err = contrast_says("list", "losses", "seed=3")
+    assert (status, err) == (2, "contrast: `contrast list` takes plugins=FILE only; got seed=3.\n")
+
+
+def test_show_explains_a_key_with_and_without_a_config(contrast_says):
+    status, out, err = contrast_says("show", "cacr", "--explain", "loss.repulsion_scale")
+    assert status == 0, err
+    assert out.startswith("loss.repulsion_scale = 2.0  (cacr)\n  ")
+    assert contrast_says("show", "--explain", "batch_size")[1].startswith(
+        "batch_size = auto  (default)\n  Items per step"
+    )
+    status, _, err = contrast_says("show", "--explain", "bach_size")
+    assert (status, "Did you mean 'batch_size'?" in err) == (2, True)
+    assert contrast_says("show")[0] == 2
+
+
+def test_the_version_is_printed_and_python_m_contrast_is_the_same_command():
+    outputs = []
+    for program in ([Path(sys.executable).parent / "contrast"], [sys.executable, "-m", "contrast"]):
+        done = subprocess.run([*program, "--version"], capture_output=True, text=True, check=True, cwd=ROOT)
+        outputs.append(done.stdout)
+    assert outputs[0] == outputs[1]
+    assert outputs[0].startswith(f"contrast {contrast.__version__} (torch {torch.__version__.partition('+')[0]}")
+
+
+QUICK_COMMANDS = {
+    "list": ["list"],
+    "show": ["show", "moco_v2"],
+    "explain": ["show", "cacr", "--explain", "loss.repulsion_scale"],
+    "unknown config": ["pretrain", "simcrl"],
+    "unknown loss": ["check", "digits", "loss=info_nec"],
+    "unknown key": ["pretrain", "simclr", "digits", "lss=cacr"],
+    "unknown model": ["evaluate", "nowhere", "digits"],
+    "unknown run": ["resume", "nowhere"],
+}
+SLOW_LIBRARIES = (
+    "lightning",
+    "torchvision",
+    "timm",
+    "sklearn",
+    "scipy",
+    "pandas",
+    "aeon",
+    "matplotlib",
+    "torch._dynamo",
+)
+
+
+@pytest.mark.parametrize("words", QUICK_COMMANDS.values(), ids=QUICK_COMMANDS)
+def test_what_needs_no_training_imports_no_slow_library(words, tmp_path):
+    """These libraries take seconds to import; without cached bytecode more than ten."""
+    code = (
+        "import sys\nfrom contrast import cli\n"
+        f"cli.main({words!r})\n"
+        f"print('slow:', [name for name in {SLOW_LIBRARIES!r} if name in sys.modules])"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=environment)
+    assert done.stdout.splitlines()[-1:] == ["slow: []"], done.stdout[-300:] + done.stderr
 
 
 def folder_with_a_truncated_image(tmp_path):
@@ -681,9 +774,9 @@ WRONG = [
     lambda _: (["pretrain", "digits", "memory=[{name: queue, sise: 4}]"], ["memory[0].sise", "size"]),
     lambda _: (
         ["pretrain", "digits", "moco_v2", "memory.size=4"],
-        ["memory.size: memory is a list; write it whole, memory=[{name: queue, size: 4096}]"],
+        ["memory.size: memory is a list; write all of it, memory=[{name: queue, size: 4096}]"],
     ),
-    lambda _: (["pretrain", "digits", "memory=3"], ["memory must be a list of memories", "got 3"]),
+    lambda _: (["pretrain", "digits", "memory=3"], ["memory must be a list, each a memory", "got 3"]),
     lambda _: (["pretrain", "digits", "memory=queue", *QUICK], ["memory[0] 'queue'", "size is missing"]),
     lambda _: (
         ["pretrain", "digits", "memory={name: queue, size: 0}", *QUICK],

@@ -43,7 +43,7 @@ def check(loaded: Loaded, *, out: Path | None = None, steps: int = 20) -> str:
         ("classes", _classes(data)),
         ("copies", _pairs(duplicates(data), "exact duplicate")),
         ("leaks", _pairs(leaks(data), "item of train that stands in test too")),
-        *(("picked", f"{key}: {configuration.in_words(value)}") for key, value in experiment.picked.items()),
+        *(("chosen", f"{key}: {configuration.to_text(value)}") for key, value in experiment.chosen.items()),
         ("encoder", f"{weights:,} trained numbers, {experiment.encoder.width} features"),
         ("views", f"{picture} shows what the encoder will see; look at it before you train"),
         ("time", f"{a_step}; {budget}{epochs}: about {format_duration(seconds)} here"),

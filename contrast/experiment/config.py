@@ -217,12 +217,11 @@ def load(config: str | None = None, overrides: Sequence[Override] = (), *, by: s
     if config is not None:
         file = find(config)
         content = _read_yaml(file)
-        if isinstance(content.get("plugins"), list):
-            content["plugins"] = [_next_to(file, plugin) for plugin in content["plugins"]]
+        content["plugins"] = [_next_to(file, plugin) for plugin in _plugins(content)]
         for key, value in content.items():
             _override(tree, [key], value, origins, str(config))
         try:
-            import_plugins(tree["plugins"])  # an override may reach into a part of theirs
+            import_plugins(_plugins(tree))  # an override may reach into a part of theirs
         except InputError as error:
             raise InputError(with_origin(str(error), origins)) from None
     for override in overrides:
@@ -286,6 +285,16 @@ def _read_yaml(file: Path) -> dict[str, Any]:
     if not isinstance(tree, dict):
         raise InputError(f"{file} must have `key: value` lines; it has a {type(tree).__name__}.")
     return {str(key): value for key, value in tree.items()}
+
+
+def _plugins(tree: Mapping[str, Any]) -> list[Any]:
+    """Return the plugins of a tree of settings; a single one may be given without the list."""
+    plugins = tree.get("plugins") or []
+    if isinstance(plugins, str):
+        return [plugins]
+    if not isinstance(plugins, list | tuple):
+        raise InputError(f"plugins must be a list of .py files or module names; got {plugins!r}.")
+    return list(plugins)
 
 
 def _next_to(config: Path, plugin: Any) -> Any:
@@ -384,7 +393,8 @@ def check(tree: Mapping[str, Any]) -> Config:
     Raises:
         InputError: naming the key, for the first thing that does not fit.
     """
-    import_plugins(tree.get("plugins", ()))
+    tree = {**tree, "plugins": _plugins(tree)}
+    import_plugins(tree["plugins"])
     config = Config(**_arguments(Config, {key: _checked(key, value) for key, value in tree.items()}, "the config"))
     values = flat(config)
     for key, least in _AT_LEAST.items():

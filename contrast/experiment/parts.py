@@ -120,17 +120,15 @@ def described(registry: Registry) -> dict[str, str]:
     return {name: (registry[name].__doc__ or "").strip().partition("\n")[0] for name in registry}
 
 
-def import_plugins(files: Any) -> None:
+def import_plugins(files: Sequence[Any]) -> None:
     """Import the user's own parts, which register themselves.
 
     Args:
-        files: a list of `.py` files or names of modules; each is imported once.
+        files: `.py` files or names of modules; each is imported once.
 
     Raises:
-        InputError: for anything but a list, and for what cannot be imported.
+        InputError: for what cannot be imported.
     """
-    if not isinstance(files, list | tuple):
-        raise InputError(f"plugins must be a list of .py files or module names; got {files!r}.")
     for file in map(str, files):
         try:
             if file.endswith(".py"):

@@ -27,7 +27,7 @@ from contrast.evaluation.compare import table
 from contrast.evaluation.features import extract, raw_input
 from contrast.evaluation.protocols import Evaluation, evaluate
 from contrast.experiment import config as configuration
-from contrast.experiment.build import Experiment, build, build_encoder_for, pick_size, pick_steps, read_data
+from contrast.experiment.build import Experiment, auto_steps, build, build_encoder_for, read_data, resolve_size
 from contrast.experiment.config import Config, Loaded
 from contrast.experiment.dry_run import DryRun, dry_run, peak_bytes
 from contrast.experiment.folder import (
@@ -98,8 +98,8 @@ def start(loaded: Loaded, *, out: Path | None = None, name: str | None = None, c
     config, data = experiment.config, experiment.data
     for note in data.notes:
         log.info("data: %s", note)
-    for key, value in experiment.picked.items():
-        log.info("picked %s: %s", key, configuration.in_words(value))
+    for key, value in experiment.chosen.items():
+        log.info("chosen %s: %s", key, configuration.to_text(value))
     log.info(
         "training for %s in batches of %s, %s here",
         budget,
@@ -117,7 +117,7 @@ def start(loaded: Loaded, *, out: Path | None = None, name: str | None = None, c
     return _train_and_measure(experiment, budget, folder)
 
 
-def resume(path: str | Path, words: Sequence[str] = ()) -> Run:
+def resume(path: str | Path, overrides: Sequence[str] = ()) -> Run:
     """Take a stopped run up again; only the budget, `trainer.*` and `data.workers` may change.
 
     Raises:
@@ -125,13 +125,13 @@ def resume(path: str | Path, words: Sequence[str] = ()) -> Run:
         Stopped: where a signal ended the run once more.
     """
     folder = RunFolder.open(path)
-    for word in words:
-        key = word.partition("=")[0]
+    for override in overrides:
+        key = override.partition("=")[0]
         if key not in _MAY_CHANGE and not key.startswith("trainer."):
             raise InputError(f"{key}: a resumed run goes on as it was; only budget, trainer.* and data.workers change.")
     if not folder.checkpoint.is_file():
         raise InputError(f"{folder.path} has no checkpoint to go on from; start it anew with `contrast pretrain`.")
-    config = configuration.load(str(folder.config), words).config
+    config = configuration.load(str(folder.config), overrides).config
     check_trainer(config.trainer)
     data = read_data(config)
     if folder.read_json(DATA) != dict(data.fingerprint):
@@ -144,7 +144,7 @@ def resume(path: str | Path, words: Sequence[str] = ()) -> Run:
     if budget.steps and budget.steps < step:
         raise InputError(f"budget is {budget}, and {folder.path} has {step:,} steps behind it; give that or more.")
     log.info("%s: going on from step %s of %s", folder.path, f"{step:,}", budget)
-    if words:
+    if overrides:
         folder.write(CONFIG, configuration.to_yaml(config))
     folder.drop_metrics_after(step)
     folder.set_state("running", step)
@@ -167,15 +167,15 @@ def prepare(loaded: Loaded, data: Data, *, steps: int = 3) -> tuple[Experiment, 
 
 def _prepare(config: Config, data: Data, steps: int) -> tuple[Experiment, Budget, DryRun]:
     asked = config.data.size
-    config, data = pick_size(config, data)
+    config, data = resolve_size(config, data)
     check_trainer(config.trainer)
     experiment = build(config, data, reference_of(config, data))
     trial = dry_run(experiment.step(), experiment.optimizer, data, experiment.sampler(), steps=steps)
-    picked: dict[str, Any] = {} if config.data.size == asked else {"data.size": config.data.size}
+    chosen: dict[str, Any] = {} if config.data.size == asked else {"data.size": config.data.size}
     if config.budget == "auto":
-        picked["budget"] = f"{pick_steps(experiment, trial.seconds_per_step)} steps"
-    settled = replace(experiment.config, budget=picked.get("budget", config.budget))
-    experiment = replace(experiment, config=settled, picked={**experiment.picked, **picked})
+        chosen["budget"] = f"{auto_steps(experiment, trial.seconds_per_step)} steps"
+    settled = replace(experiment.config, budget=chosen.get("budget", config.budget))
+    experiment = replace(experiment, config=settled, chosen={**experiment.chosen, **chosen})
     budget = Budget.parse(experiment.config.budget, steps_per_epoch=experiment.sampler().steps_per_epoch)
     return experiment, budget, trial
 
@@ -208,7 +208,7 @@ def _train_and_measure(experiment: Experiment, budget: Budget, folder: RunFolder
         budget,
         steps_per_epoch=sampler.steps_per_epoch,
         memory=experiment.memory,
-        watching=experiment.watching,
+        watching=experiment.sampler_memory,
         reference=experiment.reference,
         labels=experiment.labels(),
         seed=config.seed,

@@ -24,7 +24,13 @@ def none() -> nn.Module:
 
 @HEADS.register("linear")
 def linear(width: int, out: int = 128, bias: bool = True) -> nn.Module:
-    """Return one linear layer, (N, width) -> (N, out)."""
+    """Return one linear layer, (N, width) -> (N, out).
+
+    Args:
+        width: of the features; filled in by the run.
+        out: width of the embeddings.
+        bias: whether the layer adds a constant.
+    """
     _check_positive(width=width, out=out)
     return nn.Linear(width, out, bias)
 
@@ -69,7 +75,10 @@ class MultiHead(nn.Module):
     Args:
         width: of the features; filled in by the run.
         heads: H.
-        hidden, out, layers, batch_norm: of each head, as in `mlp`.
+        hidden: width of the inner layers of each head; None: as the features.
+        out: width of the embeddings of each head.
+        layers: how many linear layers each head has.
+        batch_norm: between each linear map and its ReLU.
     """
 
     def __init__(

@@ -2,9 +2,10 @@
 
 import pytest
 
-from contrast.core.registry import InputError
+from contrast.core.registry import InputError, Registry
 from contrast.experiment import config as configuration
-from contrast.losses import LOSSES
+from contrast.experiment.parts import KINDS, Kind
+from contrast.losses import LOSSES, BadPairs, InfoNCE
 
 
 def written(tmp_path, text):
@@ -100,6 +101,98 @@ def test_views_may_be_a_list_a_view():
     assert config.views == tuple(views) or config.views == views
 
 
+def test_protocols_may_be_parts_with_their_settings(tmp_path):
+    file = written(tmp_path, "evaluate: {protocols: [{name: knn, neighbours: 5}, linear]}\n")
+    config = configuration.load(file).config
+    assert config.evaluate.protocols == ({"name": "knn", "neighbours": 5}, {"name": "linear"})
+    assert configuration.load(written(tmp_path, configuration.to_yaml(config))).config == config
+    assert configuration.load(None, ["evaluate.protocols=knn"]).config.evaluate.protocols == ({"name": "knn"},)
+    assert configuration.load(None, ["evaluate.protocols=[]"]).config.evaluate.protocols == ()
+    shown = configuration.resolved(config)["evaluate.protocols"]
+    assert shown[0] == {"name": "knn", "neighbours": 5, "temperature": 0.1}
+
+
+def test_a_loss_made_of_a_list_of_losses_is_checked_built_and_shown(tmp_path):
+    (tmp_path / "mean.py").write_text(
+        "from collections.abc import Sequence\n"
+        "from contrast import LOSSES, PairLoss\n"
+        "@LOSSES.register('mean_from_a_plugin')\n"
+        "class Mean(PairLoss):\n"
+        "    def __init__(self, losses: Sequence[PairLoss], samples: int) -> None:\n"
+        "        super().__init__()\n"
+        "        self.losses = losses\n"
+    )
+    text = "plugins: mean.py\nloss: {name: mean_from_a_plugin, losses: [info_nce, {name: bad_pairs, loss: cacr}]}\n"
+    try:
+        config = configuration.load(written(tmp_path, text)).config
+        assert config.loss["losses"] == [{"name": "info_nce"}, {"name": "bad_pairs", "loss": {"name": "cacr"}}]
+        built = KINDS["loss"].build(config.loss, samples=7, heads=2)
+        assert [type(one) for one in built.losses] == [InfoNCE, BadPairs]
+        assert built.losses[1].samples == 7
+        assert configuration.resolved(config)["loss.losses"][0]["temperature"] == 0.1
+        with pytest.raises(InputError, match=r"loss\.losses\[1\]\.temprature: .* Did you mean 'temperature'"):
+            configuration.load(
+                written(
+                    tmp_path,
+                    text.replace("{name: bad_pairs, loss: cacr}", "{name: cacr, temprature: 1}").replace(
+                        "cacr,", "info_nce,"
+                    ),
+                )
+            )
+    finally:
+        LOSSES._parts.pop("mean_from_a_plugin", None)
+
+
+@pytest.mark.parametrize("key", KINDS)
+def test_every_kind_of_parts_is_a_key_of_the_config(key):
+    assert key in configuration.flat(configuration.Config())
+    assert set(KINDS[key].trial or ()) <= set(KINDS[key].facts)
+
+
+def test_a_constructor_gets_the_facts_of_its_kind_that_it_names():
+    kind = Kind("loss", "losses", Registry("thing"), facts=("samples",))
+
+    @kind.registry.register("one")
+    def one(samples: int, dim: int = 3) -> tuple[int, int]:
+        return samples, dim
+
+    assert kind.build("one", samples=7, dim=9) == (7, 3)
+    assert kind.build({"name": "one", "samples": 1, "dim": 2}, samples=7) == (1, 2)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("name", "null"),
+        ("name", "1e5"),
+        ("encoder.backbone", {"name": "timm:resnet18", "pretrained": "w: 1.safetensors"}),
+        ("data.source", "a=b, {c}: d"),
+        ("data.splits", {"test": 0.25}),
+        ("views", [{"name": "jitter", "sigma": 0.1}]),
+        ("memory", [{"name": "queue", "size": 64}]),
+        ("budget", "2h"),
+        ("optimizer.lr", 1e-6),
+        ("trainer", {}),
+    ],
+)
+def test_a_value_from_python_is_taken_as_it_is_and_its_text_is_read_back(key, value):
+    """The text is what command.txt says, from which a run can be made again."""
+    config = configuration.load(None, [(key, value)], by="call").config
+    assert configuration.load(None, [f"{key}={configuration.to_text(value)}"]).config == config
+    found = config
+    for name in key.split("."):
+        found = found[name] if isinstance(found, dict) else getattr(found, name)
+    assert (list(found) if isinstance(found, tuple) else found) == value
+
+
+def test_plugins_from_python_may_have_any_name(tmp_path):
+    file = tmp_path / "my, plugin: [1].py"
+    file.write_text("LOADED = True\n")
+    for plugins in ([str(file)], str(file)):
+        config = configuration.load(None, [("plugins", plugins)], by="call").config
+        assert list(config.plugins) == [str(file)]
+
+
 MISTAKES = {
     "temprature": (["loss.temprature=0.2"], "on the command line: loss.temprature: ", "Did you mean 'temperature'?"),
     "section": (["evalute.draws=3"], "evalute", "Did you mean 'evaluate'?"),
@@ -128,11 +221,21 @@ MISTAKES = {
     "type": (["loss.temperature=warm"], "loss.temperature must be a number", "'warm'"),
     "whole number": (["seed=1.5"], "seed must be a whole number", "1.5"),
     "choice": (["loss.candidates=everyone"], "loss.candidates must be one of all, across, memory", "'everyone'"),
-    "budget": (["trainer.max_steps=3"], "trainer.max_steps: the budget says that", "50000 steps"),
+    "budget": (["trainer.max_steps=3"], "trainer.max_steps: the budget decides that", "50000 steps"),
     "trainer": (["trainer.presision=16"], "trainer.presision", "Did you mean 'precision'?"),
     "protocol": (["evaluate.protocols=[knm]"], "evaluate.protocols[0]", "Did you mean 'knn'?"),
+    "protocol's setting": (
+        ["evaluate.protocols=[{name: knn, neigbours: 5}]"],
+        "protocols[0].neigbours",
+        "'neighbours'?",
+    ),
+    "protocol's value": (
+        ["evaluate.protocols=[{name: knn, neighbours: 0}]"],
+        "protocols[0] 'knn': neighbours must",
+        "0",
+    ),
     "view": (["views=[{name: jiter}]"], "views[0]: there is no view operation 'jiter'.", "Did you mean 'jitter'?"),
-    "inside a value": (["seed.inner=1"], "seed.inner: seed is 0", "nothing inside"),
+    "inside a value": (["seed.inner=1"], "seed.inner: seed is 0", "no keys"),
     "not yaml": (["loss={name: cacr"], "on the command line: loss={name: cacr", ""),
     "auto": (["views={name: auto, strength: 2}"], "views.strength: 'auto' does not take it", "simclr"),
     "seed": (["seed=-1"], "on the command line: seed must be 0 or more", "-1"),
@@ -163,7 +266,7 @@ def test_a_mistake_in_a_file_names_the_file(tmp_path):
 def test_a_broken_file_is_named(tmp_path):
     with pytest.raises(InputError, match=r"mine\.yaml cannot be read as YAML"):
         configuration.load(written(tmp_path, "loss: {name: info_nce\n"))
-    with pytest.raises(InputError, match=r"mine\.yaml must hold"):
+    with pytest.raises(InputError, match=r"mine\.yaml must have"):
         configuration.load(written(tmp_path, "- a\n- b\n"))
 
 
@@ -201,7 +304,7 @@ def test_a_word_reaches_into_a_part_inside_a_plugins_part(tmp_path):
     (tmp_path / "around.py").write_text(
         "from contrast import LOSSES, PairLoss\n"
         "@LOSSES.register('around_from_a_plugin')\n"
-        "class LossWrapper(PairLoss):\n"
+        "class Wrapper(PairLoss):\n"
         "    def __init__(self, loss: PairLoss) -> None:\n"
         "        super().__init__()\n"
         "        self.loss = loss\n"
