@@ -444,7 +444,7 @@ def test_a_diverging_run_fails_in_a_sentence(tmp_path, contrast_says):
 
 def test_no_config_at_all_says_what_was_picked_and_writes_it(tmp_path, contrast_says, monkeypatch):
     images(tmp_path / "bars.npz", items=24)
-    monkeypatch.setattr("contrast.experiment.run.pick_steps", lambda *_: 2)
+    monkeypatch.setattr("contrast.experiment.run.auto_steps", lambda *_: 2)
     status, _, err = contrast_says("pretrain", "bars.npz", "evaluate.protocols=[knn]", "logger=none")
     assert status == 0, err
     for line in ("chosen views: small_images", "chosen encoder.backbone: small_conv", "chosen budget: 2 steps"):
@@ -454,7 +454,7 @@ def test_no_config_at_all_says_what_was_picked_and_writes_it(tmp_path, contrast_
 
 def test_large_images_are_read_smaller_where_nothing_else_was_chosen(tmp_path, contrast_says, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr("contrast.experiment.run.pick_steps", lambda *_: 1)
+    monkeypatch.setattr("contrast.experiment.run.auto_steps", lambda *_: 1)
     for name in ("cat", "dog"):
         (tmp_path / "pets" / name).mkdir(parents=True)
         for number in range(6):

@@ -33,7 +33,7 @@ MAY_IMPORT = {
     "report": UNDER_TRAIN,
     "experiment": UNDER_EXPERIMENT,
     "api": UNDER_EXPERIMENT | {"experiment"},
-    "cli": UNDER_EXPERIMENT | {"experiment", "api"},
+    "cli": UNDER_EXPERIMENT | {"experiment", "api", "__init__"},
     "__main__": {"cli"},
     # `import contrast` is as light as `import contrast.losses`: all else is imported when it is first used.
     "__init__": FOUNDATION | {"losses", "memory"},
