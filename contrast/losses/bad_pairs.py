@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from contrast.core import distributed
-from contrast.core.embeddings import Embeddings
 from contrast.core.pairs import Pairs
 from contrast.losses.loss import Row
 from contrast.losses.pair_loss import LOSSES, Extra, PairLoss
@@ -127,7 +126,6 @@ class BadPairs(LossWrapper):
         self.register_buffer("spread", torch.ones(()))
         self.register_buffer("epoch", torch.zeros((), dtype=torch.int64))
         self._shares = torch.zeros(0, 3, dtype=torch.float64)
-        self._call: tuple[Tensor, list[Tensor]] | None = None
         self._pending: Tensor | None = None
         self._measured: dict[str, Tensor] = {}
 
@@ -152,23 +150,15 @@ class BadPairs(LossWrapper):
                 f"sample indices must lie in [0, {self.samples}), as samples={self.samples} says; "
                 f"got {int(sample.min())} to {int(sample.max())}."
             )
-        self._call = (sample, [self.loss._valid(pairs) for pairs in prepared])
         return prepared
 
-    def narrowed(self, prepared: Sequence[Pairs]) -> None:
-        """Note which rows count once some negatives do not."""
-        assert self._call is not None
-        self._call = (self._call[0], [self.loss._valid(pairs) for pairs in prepared])
-        super().narrowed(prepared)
-
-    def combine(self, rows: Sequence[Tensor], anchors: Sequence[Embeddings]) -> Sequence[Tensor]:
+    def combine(self, rows: Sequence[Tensor], prepared: Sequence[Pairs]) -> Sequence[Tensor]:
         """Multiply every row by its sample's weight, and keep the losses for the memory."""
-        rows = super().combine(rows, anchors)
-        assert self._call is not None
-        (sample, valid), self._call = self._call, None
+        rows = super().combine(rows, prepared)
+        sample = prepared[0].anchor_parts[0].sample
         remembers = self.training and torch.is_grad_enabled() and not distributed.is_local()
         with torch.no_grad():
-            losses, known = _by_sample(rows, valid, len(sample))
+            losses, known = _by_sample(rows, [self._valid(pairs) for pairs in prepared], len(sample))
             known &= (sample >= 0) & (sample < self.samples)
             weight = self._weights(sample, losses, known)
             if remembers:

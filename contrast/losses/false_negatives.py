@@ -106,9 +106,7 @@ class FalseNegatives(LossWrapper):
                 f"(N, R) a view; got {'none' if reference is None else 'one for all views'}."
             )
         prepared = super().pairs(*views, targets=targets, sample=sample, group=group, reference=reference, extra=extra)
-        ruled = [self._ruled(pairs) for pairs in prepared]
-        self.narrowed(ruled)
-        return ruled
+        return [self._ruled(pairs) for pairs in prepared]
 
     @torch.no_grad()
     def measure(self, pairs: Pairs) -> dict[str, Tensor]:

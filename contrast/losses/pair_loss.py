@@ -121,9 +121,7 @@ class PairLoss(Loss):
                 reference=inputs.references(type(self).__name__, reference, views, targets),
                 extra=extras,
             )
-            rows: Sequence[Tensor] = [self.rows(pairs) for pairs in prepared]
-            if type(self).combine is not PairLoss.combine:  # most losses need no copy of their anchors
-                rows = self.combine(rows, [pairs.anchor for pairs in prepared])
+            rows = self.combine([self.rows(pairs) for pairs in prepared], prepared)
             self._last = [pairs.detach() for pairs in prepared]
             valid = torch.cat([self._valid(pairs) for pairs in prepared])
             row = torch.where(valid, torch.cat(list(rows)), 0)
@@ -144,9 +142,6 @@ class PairLoss(Loss):
         if not twins:
             return [all_pairs(*own, extra=extras)]
         return [Pairs(own, (*gather_all(twins), *extras), across=True, views=len(twins))]
-
-    def narrowed(self, prepared: Sequence[Pairs]) -> None:
-        """Called by a wrapper that ignores some negatives, with what becomes of the pairs that this loss has made."""
 
     def embed(
         self,
@@ -199,8 +194,13 @@ class PairLoss(Loss):
             return row
         return row.mean(dim=0) if pairs.anchor_parts[0].z.ndim == 3 and row.shape[-1] == len(pairs) else row.mean(dim=1)
 
-    def combine(self, rows: Sequence[Tensor], anchors: Sequence[Embeddings]) -> Sequence[Tensor]:  # noqa: ARG002
-        """Change the rows by statistics over anchors, once per call; (N,) for each Pairs. Here: as they are."""
+    def combine(self, rows: Sequence[Tensor], prepared: Sequence[Pairs]) -> Sequence[Tensor]:  # noqa: ARG002
+        """Return the rows that are averaged, once per call; here they are unchanged.
+
+        Args:
+            rows: (N,) for each of the `Pairs`.
+            prepared: what the rows were computed from.
+        """
         return rows
 
     @torch.no_grad()

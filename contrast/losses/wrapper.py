@@ -8,7 +8,6 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from contrast.core.embeddings import Embeddings
 from contrast.core.pairs import Pairs
 from contrast.losses.loss import Row
 from contrast.losses.pair_loss import Extra, PairLoss
@@ -56,10 +55,6 @@ class LossWrapper(PairLoss):
         """Pair as the loss inside does."""
         return self.loss.pairs(*views, targets=targets, sample=sample, group=group, reference=reference, extra=extra)
 
-    def narrowed(self, prepared: Sequence[Pairs]) -> None:
-        """Tell the loss inside."""
-        self.loss.narrowed(prepared)
-
     def per_anchor(self, pairs: Pairs) -> Tensor:
         """Return the rows of the loss inside."""
         return self.loss.per_anchor(pairs)
@@ -68,9 +63,9 @@ class LossWrapper(PairLoss):
         """Return the rows of the loss inside."""
         return self.loss.rows(pairs)
 
-    def combine(self, rows: Sequence[Tensor], anchors: Sequence[Embeddings]) -> Sequence[Tensor]:
-        """Combine as the loss inside does."""
-        return self.loss.combine(rows, anchors)
+    def combine(self, rows: Sequence[Tensor], prepared: Sequence[Pairs]) -> Sequence[Tensor]:
+        """Combine as the inner loss does."""
+        return self.loss.combine(rows, prepared)
 
     def update(self) -> None:
         """Update the inner loss."""

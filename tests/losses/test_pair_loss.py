@@ -505,8 +505,8 @@ def test_a_loss_may_ask_for_raw_embeddings():
 
 def test_combine_sees_every_row_once_and_changes_the_mean():
     class Doubled(InfoNCE):
-        def combine(self, rows, anchors):
-            assert [len(row) for row in rows] == [len(anchor) for anchor in anchors]
+        def combine(self, rows, prepared):
+            assert [len(row) for row in rows] == [len(pairs) for pairs in prepared]
             return [2 * row for row in rows]
 
     views, _ = Case("info_nce").inputs()
