@@ -86,6 +86,7 @@ def evaluate(
         5
     """
     model = str(model)
+    named_models.check_name(model)
     own = RunFolder(Path(model)).config
     given: list[Override] = [*overrides, *_overrides(settings)]
     if data is not None:
@@ -98,7 +99,7 @@ def evaluate(
     config = configuration.load(str(own) if own.is_file() else None, given, by=by).config
     opened = read_data(config)
     name, encode = named_models.find(model, config, opened)
-    found = measure({"raw": raw_input(opened), name: encode}, opened, **runs.measuring(config))
+    found = measure({"raw": raw_input(opened), name: encode}, opened, **runs.evaluation_settings(config))
     target = Path(out) if out is not None else (Path(model) if own.is_file() else None)
     if target is not None:
         for folder in write_evaluations(RunFolder(target), opened, found):

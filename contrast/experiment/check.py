@@ -1,4 +1,4 @@
-"""All of a run except training: what is in the data, what the views look like, how long and how much it will take."""
+"""All of a run except training: the content of the data, a picture of the views, time and memory needed."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from contrast.experiment import config as configuration
 from contrast.experiment.build import read_data
 from contrast.experiment.config import Loaded
 from contrast.experiment.folder import VIEWS
-from contrast.experiment.run import prepare, views_of
+from contrast.experiment.run import picture_of_views, prepare
 
 
 def check(loaded: Loaded, *, out: Path | None = None, steps: int = 20) -> str:
-    """Give what was found as text, and write the picture of the views.
+    """Return what was found as text, and write the picture of the views.
 
     Args:
         loaded: the experiment.
@@ -22,16 +22,18 @@ def check(loaded: Loaded, *, out: Path | None = None, steps: int = 20) -> str:
         steps: timed steps.
 
     Raises:
-        InputError: for anything on which `pretrain` would stop.
+        InputError: for anything that `pretrain` would refuse.
     """
     data = read_data(loaded.config)
     experiment, budget, trial = prepare(loaded, data, steps=steps)
     data = experiment.data
     picture = out or Path(VIEWS)
-    picture.write_bytes(views_of(trial, data))
+    picture.write_bytes(picture_of_views(trial, data))
     weights = sum(parameter.numel() for parameter in experiment.encoder.parameters() if parameter.requires_grad)
     seconds = trial.seconds_per_step * budget.steps if budget.steps else budget.seconds or 0
-    a_step = f"{trial.seconds_per_step * 1000:.0f} ms a step of {experiment.config.batch_size} (median of {steps})"
+    per_step = (
+        f"{trial.seconds_per_step * 1000:.0f} ms per step of {experiment.config.batch_size} items (median of {steps})"
+    )
     epochs = f" = {budget.steps / experiment.sampler().steps_per_epoch:.1f} epochs" if budget.steps else ""
     facts = [
         (
@@ -42,11 +44,11 @@ def check(loaded: Loaded, *, out: Path | None = None, steps: int = 20) -> str:
         ("splits", _splits(data)),
         ("classes", _classes(data)),
         ("copies", _pairs(duplicates(data), "exact duplicate")),
-        ("leaks", _pairs(leaks(data), "item of train that stands in test too")),
+        ("leaks", _pairs(leaks(data), "item of train that is also in test")),
         *(("chosen", f"{key}: {configuration.to_text(value)}") for key, value in experiment.chosen.items()),
-        ("encoder", f"{weights:,} trained numbers, {experiment.encoder.width} features"),
+        ("encoder", f"{weights:,} trainable parameters, {experiment.encoder.width} features"),
         ("views", f"{picture} shows what the encoder will see; look at it before you train"),
-        ("time", f"{a_step}; {budget}{epochs}: about {format_duration(seconds)} here"),
+        ("time", f"{per_step}; {budget}{epochs}: about {format_duration(seconds)} here"),
         ("memory", f"{format_bytes(trial.peak_bytes)} at its highest"),
     ]
     return "\n".join(f"{name:<8} {fact}" for name, fact in facts)

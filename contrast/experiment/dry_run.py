@@ -1,4 +1,4 @@
-"""A few timed steps on copies, before a run: does everything fit together, how long, how much memory."""
+"""A few timed steps on copies before a run: all parts fit together, and how much time and memory a step takes."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from contrast.train.step import Step
 
 @dataclass(frozen=True)
 class DryRun:
-    """What a few steps showed.
+    """What a few steps measured.
 
     Args:
         seconds_per_step: the median, after the first.
-        peak_bytes: memory of the process (CPU) or of the device (CUDA) at its highest.
+        peak_bytes: memory of the process (CPU) or of the device (CUDA) at its peak.
         loss: the last loss.
         originals: (n, ...) the first prepared items of a batch.
         views: their views.
-        names: what these items are called.
+        names: the names of these items.
     """
 
     seconds_per_step: float
@@ -51,16 +51,25 @@ def dry_run(
     shown: int = 8,
     device: torch.device | None = None,
 ) -> DryRun:
-    """Train copies of the parts for some steps and forget them; random state and originals stay untouched.
+    """Train copies of the parts for some steps and discard them; random state and originals do not change.
+
+    Args:
+        step: the parts of a training step.
+        optimizer: how to step.
+        data: the training set.
+        sampler: the batches.
+        steps: how many, at least 1.
+        shown: items whose views are returned.
+        device: the accelerator where there is one, if not given.
 
     Raises:
         InputError: where views, encoder, loss and memories do not fit together, or the loss is not finite.
     """
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    own = _copied(step, device)
-    stepper = optimizer.build([own.encoder, own.loss])
-    for group in stepper.param_groups:
-        group["lr"] = 0.0  # training starts from there; the full rate without its warm-up could diverge
+    copied = _copied(step, device)
+    torch_optimizer = optimizer.build([copied.encoder, copied.loss])
+    for group in torch_optimizer.param_groups:
+        group["lr"] = 0.0  # as at the start of training; the full rate without its warm-up could diverge
     seconds, value = [], float("nan")
     batches = iter(sampler)
     originals, drawn, positions = torch.empty(0), [], [0]
@@ -74,20 +83,20 @@ def dry_run(
             batch = Batch(*(field.to(device) for field in data.train.__getitems__(positions)))
             generator = torch.Generator(device).manual_seed(derived(sampler.seed, "dry_run", number))
             try:
-                taken = own.take(batch, generator)
+                taken = copied.take(batch, generator)
             except InputError:
                 raise
             except ValueError as error:
                 raise InputError(f"loss: {error}") from error
             originals, drawn = taken.prepared, taken.views
-            stepper.zero_grad()
+            torch_optimizer.zero_grad()
             taken.loss.backward()  # type: ignore[no-untyped-call]
-            stepper.step()
-            own.remember([taken.keys])
+            torch_optimizer.step()
+            copied.remember([taken.keys])
             value = taken.loss.item()
             seconds.append(time.perf_counter() - start)
     if value != value:
-        raise InputError("the loss is NaN on the first batches of this data; look for extreme values in it.")
+        raise InputError("the loss is NaN on the first batches of this data; check it for extreme values.")
     return DryRun(
         statistics.median(seconds[1:] or seconds),
         peak_bytes(device),
@@ -99,7 +108,7 @@ def dry_run(
 
 
 def _copied(step: Step, device: torch.device) -> Step:
-    """Give the step with copies of all that it changes, on the device."""
+    """Return the step with copies of all that it changes, on the device."""
     encoder, loss, memory, watching = copy.deepcopy((step.encoder, step.loss, step.memory, step.watching))
     for part in (encoder, loss, *memory, *watching):
         part.to(device).train()
@@ -109,7 +118,7 @@ def _copied(step: Step, device: torch.device) -> Step:
 
 
 def peak_bytes(device: torch.device) -> int:
-    """Give the most memory that this process (CPU) or the device (CUDA) has held so far."""
+    """Return the peak memory of this process (CPU) or of the device (CUDA) so far."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -22,11 +22,16 @@ Encode = Callable[[Tensor], Tensor]
 
 
 class Model(torch.nn.Module):
-    """A frozen encoder, ready for raw data.
+    """A frozen encoder that reads raw data.
 
     Args:
         encoder: with its input statistics.
-        about: what `backbone.json` says.
+        about: the content of `backbone.json`.
+
+    Example:
+        >>> model = contrast.load(run.path)
+        >>> model.features(torch.rand(5, 1, 8, 8)).shape
+        torch.Size([5, 512])
     """
 
     def __init__(self, encoder: Encoder, about: Mapping[str, Any]) -> None:
@@ -39,41 +44,64 @@ class Model(torch.nn.Module):
 
     @torch.no_grad()
     def features(self, x: Tensor) -> Tensor:
-        """Give (N, F) features of raw data: (N, C, H, W) images, or (N, C, L) series with NaN where unobserved."""
+        """Return (N, F) features of raw data.
+
+        Args:
+            x: (N, C, H, W) images, or (N, C, L) series with NaN where nothing was observed.
+        """
         return self.encoder.encode(x)
 
     forward = features
 
 
 def load(path: str | Path) -> Model:
-    """Load a run, or its `backbone.safetensors`, for `model.features(x)`; no code in the files is executed.
+    """Return the frozen encoder of a run, or of its `backbone.safetensors`; no code in the files is executed.
+
+    Args:
+        path: the run's folder, or the weights file with its description next to it.
 
     Raises:
-        InputError: where there is none, or it is broken.
+        InputError: where there is none, or it is damaged.
+
+    Example:
+        >>> features = contrast.load(run.path).features(torch.rand(2, 1, 8, 8))
     """
     return Model(load_backbone(path), read_description(path))
 
 
+def check_name(name: str) -> None:
+    """Check that a name can be a model's, before any data is read.
+
+    Raises:
+        InputError: where it is neither a path nor one of the named kinds.
+    """
+    if not Path(name).exists() and ":" not in name:
+        raise InputError(
+            f"there is no model {name}: give a run's folder, a weights file, timm:NAME, torchvision:NAME "
+            "or module:function."
+        )
+
+
 def find(name: str, config: Config, data: Data) -> tuple[str, Encode]:
-    """Give the model that a person names, and what its row is called.
+    """Return the title of a model in tables, and the function raw batch -> (N, F) features.
 
     Args:
         name: MODEL of the command.
-        config: its `encoder.backbone` says which network a bare weights file is for.
-        data: whose shape and statistics a network off the shelf reads.
+        config: its `encoder.backbone` says which network a weights file without a description is for.
+        data: an off-the-shelf network reads its shape and statistics.
 
     Raises:
-        InputError: where it cannot be had, or does not read this data.
+        InputError: where it cannot be loaded, or does not read this data.
     """
-    called, model = _find(name, config.encoder.backbone, data)
-    return called, encode_with(model.encoder) if isinstance(model, Model) else model
+    title, model = _find(name, config.encoder.backbone, data)
+    return title, encode_with(model.encoder) if isinstance(model, Model) else model
 
 
 def reference_of(config: Config, data: Data) -> Encode | None:
-    """Give the frozen network that `encoder.reference` names, raw batch -> (N, R); None where it names none.
+    """Return the frozen network that `encoder.reference` names, raw batch -> (N, R); None where it names none.
 
     Raises:
-        InputError: where it cannot be had, or does not read this data.
+        InputError: where it cannot be loaded, or does not read this data.
     """
     if config.encoder.reference is None:
         return None
@@ -84,13 +112,14 @@ def reference_of(config: Config, data: Data) -> Encode | None:
 
 
 def _find(name: str, part: Any, data: Data) -> tuple[str, Model | Encode]:
+    check_name(name)
     if Path(name).exists():
         if Path(name).is_dir() or (Path(name).parent / DESCRIPTION).is_file():
             model = load(name)
             if (model.kind, model.shape[0]) != (data.kind, data.shape[0]):
                 raise InputError(
                     f"{name} reads {_items(model.kind, model.shape)}; "
-                    f"{data.source} holds {_items(data.kind, data.shape)}."
+                    f"{data.source} has {_items(data.kind, data.shape)}."
                 )
             return "pretrained", model
         if part == "auto":
@@ -101,16 +130,11 @@ def _find(name: str, part: Any, data: Data) -> tuple[str, Model | Encode]:
         return "off_the_shelf", _off_the_shelf(part, data)
     if name.startswith(("timm:", "torchvision:")):
         return "off_the_shelf", _off_the_shelf({"name": name, "pretrained": True}, data)
-    if ":" in name:
-        return name, _imported(name)
-    raise InputError(
-        f"there is no model {name}: give a run's folder, a weights file, timm:NAME, torchvision:NAME "
-        "or module:function."
-    )
+    return name, _imported(name)
 
 
 def encode_with(encoder: Encoder) -> Encode:
-    """Give the function raw batch -> (N, F) features of a frozen encoder, on the accelerator where there is one."""
+    """Return the function raw batch -> (N, F) features of a frozen encoder, on the accelerator where there is one."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     encoder = encoder.to(device).eval()
 

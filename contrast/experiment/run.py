@@ -1,4 +1,7 @@
-"""A run from its config to its report: build, try out, train, evaluate, write."""
+"""A run from its config to its report: build, dry run, train, evaluate, write.
+
+Lightning and the report are imported where they are used: they take seconds, and a wrong word is answered before.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +12,11 @@ import shlex
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -35,6 +39,7 @@ from contrast.experiment.folder import (
     CONFIG,
     DATA,
     ENVIRONMENT,
+    LOG,
     SAMPLES,
     VIEWS,
     RunFolder,
@@ -43,15 +48,15 @@ from contrast.experiment.named_models import Encode, encode_with, reference_of
 from contrast.experiment.results import write_results
 from contrast.losses import BadPairs
 from contrast.models import save_backbone
-from contrast.report import save_samples, views_picture, write_report
 from contrast.train.budget import Budget
-from contrast.train.fit import Outcome, check_trainer, fit
-from contrast.train.module import Pretraining
+
+if TYPE_CHECKING:
+    from contrast.train.fit import Outcome
 
 log = logging.getLogger("contrast")
 
 _RUN = "CONTRAST_RUN"
-"""Names the run's folder to the further processes that Lightning starts."""
+"""The environment variable that names the run's folder to the further processes that Lightning starts."""
 _MAY_CHANGE = ("budget", "data.workers", "trainer")
 
 
@@ -74,18 +79,18 @@ class Run:
     report: Path
 
     def table(self) -> str:
-        """Give the table of results as text."""
+        """Return the table of results as text."""
         return "" if self.evaluation is None else table(self.evaluation.results, self.evaluation.warnings)
 
 
 def start(loaded: Loaded, *, out: Path | None = None, name: str | None = None, command: str | None = None) -> Run:
-    """Train, evaluate and report an experiment in a new folder; nothing is written before everything fits together.
+    """Train, evaluate and report an experiment in a new folder; nothing is written before all parts fit together.
 
     Args:
         loaded: the experiment.
         out: the folder; the next free one under `runs/` where it is not given.
-        name: what the config is called, for the folder's name.
-        command: what makes this run again; the command line of this process where it is not given.
+        name: of the config, for the folder's name.
+        command: the command that repeats this run; the command line of this process where it is not given.
 
     Raises:
         InputError: for anything that does not fit.
@@ -93,45 +98,48 @@ def start(loaded: Loaded, *, out: Path | None = None, name: str | None = None, c
     """
     if out is not None and distributed.is_first_process():
         RunFolder.refuse_used(out)
-    data = read_data(loaded.config)
-    experiment, budget, trial = prepare(loaded, data)
+    experiment, budget, trial = prepare(loaded, read_data(loaded.config))
     config, data = experiment.config, experiment.data
     for note in data.notes:
         log.info("data: %s", note)
     for key, value in experiment.chosen.items():
         log.info("chosen %s: %s", key, configuration.to_text(value))
-    log.info(
-        "training for %s in batches of %s, %s here",
-        budget,
-        config.batch_size,
-        _about(budget, trial.seconds_per_step),
-    )
+    expected = f"about {format_duration(trial.seconds_per_step * budget.steps)} here" if budget.steps else "as given"
+    log.info("training for %s in batches of %s, %s", budget, config.batch_size, expected)
     folder = _new_folder(config, data, out, name)
     if distributed.is_first_process():
         folder.describe(command)
-        folder.write(CONFIG, configuration.to_yaml(_with_whole_path(config)))
+        folder.write(CONFIG, configuration.to_yaml(_with_absolute_paths(config)))
         folder.write_json(DATA, dict(data.fingerprint))
         if config.report.samples:
-            folder.write(VIEWS, views_of(trial, data))
+            folder.write(VIEWS, picture_of_views(trial, data))
         folder.set_state("running", 0)
     return _train_and_measure(experiment, budget, folder)
 
 
 def resume(path: str | Path, overrides: Sequence[str] = ()) -> Run:
-    """Take a stopped run up again; only the budget, `trainer.*` and `data.workers` may change.
+    """Continue a run from its last checkpoint; only the budget, `trainer.*` and `data.workers` may change.
+
+    Args:
+        path: the run's folder.
+        overrides: `key=value` each.
 
     Raises:
         InputError: where there is no run or no checkpoint, the data has changed, or another key is given.
-        Stopped: where a signal ended the run once more.
+        Stopped: where a signal ended the run again.
     """
     folder = RunFolder.open(path)
     for override in overrides:
         key = override.partition("=")[0]
         if key not in _MAY_CHANGE and not key.startswith("trainer."):
-            raise InputError(f"{key}: a resumed run goes on as it was; only budget, trainer.* and data.workers change.")
+            raise InputError(
+                f"{key}: a resumed run continues as it was; only budget, trainer.* and data.workers may change."
+            )
     if not folder.checkpoint.is_file():
-        raise InputError(f"{folder.path} has no checkpoint to go on from; start it anew with `contrast pretrain`.")
+        raise InputError(f"{folder.path} has no checkpoint to continue from; start it again with `contrast pretrain`.")
     config = configuration.load(str(folder.config), overrides).config
+    from contrast.train.fit import check_trainer
+
     check_trainer(config.trainer)
     data = read_data(config)
     if folder.read_json(DATA) != dict(data.fingerprint):
@@ -142,8 +150,8 @@ def resume(path: str | Path, overrides: Sequence[str] = ()) -> Run:
     budget = Budget.parse(config.budget, steps_per_epoch=experiment.sampler().steps_per_epoch)
     step = folder.checkpoint_step()
     if budget.steps and budget.steps < step:
-        raise InputError(f"budget is {budget}, and {folder.path} has {step:,} steps behind it; give that or more.")
-    log.info("%s: going on from step %s of %s", folder.path, f"{step:,}", budget)
+        raise InputError(f"budget is {budget}, and {folder.path} has taken {step:,} steps; give that or more.")
+    log.info("%s: continuing from step %s of %s", folder.path, f"{step:,}", budget)
     if overrides:
         folder.write(CONFIG, configuration.to_yaml(config))
     folder.drop_metrics_after(step)
@@ -152,9 +160,9 @@ def resume(path: str | Path, overrides: Sequence[str] = ()) -> Run:
 
 
 def prepare(loaded: Loaded, data: Data, *, steps: int = 3) -> tuple[Experiment, Budget, DryRun]:
-    """Build everything, take a few steps on copies, and settle the budget, before anything is written.
+    """Build all parts, take a few steps on copies, and resolve the budget, before anything is written.
 
-    The experiment's data is not always the data given: without an accelerator large images may be read smaller.
+    The experiment's data may differ from the data given: without an accelerator large images may be read smaller.
 
     Raises:
         InputError: naming the key and where it was written, for parts that do not fit the data or each other.
@@ -166,27 +174,31 @@ def prepare(loaded: Loaded, data: Data, *, steps: int = 3) -> tuple[Experiment, 
 
 
 def _prepare(config: Config, data: Data, steps: int) -> tuple[Experiment, Budget, DryRun]:
-    asked = config.data.size
+    from contrast.train.fit import check_trainer
+
+    given_size = config.data.size
     config, data = resolve_size(config, data)
     check_trainer(config.trainer)
     experiment = build(config, data, reference_of(config, data))
     trial = dry_run(experiment.step(), experiment.optimizer, data, experiment.sampler(), steps=steps)
-    chosen: dict[str, Any] = {} if config.data.size == asked else {"data.size": config.data.size}
+    chosen: dict[str, Any] = {} if config.data.size == given_size else {"data.size": config.data.size}
     if config.budget == "auto":
         chosen["budget"] = f"{auto_steps(experiment, trial.seconds_per_step)} steps"
-    settled = replace(experiment.config, budget=chosen.get("budget", config.budget))
-    experiment = replace(experiment, config=settled, chosen={**experiment.chosen, **chosen})
+    resolved = replace(experiment.config, budget=chosen.get("budget", config.budget))
+    experiment = replace(experiment, config=resolved, chosen={**experiment.chosen, **chosen})
     budget = Budget.parse(experiment.config.budget, steps_per_epoch=experiment.sampler().steps_per_epoch)
     return experiment, budget, trial
 
 
-def views_of(trial: DryRun, data: Data) -> bytes:
-    """Draw what the encoder will see, as PNG."""
+def picture_of_views(trial: DryRun, data: Data) -> bytes:
+    """Return a picture of some items and their views, as PNG."""
+    from contrast.report import views_picture
+
     return views_picture(trial.originals, trial.views, data.kind, trial.names)
 
 
-def measuring(config: Config) -> dict[str, Any]:
-    """Give the arguments of `evaluate` that a config decides."""
+def evaluation_settings(config: Config) -> dict[str, Any]:
+    """Return the arguments of `evaluate` that a config decides."""
     return {
         "protocols": config.evaluate.protocols,
         "seed": config.seed,
@@ -197,7 +209,10 @@ def measuring(config: Config) -> dict[str, Any]:
 
 
 def _train_and_measure(experiment: Experiment, budget: Budget, folder: RunFolder, *, step: int | None = None) -> Run:
-    """Train from `step` on (None: anew), then measure; however it ends, the state says so."""
+    """Train from `step` on (None: from the start), then measure; however it ends, the state says so."""
+    from contrast.train.fit import fit
+    from contrast.train.module import Pretraining
+
     config = experiment.config
     sampler = experiment.sampler(step or 0)
     module = Pretraining(
@@ -213,9 +228,9 @@ def _train_and_measure(experiment: Experiment, budget: Budget, folder: RunFolder
         labels=experiment.labels(),
         seed=config.seed,
     )
-    go_on = f"go on with: contrast resume {shlex.quote(str(folder.path))}"
+    continue_with = f"continue with: contrast resume {shlex.quote(str(folder.path))}"
     try:
-        with _log_file(folder):
+        with _log_into(folder):
             outcome = fit(
                 module,
                 experiment.data,
@@ -231,7 +246,7 @@ def _train_and_measure(experiment: Experiment, budget: Budget, folder: RunFolder
             if not outcome.main:
                 sys.exit(0)
             if not outcome.finished:
-                raise Stopped(f"stopped at step {outcome.step:,} of {budget} and saved; {go_on}")
+                raise Stopped(f"stopped at step {outcome.step:,} of {budget} and saved; {continue_with}")
             log.info("trained %s steps in %s", f"{outcome.step:,}", format_duration(outcome.seconds))
             return _measure(experiment, folder, outcome)
     except Stopped:
@@ -239,20 +254,22 @@ def _train_and_measure(experiment: Experiment, budget: Budget, folder: RunFolder
         raise
     except KeyboardInterrupt:
         folder.set_state("stopped", module.global_step)
-        raise Stopped(f"stopped; what was saved is kept; {go_on}") from None
+        raise Stopped(f"stopped; the last checkpoint is kept; {continue_with}") from None
     except SystemExit as leaving:
         # Lightning turns a second Ctrl-C into an exit of its own.
         if not leaving.code:
             raise
         folder.set_state("stopped", module.global_step)
-        raise Stopped(f"stopped at once; what was saved before is kept; {go_on}") from None
+        raise Stopped(f"stopped at once; the last checkpoint is kept; {continue_with}") from None
     except Exception as error:
         folder.set_state("failed", module.global_step, why=str(error))
         raise
 
 
 def _measure(experiment: Experiment, folder: RunFolder, outcome: Outcome) -> Run:
-    """Save the backbone, evaluate it beside raw input and where it started, and write results and report."""
+    """Save the backbone, evaluate it next to raw input and its start, and write results and report."""
+    from contrast.report import save_samples, write_report
+
     config, data = experiment.config, experiment.data
     encoder = experiment.encoder.eval()
     about = {
@@ -267,9 +284,9 @@ def _measure(experiment: Experiment, folder: RunFolder, outcome: Outcome) -> Run
     evaluation = None
     if config.evaluate.protocols and len(data.test) and len(data.classes) > 1:
         models = {"raw": raw_input(data), **_before_training(experiment), "pretrained": pretrained}
-        evaluation = evaluate(models, data, **measuring(config))
+        evaluation = evaluate(models, data, **evaluation_settings(config))
     elif config.evaluate.protocols:
-        log.info("nothing to probe: %s has no labelled test items", data.source)
+        log.info("no protocol is evaluated: %s has no labelled test items", data.source)
     shown = data.train.subset(torch.linspace(0, len(data.train) - 1, min(len(data.train), 5000)).long().numpy())
     train_features, _ = extract(pretrained, shown)
     test_features = train_features[:0]
@@ -331,7 +348,7 @@ def _facts(config: Config, folder: RunFolder, outcome: Outcome, evaluation_secon
 
 
 def _before_training(experiment: Experiment) -> dict[str, Encode]:
-    """Give the encoder as it started: untrained, and off the shelf where it started from somebody's weights."""
+    """Return the encoder as it started: untrained, and off the shelf where it started from published weights."""
     config, data, views = experiment.config, experiment.data, experiment.views
     started = {"untrained": build_encoder_for(config, data, views, pretrained=False)}
     backbone = config.encoder.backbone
@@ -341,7 +358,7 @@ def _before_training(experiment: Experiment) -> dict[str, Encode]:
 
 
 def _new_folder(config: Config, data: Data, out: Path | None, name: str | None) -> RunFolder:
-    """Make the run's folder in the first process; the others are told which, or write nothing that stays."""
+    """Create the run's folder in the first process; other processes get its path, or a temporary folder."""
     if not distributed.is_first_process():
         return RunFolder(Path(os.environ.get(_RUN) or tempfile.mkdtemp()))
     source = Path(data.source).stem if Path(data.source).exists() else data.source.rpartition(":")[2]
@@ -351,8 +368,8 @@ def _new_folder(config: Config, data: Data, out: Path | None, name: str | None) 
     return folder
 
 
-def _with_whole_path(config: Config) -> Config:
-    """Give the config with its files' paths from the root, so that a run can be taken up from any folder."""
+def _with_absolute_paths(config: Config) -> Config:
+    """Return the config with absolute paths of its files, so that a run can be resumed from any folder."""
     if Path(config.data.source).exists():
         config = replace(config, data=replace(config.data, source=str(Path(config.data.source).resolve())))
     reference = config.encoder.reference
@@ -362,22 +379,17 @@ def _with_whole_path(config: Config) -> Config:
     return replace(config, plugins=plugins)
 
 
-def _about(budget: Budget, seconds_per_step: float) -> str:
-    return f"about {format_duration(seconds_per_step * budget.steps)}" if budget.steps else "the time you gave"
-
-
-class _log_file:  # noqa: N801
-    """Appends the package's log messages to the run's log."""
-
-    def __init__(self, folder: RunFolder) -> None:
-        self.handler: logging.Handler = logging.NullHandler()
-        if distributed.is_first_process():
-            self.handler = logging.FileHandler(folder.log)
-            self.handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
-
-    def __enter__(self) -> None:
-        log.addHandler(self.handler)
-
-    def __exit__(self, *_: object) -> None:
-        log.removeHandler(self.handler)
-        self.handler.close()
+@contextmanager
+def _log_into(folder: RunFolder) -> Iterator[None]:
+    """Write the package's log into the run's folder too, in the first process."""
+    if not distributed.is_first_process():
+        yield
+        return
+    handler = logging.FileHandler(folder.path / LOG)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    log.addHandler(handler)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        handler.close()
