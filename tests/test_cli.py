@@ -308,7 +308,7 @@ def test_a_frozen_network_weighs_the_pairs(tmp_path, contrast_says):
     assert contrast_says("pretrain", *words, guided, "encoder.reference=first", "--out", "guided")[0] == 0
     status, _, err = contrast_says("pretrain", *words, guided)
     assert status == 2
-    assert "loss: guide compares what a frozen network sees in every view" in err
+    assert "loss: guide compares a frozen network's vectors of every view" in err
 
 
 def test_resume_goes_beyond_a_finished_budget_and_changes_nothing_else(tmp_path, contrast_says, monkeypatch):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from contrast.core.pairs import Pairs
-from contrast.losses.checks import not_negative
+from contrast.losses.checks import check_not_negative
 from contrast.losses.pair_loss import LOSSES, PairLoss
 from contrast.losses.temperatures import (
     Network,
@@ -85,7 +85,7 @@ class AMCL(PairLoss):
         super().__init__()
         if form not in ("max", "logsumexp"):
             raise ValueError(f"form is 'max' or 'logsumexp'; got {form!r}.")
-        not_negative(regulariser_weight=regulariser_weight)
+        check_not_negative(regulariser_weight=regulariser_weight)
         self.temperatures = PairTemperature(
             dim, network, hidden, lowest_temperature, highest_temperature, temperature, seed
         )

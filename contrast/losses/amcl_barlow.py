@@ -12,7 +12,7 @@ from torch import Tensor
 from contrast.core import distributed
 from contrast.core.autograd import full_precision, product
 from contrast.core.embeddings import Embeddings
-from contrast.losses.checks import not_negative
+from contrast.losses.checks import check_not_negative
 from contrast.losses.inputs import Extra, as_list
 from contrast.losses.loss import LOSSES, Loss
 from contrast.losses.temperatures import Network, PairTemperature, omega
@@ -64,7 +64,7 @@ class AMCLBarlow(Loss):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        not_negative(off_diagonal_weight=off_diagonal_weight, regulariser_weight=regulariser_weight)
+        check_not_negative(off_diagonal_weight=off_diagonal_weight, regulariser_weight=regulariser_weight)
         self.temperatures = PairTemperature(
             dim, network, hidden, lowest_temperature, highest_temperature, temperature, seed
         )
@@ -100,7 +100,7 @@ class AMCLBarlow(Loss):
         for number, view in enumerate(views):
             if view.device.type == "cpu" and not torch.isfinite(view).all():
                 raise ValueError(
-                    f"AMCLBarlow: view {number} holds values that are not finite (NaN or inf); look at the encoder."
+                    f"AMCLBarlow: view {number} contains values that are not finite (NaN or inf); look at the encoder."
                 )
         with full_precision(views[0]):
             count = distributed.total(views[0].new_tensor(float(views[0].shape[-2]), dtype=torch.float32))

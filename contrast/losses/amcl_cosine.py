@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from contrast.core.pairs import Pairs
-from contrast.losses.checks import not_negative
+from contrast.losses.checks import check_not_negative
 from contrast.losses.pair_loss import LOSSES, Extra, PairLoss
 from contrast.losses.temperatures import Network, PairTemperature, mean_score, mean_temperatures
 
@@ -54,7 +54,7 @@ class AMCLCosine(PairLoss):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        not_negative(regulariser_weight=regulariser_weight)
+        check_not_negative(regulariser_weight=regulariser_weight)
         self.temperatures = PairTemperature(
             dim, network, hidden, lowest_temperature, highest_temperature, temperature, seed
         )

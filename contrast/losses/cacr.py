@@ -10,7 +10,7 @@ from torch import Tensor
 
 from contrast.core.pairs import Pairs
 from contrast.core.reductions import SoftMean
-from contrast.losses.checks import not_negative
+from contrast.losses.checks import check_not_negative
 from contrast.losses.pair_loss import LOSSES, PairLoss
 
 
@@ -69,7 +69,7 @@ class CACR(PairLoss):
         positive_prior: float = 0.0,
     ) -> None:
         super().__init__()
-        not_negative(
+        check_not_negative(
             attraction_scale=attraction_scale,
             repulsion_scale=repulsion_scale,
             attraction_weight=attraction_weight,

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from contrast.core.embeddings import Embeddings, gather_all
 from contrast.core.pairs import Pairs
-from contrast.losses.checks import positive
+from contrast.losses.checks import check_positive
 from contrast.losses.pair_loss import LOSSES, Extra, PairLoss
 
 
@@ -49,7 +49,7 @@ class CACRMultiCrop(PairLoss):
 
     def __init__(self, temperature: float = 1.0, cost: Literal["rbf", "euclidean"] = "rbf") -> None:
         super().__init__()
-        positive(temperature=temperature)
+        check_positive(temperature=temperature)
         if cost not in ("rbf", "euclidean"):
             raise ValueError(f"cost is 'rbf' or 'euclidean'; got {cost!r}.")
         self.temperature = temperature

@@ -12,7 +12,7 @@ from contrast.core.embeddings import gather_all
 from contrast.core.pairs import Pairs
 from contrast.core.reductions import LogSumExp, SoftMean
 from contrast.losses.cacr import among_parts, views_of
-from contrast.losses.checks import not_negative
+from contrast.losses.checks import check_not_negative
 from contrast.losses.pair_loss import LOSSES, Extra, PairLoss
 
 
@@ -57,7 +57,7 @@ class CACRQueue(PairLoss):
         constant_weights: Literal["published", "all", "none"] = "published",
     ) -> None:
         super().__init__()
-        not_negative(
+        check_not_negative(
             attraction_scale=attraction_scale,
             repulsion_scale=repulsion_scale,
             attraction_weight=attraction_weight,

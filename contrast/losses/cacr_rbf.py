@@ -15,7 +15,7 @@ from contrast.core.pairs import Pairs
 from contrast.core.reductions import LogSumExp
 from contrast.losses import inputs
 from contrast.losses.cacr import meetings, views_of
-from contrast.losses.checks import not_negative
+from contrast.losses.checks import check_not_negative
 from contrast.losses.pair_loss import LOSSES, Extra, PairLoss, global_mean
 
 
@@ -60,7 +60,7 @@ class CACRRBF(PairLoss):
         cost_scale: float = 2.0,
     ) -> None:
         super().__init__()
-        not_negative(
+        check_not_negative(
             attraction_scale=attraction_scale,
             repulsion_scale=repulsion_scale,
             attraction_weight=attraction_weight,
@@ -87,7 +87,7 @@ class CACRRBF(PairLoss):
         """Return the loss of these views over all processes, (); the arguments are those of every `PairLoss`."""
         if reduction != "mean":
             raise ValueError(_NO_ROWS)
-        self._check(views, targets, group, unknown)
+        self._check_call(views, targets, group, unknown)
         extras = inputs.as_list(extra)
         with full_precision(views[0]):
             (pairs,) = self.pairs(

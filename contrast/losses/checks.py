@@ -1,4 +1,4 @@
-"""What a loss says of a number that it cannot take."""
+"""Checks of the numbers that losses are constructed with."""
 
 from __future__ import annotations
 
@@ -7,19 +7,27 @@ from numbers import Real
 from typing import Any
 
 
-def positive(**given: Any) -> None:
-    """Raise a ValueError for an argument that is not a positive, finite number."""
-    for name, value in given.items():
-        if not 0 < _number(value) < math.inf:
+def check_positive(**arguments: Any) -> None:
+    """Check that every argument is a positive, finite number.
+
+    Raises:
+        ValueError: with the name and the value of the first that is not.
+    """
+    for name, value in arguments.items():
+        if not 0 < _as_float(value) < math.inf:
             raise ValueError(f"{name} must be a positive number; got {value!r}.")
 
 
-def not_negative(**given: Any) -> None:
-    """Raise a ValueError for an argument that is not a finite number of 0 or more."""
-    for name, value in given.items():
-        if not 0 <= _number(value) < math.inf:
+def check_not_negative(**arguments: Any) -> None:
+    """Check that every argument is a finite number of 0 or more.
+
+    Raises:
+        ValueError: with the name and the value of the first that is not.
+    """
+    for name, value in arguments.items():
+        if not 0 <= _as_float(value) < math.inf:
             raise ValueError(f"{name} must be a number of 0 or more; got {value!r}.")
 
 
-def _number(value: Any) -> float:
+def _as_float(value: Any) -> float:
     return float(value) if isinstance(value, Real) else math.nan

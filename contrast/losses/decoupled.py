@@ -12,7 +12,7 @@ from torch import Tensor
 from contrast.core import distributed
 from contrast.core.pairs import Pairs
 from contrast.core.reductions import LogSumExp, Mean
-from contrast.losses.checks import positive
+from contrast.losses.checks import check_positive
 from contrast.losses.pair_loss import LOSSES, PairLoss
 
 
@@ -51,7 +51,7 @@ class DecoupledInfoNCE(PairLoss):
         sigma: float = 0.5,
     ) -> None:
         super().__init__()
-        positive(temperature=temperature, sigma=sigma)
+        check_positive(temperature=temperature, sigma=sigma)
         if weighting not in ("none", "von_mises_fisher"):
             raise ValueError(f"weighting is 'none' or 'von_mises_fisher'; got {weighting!r}.")
         self.temperature = temperature

@@ -1,4 +1,4 @@
-"""False-negative control: negatives that are likely of the anchor's kind are left out, with any loss."""
+"""False-negative control: leave out negatives that are probably of the anchor's class, with any loss over pairs."""
 
 from __future__ import annotations
 
@@ -16,51 +16,54 @@ from contrast.losses.wrapper import LossWrapper
 
 @LOSSES.register("false_negatives", aliases=("false_negative_control", "gist", "gistembed"))
 class FalseNegatives(LossWrapper):
-    r"""Any loss over pairs, without the negatives that one of these rules takes for false ones.
+    r"""Any loss over pairs, without the negatives that a rule identifies as false ones.
 
     .. math:: N'(i) = \{ j \in N(i) : s_{ij} \leq b_i, \; \langle u_i, u_j \rangle \leq g_i \}
 
-    with b_i the least of the bounds of these rules:
+    with b_i the smallest of the bounds of these rules:
 
     =================== ================================= =============================================================
-    `above`             above                             what is more alike than this goes
-    `margin`            s_i - margin                      ... within this of the positive
-    `relative_margin`   s_i (1 - relative_margin)         ... within this share of it: 0.05 is the 95 % rule
-    `top`               below the `top` largest s_ij      ... the most similar ones
-    `guide`             g_i                               ... what a frozen network finds closer than the positive
+    rule                bound                             leaves out the negatives ...
+    =================== ================================= =============================================================
+    `above`             above                             more similar than a constant
+    `margin`            s_i - margin                      more similar than the positive minus a margin
+    `relative_margin`   s_i (1 - relative_margin)         the same with a share of it: 0.05 is the 95 % rule
+    `top`               below the `top` largest s_ij      among the most similar ones
+    `guide`             g_i                               more similar than the positive to a frozen network
     =================== ================================= =============================================================
 
-    s_i is the mean similarity of anchor i's positives, g_i their mean similarity to the frozen network, whose vectors u
-    of every view are the call's `reference` (one (N, R) a view: of one vector a sample nobody is closer than oneself).
-    Several rules may be given; each is judged on all negatives of the loss inside. An anchor without a positive loses
-    none to the rules that ask for one; of negatives that are equally similar at the end of the `top`, none is left out.
-    What a rule leaves out is neither negative nor positive; no gradient flows through the rules.
-
-        criterion = FalseNegatives(InfoNCE(0.2), relative_margin=0.05)
-        loss = criterion(z_a, z_b, sample=index, extra=[queue])
+    s_i is the mean similarity of anchor i's positives and g_i the same for the frozen network, whose vectors u of every
+    view are the call's `reference`, one (N, R) per view (with one vector per sample, every positive would be at
+    similarity 1). Several rules may be combined; each is evaluated on all negatives of the inner loss. An anchor
+    without a positive loses no negative to the rules that need one. Where negatives tie at the end of the `top`, none
+    of them is left out. What a rule leaves out is neither negative nor positive; no gradient flows through the rules.
 
     Args:
-        loss: the loss inside, any over pairs.
+        loss: the inner loss, any over pairs.
         above: a cosine similarity.
         margin: >= 0, in cosine similarity.
         relative_margin: in [0, 1].
-        top: 1 or more, a number of negatives of each anchor.
-        guide: whether to ask the frozen network.
+        top: 1 or more, a number of negatives per anchor.
+        guide: use the frozen network.
 
     Attributes:
-        reference_of: what a training loop hands over as `reference`: "view" for a guide, else what the loss inside asks
-            for.
+        reference_of: "view" with a guide, otherwise that of the inner loss.
 
     Raises:
         ValueError: for a loss without pairs, no rule, impossible numbers, and a guide without vectors of every view and
             every extra candidate.
+
+    Example:
+        >>> criterion = FalseNegatives(InfoNCE(0.2), relative_margin=0.05)
+        >>> value = criterion(z_a, z_b)
+        >>> ignored = criterion.metrics["ignored"]
 
     Source: Solatorio 2024 (GISTEmbed), arXiv:2402.16829, for `guide`.
     """
 
     traced = False
 
-    does = "leaves negatives of a PairLoss out"
+    purpose = "leaves negatives of a PairLoss out"
 
     def __init__(
         self,
@@ -99,34 +102,34 @@ class FalseNegatives(LossWrapper):
         reference: Tensor | None = None,
         extra: Sequence[Extra] = (),
     ) -> Sequence[Pairs]:
-        """Pair as the loss inside does, and say which negatives to ignore."""
+        """Return the pairs of the inner loss, with rules that ignore negatives."""
         if self.guide and (reference is None or reference.ndim != 3):
             raise ValueError(
-                "guide compares what a frozen network sees in every view: give the loss reference=(u_a, u_b), one "
-                f"(N, R) a view; got {'none' if reference is None else 'one for all views'}."
+                "guide compares a frozen network's vectors of every view: pass reference=(u_a, u_b), one (N, R) per "
+                f"view; got {'none' if reference is None else 'one for all views'}."
             )
         prepared = super().pairs(*views, targets=targets, sample=sample, group=group, reference=reference, extra=extra)
         return [self._ruled(pairs) for pairs in prepared]
 
     @torch.no_grad()
     def measure(self, pairs: Pairs) -> dict[str, Tensor]:
-        """Return what the loss inside measures, and the share of all negatives that is ignored."""
-        every = pairs.without_rules().count("negative").sum()
-        return {**super().measure(pairs), "ignored": 1 - pairs.count("negative").sum() / every.clamp(min=1)}
+        """Compute the metrics of the inner loss, and the share of all negatives that is ignored."""
+        total = pairs.without_rules().count("negative").sum()
+        return {**super().measure(pairs), "ignored": 1 - pairs.count("negative").sum() / total.clamp(min=1)}
 
     @torch.no_grad()
     def _ruled(self, pairs: Pairs) -> Pairs:
         bound = self._bound(pairs)
         ruled = pairs
         if bound is not None:
-            ruled = ruled.ignoring(_nearer, *([bound] if bound.ndim == 1 else bound.unbind()))
+            ruled = ruled.ignoring(_above_bound, *([bound] if bound.ndim == 1 else bound.unbind()))
         if self.guide:
-            seen = _as_the_guide_sees(pairs)
-            ruled = ruled.ignoring(_nearer_to_the_guide, _where_positive(seen, seen.mean("positive")))
+            guided = _with_reference_vectors(pairs)
+            ruled = ruled.ignoring(_reference_above_bound, _where_positive(guided, guided.mean("positive")))
         return ruled
 
     def _bound(self, pairs: Pairs) -> Tensor | None:
-        """Return the similarity above which negatives are ignored, (N,) or (H, N): the least of all rules."""
+        """Return the smallest bound of all rules, (N,) or (H, N); negatives above it are ignored."""
         bounds = []
         if self.above is not None:
             bounds.append(torch.full_like(pairs.anchor.z[..., 0], self.above))
@@ -136,39 +139,42 @@ class FalseNegatives(LossWrapper):
             margins += [] if self.relative_margin is None else [positive * (1 - self.relative_margin)]
             bounds += [_where_positive(pairs, bound) for bound in margins]
         if self.top is not None:
-            # Between the last that goes and the first that stays; above both where they are alike. A threshold lies
-            # 8 units in the last place below its similarity.
-            last, first = pairs.kth(self.top, "negative"), pairs.kth(self.top + 1, "negative")
-            alike = first + 16 * torch.finfo(first.dtype).eps * first.abs().clamp(min=0.125)
-            bound = torch.maximum((last + first) / 2, alike)
+            # The bound is between the last one ignored and the next; above both where they are equal. `kth` returns
+            # a threshold that is 8 units in the last place below its similarity.
+            last, following = pairs.kth(self.top, "negative"), pairs.kth(self.top + 1, "negative")
+            above_following = following + 16 * torch.finfo(following.dtype).eps * following.abs().clamp(min=0.125)
+            bound = torch.maximum((last + following) / 2, above_following)
             bounds.append(torch.where(pairs.count("negative") > self.top, bound, -torch.inf))
         return torch.stack(bounds).amin(dim=0) if bounds else None
 
 
 def _where_positive(pairs: Pairs, bound: Tensor) -> Tensor:
-    """Return the bound of each anchor with a positive, inf for the others."""
+    """Return the bounds, inf for anchors without a positive."""
     return torch.where(pairs.count("positive") > 0, bound, torch.inf)
 
 
-def _as_the_guide_sees(pairs: Pairs) -> Pairs:
-    def seen(part: Embeddings) -> Embeddings:
+def _with_reference_vectors(pairs: Pairs) -> Pairs:
+    """Return the same pairs of the frozen network's vectors."""
+
+    def reference_of(part: Embeddings) -> Embeddings:
         if part.reference is None:
             raise ValueError(
-                "guide compares all candidates: extra candidates need reference vectors too; give the memory "
-                "reference_dim and its updates a reference."
+                "guide compares all candidates, so extra candidates need reference vectors too: construct the memory "
+                "with reference_dim and pass reference to its update()."
             )
         return Embeddings(part.reference, part.sample, part.group, part.view)
 
-    of_guide = {id(part): seen(part) for part in (*pairs.anchor_parts, *pairs.candidates)}
-    anchors, candidates = ([of_guide[id(part)] for part in parts] for parts in (pairs.anchor_parts, pairs.candidates))
+    # Parts that are anchors and candidates stay the same objects, so that similarities serve both directions.
+    references = {id(part): reference_of(part) for part in (*pairs.anchor_parts, *pairs.candidates)}
+    anchors, candidates = ([references[id(part)] for part in parts] for parts in (pairs.anchor_parts, pairs.candidates))
     return Pairs(anchors, candidates, pairs.across, pairs.views)
 
 
-def _nearer(anchor: Embeddings, candidate: Embeddings, similarity: Tensor, *bounds: Tensor) -> Tensor:  # noqa: ARG001
+def _above_bound(anchor: Embeddings, candidate: Embeddings, similarity: Tensor, *bounds: Tensor) -> Tensor:  # noqa: ARG001
     return similarity > (bounds[0] if similarity.ndim == 2 else torch.stack(bounds))
 
 
-def _nearer_to_the_guide(
+def _reference_above_bound(
     anchor: Embeddings,
     candidate: Embeddings,
     similarity: Tensor,  # noqa: ARG001

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from contrast.core.pairs import Pairs
 from contrast.core.reductions import Count, Kth, Mean
-from contrast.losses.checks import not_negative, positive
+from contrast.losses.checks import check_not_negative, check_positive
 from contrast.losses.pair_loss import LOSSES, PairLoss
 
 
@@ -50,14 +50,14 @@ class HardContrastive(PairLoss):
         negative_weight: float = 1.0,
     ) -> None:
         super().__init__()
-        positive(temperature=temperature)
+        check_positive(temperature=temperature)
         if isinstance(hardest, bool) or not (hardest >= 1 if isinstance(hardest, int) else 0 < hardest <= 1):
             raise ValueError(
                 f"hardest is a number of negatives, 1 or more, or a share of them in (0, 1]; got {hardest}."
             )
         if form not in ("softmax", "simple"):
             raise ValueError(f"form is 'softmax' or 'simple'; got {form!r}.")
-        not_negative(negative_weight=negative_weight)
+        check_not_negative(negative_weight=negative_weight)
         self.temperature = temperature
         self.hardest = hardest
         self.form = form

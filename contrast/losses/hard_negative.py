@@ -9,7 +9,7 @@ from torch import Tensor
 
 from contrast.core.pairs import Pairs
 from contrast.core.reductions import LogSumExp, Relation
-from contrast.losses.checks import not_negative, positive
+from contrast.losses.checks import check_not_negative, check_positive
 from contrast.losses.pair_loss import LOSSES, PairLoss
 
 
@@ -48,8 +48,8 @@ class HardNegative(PairLoss):
 
     def __init__(self, temperature: float = 0.5, hardness: float = 1.0, positive_prior: float = 0.1) -> None:
         super().__init__()
-        positive(temperature=temperature)
-        not_negative(hardness=hardness)
+        check_positive(temperature=temperature)
+        check_not_negative(hardness=hardness)
         if not 0 <= positive_prior < 1:
             raise ValueError(f"positive_prior is a share of the negatives, in [0, 1); got {positive_prior}.")
         self.temperature = temperature

@@ -13,7 +13,7 @@ from contrast.core import distributed
 from contrast.core.embeddings import gather_all
 from contrast.core.pairs import Pairs
 from contrast.core.reductions import LogSumExp, Mean
-from contrast.losses.checks import positive
+from contrast.losses.checks import check_positive
 from contrast.losses.pair_loss import LOSSES, Extra, PairLoss
 
 LARGEST_SCALE = 100.0
@@ -74,7 +74,7 @@ class InfoNCE(PairLoss):
         positives: Literal["outside", "inside", "alone"] = "outside",
     ) -> None:
         super().__init__()
-        positive(temperature=temperature)
+        check_positive(temperature=temperature)
         if learn_temperature and temperature < 1 / LARGEST_SCALE:
             raise ValueError(f"a learned temperature starts at {1 / LARGEST_SCALE} or above; got {temperature}.")
         if candidates not in ("all", "across", "memory"):

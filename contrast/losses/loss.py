@@ -132,6 +132,14 @@ def as_loss(module: nn.Module) -> Loss:
 
     Raises:
         TypeError: for what is no module, and as `ModuleLoss`.
+
+    Example:
+        >>> as_loss(InfoNCE())
+        InfoNCE()
+        >>> as_loss(torch.nn.PairwiseDistance())
+        ModuleLoss(
+          (module): PairwiseDistance()
+        )
     """
     if not isinstance(module, nn.Module):
         raise TypeError(f"a loss is a torch.nn.Module; got {type(module).__name__}.")

@@ -1,4 +1,4 @@
-"""What every loss over pairs shares: identities, the gather, valid rows and the global mean."""
+"""The base class of losses over pairs: identities, gathering over processes, valid rows and the global mean."""
 
 from __future__ import annotations
 
@@ -20,26 +20,23 @@ from contrast.losses.loss import LOSSES, Loss
 __all__ = ["LOSSES", "Extra", "PairLoss", "Source", "global_mean"]
 
 BLOCK = 1024
-"""Anchors at a time for a loss that reads the similarities themselves."""
+"""Anchors per block for a loss that reads the similarity matrix."""
 
 
 class PairLoss(Loss):
     """A loss that is one pure function of each anchor's row.
 
-    A subclass writes `per_anchor`; identities, gathering over processes, valid rows and the mean are done here.
-    `loss(z_a, z_b)` takes two or more views; on every process it returns the mean over the valid anchors of all
-    processes, and its gradient is the share that DistributedDataParallel's averaging completes.
+    A subclass defines `per_anchor`; identities, gathering over processes, valid rows and the mean are computed here.
+    `loss(z_a, z_b)` takes two or more views. On every process it returns the mean over the valid anchors of all
+    processes; DistributedDataParallel's average of the processes' gradients is the gradient of that mean.
 
     Attributes:
-        needs_positive: an anchor without a positive is left out of the mean.
-        needs_negative: an anchor without a negative is left out of the mean.
-        normalise: whether embeddings are scaled to unit length first.
-        reads_similarity: whether `per_anchor` reads `pairs.similarity`; it is then called for blocks of anchors, and
+        needs_positive: True if an anchor without a positive is left out of the mean.
+        needs_negative: True if an anchor without a negative is left out of the mean.
+        reads_similarity: True if `per_anchor` reads `pairs.similarity`; it is then called for blocks of anchors, and
             again in the backward pass.
-        takes_one_view: whether `loss(z, group=labels)` is valid: positives may be other rows of the same view.
-        reference_of: what a training loop passes as `reference`: a frozen tower's vectors of each "sample", or of each
-            "view".
-        traced: whether torch.compile traces it; False where a PairFunction or a rule is evaluated on pairs.
+        takes_one_view: True if `loss(z, group=labels)` is valid, where positives are other rows of the same view.
+        traced: True if torch.compile can trace it; False where a PairFunction or a rule is evaluated on pairs.
 
     Example:
         >>> class Decoupled(PairLoss):
@@ -62,11 +59,13 @@ class PairLoss(Loss):
         self._last: list[Pairs] = []
 
     def per_anchor(self, pairs: Pairs) -> Tensor:
-        """Return each anchor's loss: (N,), or (N, R) or (H, N), of which the mean over R or H is taken.
+        """Return each anchor's loss: (N,), or (N, R) or (H, N), which is averaged over R or H.
 
-        It must be pure, let row i depend on anchor i and the candidates only, and be finite for every input.
+        It must be pure and finite for every input; row i may depend on anchor i and the candidates only.
         """
-        raise NotImplementedError(f"{type(self).__name__} must say what it is per anchor: def per_anchor(self, pairs).")
+        raise NotImplementedError(
+            f"{type(self).__name__} must define the loss per anchor: def per_anchor(self, pairs)."
+        )
 
     def forward(
         self,
@@ -83,34 +82,33 @@ class PairLoss(Loss):
 
         Args:
             *views: (N, D) each, or (H, N, D) for H heads, any floating type; row i of every view is the same sample.
-                One view alone takes its positives from `group`.
-            targets: momentum keys or stop-gradient projections, (N, D) each: targets[v] is view v's twin, None where
-                there is none. They become the candidates, and never those of their own view.
+                The positives of a single view come from `group`.
+            targets: momentum keys or stop-gradient projections, (N, D) each: targets[v] is view v's twin, or None.
+                They are the candidates of the other views' anchors.
             sample: (N,) int64 >= 0, indices in the data set; without them every row is a new sample.
             group: (N,) int64, equal = positives (labels), negative = unlabelled: only the views of such a sample are
-                its positives. Without it that holds for every sample.
-            reference: (N, R), a frozen tower's embeddings of the samples; or one (N, R) per view, of the views, which
-                the targets share.
+                its positives. Without it every sample is unlabelled.
+            reference: (N, R), a frozen tower's embeddings of the samples; or one (N, R) per view, which targets share.
             extra: more candidates, the same on every process: memories, `Embeddings`, or plain (K, D) negatives.
-            reduction: "mean", or "none" for the local anchors' rows, view after view (with one softmax per target view:
-                as many rows for each anchor).
-            **unknown: refused in a sentence.
+            reduction: "mean", or "none" for the rows of this process's anchors, view after view (a loss with one
+                softmax per target view has as many rows per anchor).
+            **unknown: raises a TypeError.
 
         Returns:
             The mean over the valid anchors of all processes, (); or this process's rows, (V N,).
 
         Raises:
-            TypeError: for labels that are not given as `group`.
+            TypeError: for labels that are not passed as `group`, and unknown arguments.
             ValueError: where shapes or lengths do not fit, or (on the CPU) an embedding is not finite.
             RuntimeError: by the backward pass, where a memory in `extra` was updated since.
         """
         if not self.traced and torch.compiler.is_compiling():
-            given = {"targets": targets, "sample": sample, "group": group, "reference": reference, "extra": extra}
+            arguments = {"targets": targets, "sample": sample, "group": group, "reference": reference, "extra": extra}
             untraced: Callable[..., Tensor] = torch.compiler.disable(self.forward)  # type: ignore[no-untyped-call]
-            return untraced(*views, **given, reduction=reduction, **unknown)
+            return untraced(*views, **arguments, reduction=reduction, **unknown)
         if reduction not in ("mean", "none"):
             raise ValueError(f"reduction is 'mean' or 'none'; got {reduction!r}.")
-        self._check(views, targets, group, unknown)
+        self._check_call(views, targets, group, unknown)
         extras = inputs.as_list(extra)
         with full_precision(views[0]):
             prepared = self.pairs(
@@ -136,7 +134,7 @@ class PairLoss(Loss):
         reference: Tensor | None = None,
         extra: Sequence[Extra] = (),
     ) -> Sequence[Pairs]:
-        """Pair anchors and candidates; by default every view with every view, or with the targets of other views."""
+        """Return the pairs: by default every view with every view, or with the targets of the other views."""
         own, twins = self.embed(views, targets, sample, group, reference)
         extras = self.extras(extra, own)
         if not twins:
@@ -151,7 +149,7 @@ class PairLoss(Loss):
         group: Tensor | None = None,
         reference: Tensor | None = None,
     ) -> tuple[list[Embeddings], list[Embeddings]]:
-        """Return the views and the targets as embeddings with identities, of unit length where the loss wants that.
+        """Return the views and the targets as embeddings with identities, of unit length if `normalise`.
 
         Args:
             views: (N, D) or (H, N, D) each.
@@ -166,21 +164,23 @@ class PairLoss(Loss):
             reference = normalise(reference.detach()).to(torch.promote_types(views[0].dtype, torch.float32))
             inputs.check_finite(f"{name}: reference", reference, "the frozen tower")
 
-        def made(what: str, number: int, z: Tensor) -> Embeddings:
+        def as_view(what: str, number: int, z: Tensor) -> Embeddings:
             z = normalise(z) if self.normalise else z.to(torch.promote_types(z.dtype, torch.float32))
             inputs.check_finite(f"{name}: {what} {number}", z, "the encoder")
             of_view = reference if reference is None or reference.ndim == 2 else reference[number]
             return Embeddings(z, sample, group, torch.full_like(sample, number), of_view)
 
-        own = [made("view", number, z) for number, z in enumerate(views)]
-        return own, [made("target", number, z) for number, z in enumerate(targets or ()) if z is not None]
+        own = [as_view("view", number, z) for number, z in enumerate(views)]
+        return own, [as_view("target", number, z) for number, z in enumerate(targets or ()) if z is not None]
 
     def extras(self, extra: Sequence[Extra], own: Sequence[Embeddings]) -> list[Embeddings]:
-        """Return further candidates as embeddings: what memories hold; plain (K, D) tensors as remembered negatives."""
-        return [inputs.as_embeddings(source, own, place, unit=self.normalise) for place, source in enumerate(extra)]
+        """Return the extra candidates as embeddings; plain (K, D) tensors become remembered negatives."""
+        return [
+            inputs.as_embeddings(source, own, position, unit=self.normalise) for position, source in enumerate(extra)
+        ]
 
     def rows(self, pairs: Pairs) -> Tensor:
-        """Return each anchor's loss, (N,): `per_anchor` once, or block by block where it reads similarities."""
+        """Return each anchor's loss, (N,), from one call of `per_anchor`, or one per block if it reads similarities."""
         if not self.reads_similarity or len(pairs) <= BLOCK:
             return self._row(pairs)
         blocks = (pairs.block(slice(start, start + BLOCK)) for start in range(0, len(pairs), BLOCK))
@@ -205,23 +205,17 @@ class PairLoss(Loss):
 
     @torch.no_grad()
     def measure(self, pairs: Pairs) -> dict[str, Tensor]:
-        """Return what is worth logging about these pairs; it fills `metrics` when that is read."""
+        """Compute this loss's `metrics` on these pairs."""
         return diagnostics.similarities(pairs, self._valid(pairs))
 
     @property
     def metrics(self) -> dict[str, Tensor]:
-        """Detached measurements of the last call on this process, averaged over its `Pairs`; {} before the first."""
+        """Detached measurements of the last call on this process, averaged over its `Pairs`; {} before any."""
         measured = [self.measure(pairs) for pairs in self._last]
         return {name: torch.stack([one[name] for one in measured]).mean() for name in (measured[0] if measured else ())}
 
     def false_negative_rates(self, labels: Tensor) -> dict[str, Tensor]:
-        """Measure how many of the last call's negatives on this process were false by labels that it never used.
-
-        See `diagnostics.false_negative_rates`; {} before the first call.
-
-        Args:
-            labels: (samples,) int64 by sample index, -1 for none.
-        """
+        """Measure how many of the last call's negatives on this process are false; see `diagnostics`."""
         return diagnostics.false_negative_rates(self._last, labels)
 
     def _valid(self, pairs: Pairs) -> Tensor:
@@ -233,7 +227,7 @@ class PairLoss(Loss):
                 valid = valid & ((count if count.ndim == 1 else count.amax(dim=0)) > 0)
         return valid
 
-    def _check(
+    def _check_call(
         self,
         views: Sequence[Tensor],
         targets: Sequence[Tensor | None] | None,
@@ -246,14 +240,18 @@ class PairLoss(Loss):
 
 
 def global_mean(rows: Tensor, valid: Tensor) -> Tensor:
-    """Return the mean of the valid rows of all processes, (); 0 where there is none anywhere.
+    """Return the mean of the valid rows of all processes, (); 0 without any.
 
-    Each process back-propagates W / N_valid times the sum of its own rows, which the averaging of gradients over W
-    processes turns into the gradient of the global mean.
+    Each process back-propagates W / N_valid times the sum of its own rows, so that the average of the gradients over W
+    processes is the gradient of the global mean.
 
     Args:
         rows: (n,) this process's rows, 0 where invalid.
         valid: (n,) bool.
+
+    Example:
+        >>> global_mean(torch.tensor([1.0, 3.0, 0.0]), torch.tensor([True, True, False]))
+        tensor(2.)
     """
     world = distributed.world_size()
     if world == 1:

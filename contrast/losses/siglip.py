@@ -12,7 +12,7 @@ from contrast.core import distributed
 from contrast.core.embeddings import gather_all
 from contrast.core.pairs import Pairs
 from contrast.core.reductions import SoftplusSum
-from contrast.losses.checks import positive
+from contrast.losses.checks import check_positive
 from contrast.losses.pair_loss import LOSSES, Extra, PairLoss
 
 
@@ -43,7 +43,7 @@ class SigLIP(PairLoss):
 
     def __init__(self, scale: float = 10.0, bias: float = -10.0, learn: bool = True) -> None:
         super().__init__()
-        positive(scale=scale)
+        check_positive(scale=scale)
         if not math.isfinite(bias):
             raise ValueError(f"bias must be a finite number; got {bias}.")
         self.scale = scale

@@ -1,4 +1,4 @@
-"""A loss around another one: what bad-pair mining and false-negative control share."""
+"""The base class of losses that wrap another one: bad-pair mining and false-negative control."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ from contrast.losses.pair_loss import Extra, PairLoss
 
 
 class LossWrapper(PairLoss):
-    """Leaves everything to the loss inside; a subclass changes the pairs before its rows, or the rows after.
+    """Delegates everything to an inner loss; a subclass changes the pairs before its rows, or the rows after.
 
     Args:
-        loss: the loss inside.
+        loss: the inner loss.
 
     Attributes:
-        does: what a subclass does, for the sentence that refuses a loss without rows.
+        purpose: what a subclass does, for the message that refuses a loss without rows.
 
     Raises:
         ValueError: for a loss without rows.
     """
 
-    does: ClassVar[str] = "asks for the rows of a PairLoss"
+    purpose: ClassVar[str] = "needs the rows of a PairLoss"
 
     def __init__(self, loss: PairLoss) -> None:
         super().__init__()
         if not isinstance(loss, PairLoss):
             raise ValueError(
-                f"{type(self).__name__} {self.does}; {type(loss).__name__} has none, it is one number for a batch."
+                f"{type(self).__name__} {self.purpose}; {type(loss).__name__} has none, it is one number per batch."
             )
         self.loss = loss
         self.needs_positive = loss.needs_positive
@@ -52,19 +52,19 @@ class LossWrapper(PairLoss):
         reference: Tensor | None = None,
         extra: Sequence[Extra] = (),
     ) -> Sequence[Pairs]:
-        """Pair as the loss inside does."""
+        """Return the pairs of the inner loss."""
         return self.loss.pairs(*views, targets=targets, sample=sample, group=group, reference=reference, extra=extra)
 
     def per_anchor(self, pairs: Pairs) -> Tensor:
-        """Return the rows of the loss inside."""
+        """Return each anchor's inner loss."""
         return self.loss.per_anchor(pairs)
 
     def rows(self, pairs: Pairs) -> Tensor:
-        """Return the rows of the loss inside."""
+        """Return the rows of the inner loss."""
         return self.loss.rows(pairs)
 
     def combine(self, rows: Sequence[Tensor], prepared: Sequence[Pairs]) -> Sequence[Tensor]:
-        """Combine as the inner loss does."""
+        """Return the rows as the inner loss combines them."""
         return self.loss.combine(rows, prepared)
 
     def update(self) -> None:
@@ -81,5 +81,5 @@ class LossWrapper(PairLoss):
 
     @torch.no_grad()
     def measure(self, pairs: Pairs) -> dict[str, Tensor]:
-        """Return what the loss inside measures."""
+        """Compute the metrics of the inner loss."""
         return self.loss.measure(pairs)

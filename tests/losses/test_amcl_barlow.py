@@ -144,7 +144,7 @@ def test_processes_equal_one(processes, sizes):
         ((torch.ones(4, 3),) * 2, {"targets": (None, torch.ones(4, 3))}, "takes no targets, reference or extra"),
         ((torch.ones(4, 3),) * 2, {"extra": [torch.ones(4, 3)]}, "takes no targets, reference or extra"),
         ((torch.ones(4, 3),) * 2, {"reference": torch.ones(4, 3)}, "takes no targets, reference or extra"),
-        ((torch.ones(4, 3), torch.full((4, 3), torch.nan)), {}, "view 1 holds values that are not finite"),
+        ((torch.ones(4, 3), torch.full((4, 3), torch.nan)), {}, "view 1 contains values that are not finite"),
         ((torch.ones(4, 2),) * 2, {}, "made for embeddings of dim=3; these have 2"),
     ],
 )

@@ -325,7 +325,7 @@ def test_the_inner_loss_keeps_its_needs_and_its_parameters():
         ({"faulty_width": math.nan}, "faulty_width must be a positive number, or inf; got nan"),
         ({"statistics": "code"}, "statistics is 'paper' or 'published_code'; got 'code'"),
         ({"weight": "pdf"}, "weight is 'density' or 'peak_one'; got 'pdf'"),
-        ({"statistics": "published_code"}, "needs epochs, how long the training is; got None"),
+        ({"statistics": "published_code"}, "needs epochs, the length of the training; got None"),
     ],
 )
 def test_wrong_arguments_are_answered_in_a_sentence(arguments, words):
@@ -338,7 +338,7 @@ def test_wrong_samples_are_answered_in_a_sentence():
     with pytest.raises(ValueError, match=r"call loss\(z_a, z_b, sample=index\)"):
         made()(a, b)
     for index in ([0, 6], [-1, 0]):
-        with pytest.raises(ValueError, match=r"must lie in \[0, 6\), as samples=6 says; got"):
+        with pytest.raises(ValueError, match=r"must be in \[0, 6\), since samples=6; got"):
             made()(a, b, sample=torch.tensor(index))
     with pytest.raises(ValueError, match="sample must be a tensor of"):
         made()(a, b, sample=torch.arange(3))

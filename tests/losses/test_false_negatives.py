@@ -351,8 +351,8 @@ def test_wrong_arguments_are_answered_in_a_sentence(arguments, words):
 @pytest.mark.parametrize(
     ("loss", "given_", "words"),
     [
-        (FalseNegatives(InfoNCE(), guide=True), {}, r"give the loss reference=\(u_a, u_b\).*; got none"),
-        (FalseNegatives(InfoNCE(), guide=True), {"reference": random(6, 3)}, r"\(N, R\) a view; got one for all views"),
+        (FalseNegatives(InfoNCE(), guide=True), {}, r"pass reference=\(u_a, u_b\).*; got none"),
+        (FalseNegatives(InfoNCE(), guide=True), {"reference": random(6, 3)}, r"one \(N, R\) per view; got one for all"),
         (InfoNCE(), {"reference": [random(6, 3)]}, r"one \(6, R\) for each of the 2 views; got torch.float64"),
         (InfoNCE(), {"reference": []}, r"for each of the 2 views; got none"),
         (InfoNCE(), {"reference": [random(6, 3), random(5, 3)]}, r"reference is \(6, R\), or one"),

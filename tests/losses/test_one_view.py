@@ -99,13 +99,17 @@ def test_identities_made_by_hand_are_taken_as_they_are():
 @pytest.mark.parametrize(
     ("call", "error", "words"),
     [
-        (lambda z: InfoNCE()(z), ValueError, "InfoNCE got one view and no targets; give it two views"),
+        (lambda z: InfoNCE()(z), ValueError, "InfoNCE got one view and no targets; pass two views"),
         (lambda z: SigLIP()(z, group=LABELS), ValueError, "SigLIP got one view and no targets"),
         (lambda z: CWCL()(z, group=LABELS), ValueError, "CWCL got one view and no targets"),
         (lambda z: InfoNCE(candidates="across")(z, group=LABELS), ValueError, "got one view and no targets"),
-        (lambda z: InfoNCE()(z, z, LABELS), TypeError, r"labels are given by name: loss\(z_a, z_b, group=labels\)"),
-        (lambda z: InfoNCE()(z, LABELS), TypeError, r"labels are given by name"),
-        (lambda z: InfoNCE()(z, z, labels=LABELS), TypeError, r"labels are given as group: .*; got labels="),
+        (
+            lambda z: InfoNCE()(z, z, LABELS),
+            TypeError,
+            r"keyword argument: loss\(z_a, z_b, group=labels\)",
+        ),
+        (lambda z: InfoNCE()(z, LABELS), TypeError, r"labels are a keyword argument"),
+        (lambda z: InfoNCE()(z, z, labels=LABELS), TypeError, r"labels are passed as group: .*; got labels="),
         (lambda z: BadPairs(InfoNCE(), samples=7)(z, z, LABELS), TypeError, "BadPairs .*group=labels"),
         (lambda z: FalseNegatives(InfoNCE(), top=1)(z, z, labels=LABELS), TypeError, "FalseNegatives: labels are"),
         (lambda z: InfoNCE()(z, z, tempreture=1), TypeError, "InfoNCE has no argument tempreture="),

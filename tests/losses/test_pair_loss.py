@@ -389,17 +389,17 @@ def test_what_is_not_finite_is_named(case):
     for place in range(2):
         views, given = case.inputs()
         views[place].data[1, 0] = float("nan")
-        with pytest.raises(ValueError, match=rf"\w+: view {place} holds values that are not finite"):
+        with pytest.raises(ValueError, match=rf"\w+: view {place} contains values that are not finite"):
             loss(*views, **given)
     if not case.pairs:
         return
     views, given = case.inputs()
     given["targets"] = (torch.full((5, DIMS), torch.inf), torch.ones(5, DIMS))
-    with pytest.raises(ValueError, match="target 0 holds values that are not finite"):
+    with pytest.raises(ValueError, match="target 0 contains values that are not finite"):
         loss(*views, **given)
     views, given = case.inputs()
     given["extra"] = torch.full((5, DIMS), torch.nan)
-    with pytest.raises(ValueError, match="extra candidates hold values that are not finite"):
+    with pytest.raises(ValueError, match="extra candidates contain values that are not finite"):
         loss(*views, **given)
 
 
@@ -463,7 +463,7 @@ def test_a_loss_without_per_anchor_says_what_is_missing():
     class Empty(PairLoss):
         pass
 
-    with pytest.raises(NotImplementedError, match="Empty must say what it is per anchor"):
+    with pytest.raises(NotImplementedError, match="Empty must define the loss per anchor"):
         Empty()(torch.ones(2, 2), torch.ones(2, 2))
 
 
@@ -561,7 +561,7 @@ Z = torch.ones(4, 3)
         ((Z, Z), {"extra": 3}, r"extra takes \(K, D\) tensors, Embeddings and memories.*got int"),
         ((Z, Z), {"extra": [torch.ones(2, 5, 3)]}, r"as many as the views, which have none; got .*\(2, 5, 3\)"),
         ((Z.expand(3, 4, 3),) * 2, {"extra": [torch.ones(2, 5, 3)]}, r"as many as the views, 3; got .*\(2, 5, 3\)"),
-        ((Z, Z), {"reference": Z * torch.nan}, r"reference holds values that are not finite"),
+        ((Z, Z), {"reference": Z * torch.nan}, r"reference contains values that are not finite"),
         ((Z, Z), {"extra": ["queue"]}, r"extra takes \(K, D\) tensors, Embeddings and memories.*got str"),
         ((Z, Z), {"reduction": "sum"}, "reduction is 'mean' or 'none'; got 'sum'"),
     ],
