@@ -289,7 +289,7 @@ def test_the_kernels_compile_for_a_gpu_with_little_shared_memory():
     done = subprocess.run([sys.executable, "-c", COMPILE], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     used = [line.split() for line in done.stdout.splitlines()]
-    assert {name for name, _ in used} == {"_rows", "_gradient"}
+    assert {name for name, _ in used} == {"_row_kernel", "_gradient_kernel"}
     assert max(int(shared) for _, shared in used) <= 99 * 1024
 
 
@@ -298,7 +298,7 @@ def test_the_backend_of_that_name_uses_the_kernels(monkeypatch):
     """But for thresholds, and what asks for them itself."""
     computed = []
     forward = kernels.Kernels.forward
-    monkeypatch.setattr(kernels.Kernels, "forward", lambda self: computed.append(self.asked) or forward(self))
+    monkeypatch.setattr(kernels.Kernels, "forward", lambda self: computed.append(self.reductions) or forward(self))
     z = torch.nn.functional.normalize(torch.randn(2, 20, 8), dim=-1).requires_grad_()
     index = torch.arange(20)
     pairs = all_pairs(*(Embeddings(one, index, index, index * 0 + view) for view, one in enumerate(z)))

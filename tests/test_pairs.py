@@ -535,7 +535,7 @@ def test_two_sided_and_cross_pairs_leave_out_the_anchors_own_view():
     [
         (lambda pairs: pairs.count("friends"), "over is 'positive', 'negative', 'remembered' or 'all'; got 'friends'"),
         (lambda pairs: pairs.mean("all", weight="cosine"), "weight is 'reference', a number.*'cosine'"),
-        (lambda pairs: pairs.mean("all", weight="reference"), r"give the loss reference=\(N, R\)"),
+        (lambda pairs: pairs.mean("all", weight="reference"), r"pass reference=\(N, R\) to the loss"),
         (lambda pairs: pairs.logsumexp(torch.ones(2, 2), "all"), r"spans at most one of N and M.*\(2, 2\)"),
         (lambda pairs: pairs.kth(0, "all"), "k is a whole number, 1 or more; got 0"),
         (lambda pairs: pairs.kth(2.5, "all"), "k is a whole number, 1 or more; got 2.5"),

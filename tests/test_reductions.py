@@ -176,12 +176,12 @@ class Scene:
         return all([len(part) for part in pairs.candidates] == self.sizes for pairs in self.pairs())
 
 
-@pytest.mark.parametrize("few", [layout.FEW, 2], ids=["listed", "too many to list"])
+@pytest.mark.parametrize("few", [layout.MAX_LISTED, 2], ids=["listed", "too many to list"])
 @pytest.mark.parametrize(
     "start", [0, 100, *(pytest.param(start, marks=pytest.mark.long) for start in range(200, 1000, 100))]
 )
 def test_no_way_of_computing_changes_a_reduction(start, few, monkeypatch):
-    monkeypatch.setattr(layout, "FEW", few)
+    monkeypatch.setattr(layout, "MAX_LISTED", few)
     for seed in range(start, start + 100):
         scene = Scene(seed)
         with reductions.backend("dense"):

@@ -1,4 +1,4 @@
-"""What the autograd functions of the core share: full precision, saved tensors, first derivatives."""
+"""Shared by the autograd functions of the core: full precision, saved tensors, first derivatives."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class _Product(torch.autograd.Function):
             to_a = (gradient @ b).sum_to_size(a.shape) if ctx.needs_input_grad[0] else None
             if not ctx.needs_input_grad[1]:
                 return to_a, None
-            if b.ndim == 2:  # shared by all of a: one product sums over these
+            if b.ndim == 2:  # broadcast over a: one product sums over the batch
                 gradient, a = gradient.flatten(0, -2), a.flatten(0, -2)
             return to_a, (gradient.mT @ a).sum_to_size(b.shape)
 
@@ -53,10 +53,10 @@ CHANGED = (
 
 
 def saved(ctx: Any) -> tuple[Tensor, ...]:
-    """Return what the forward pass saved.
+    """Return the tensors that the forward pass saved.
 
     Raises:
-        RuntimeError: where a candidate was written to since.
+        RuntimeError: if one of them was overwritten since then.
     """
     try:
         tensors: tuple[Tensor, ...] = ctx.saved_tensors
@@ -70,15 +70,18 @@ def saved(ctx: Any) -> tuple[Tensor, ...]:
 def first_derivative(
     function: Callable[..., tuple[Tensor | None, ...]], inputs: Sequence[Tensor], *upstream: Tensor
 ) -> tuple[Tensor | None, ...]:
-    """Return the gradients that `function` makes of `upstream`; their own derivative is refused in a sentence.
+    """Return `function(*upstream)`, whose own derivative raises an error.
 
-    torch's `once_differentiable` refuses it too, but does not say what to do instead.
+    torch's `once_differentiable` raises one too, but does not say what to do instead.
 
     Args:
-        function: the gradients, from those of the outputs.
-        inputs: what the gradients depend on besides. They are passed so that a second derivative with respect to them
-            is refused, and not silently 0.
+        function: computes the gradients of the inputs from those of the outputs.
+        inputs: the other tensors that the gradients depend on. They are passed so that a second derivative with
+            respect to them raises, and is not silently 0.
         *upstream: the gradients of the outputs.
+
+    Raises:
+        RuntimeError: when the result is differentiated.
     """
     if not torch.is_grad_enabled():
         return function(*upstream)
@@ -93,7 +96,7 @@ class _FirstDerivative(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        """Save nothing: there is no backward pass."""
+        """Save nothing: the backward pass raises."""
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ARG004

@@ -1,4 +1,4 @@
-"""Embeddings that know which sample, which group and which view each row is."""
+"""Embeddings with the sample, the group and the view of each row."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from contrast.core.autograd import full_precision
 REMEMBERED = -1
 """The view of a candidate that comes from a queue or a bank."""
 PADDING = -2
-"""The view of a row that is nothing at all: never a candidate, never a valid anchor."""
+"""The view of an empty row: never a candidate, never a valid anchor."""
 
 
 @dataclass(frozen=True, eq=False)
 class Embeddings:
-    """N embeddings, each with its identity: three integer vectors say all that an (N, M) mask would say.
+    """N embeddings, each with its identity: three integer vectors, which replace (N, M) masks.
 
     Args:
-        z: (N, D), or (H, N, D) for H heads; unit length unless a loss asks for raw vectors.
+        z: (N, D), or (H, N, D) for H heads; unit length unless a loss takes raw vectors.
         sample: (N,) int64, the index in the data set; the same sample has the same number on every process.
         group: (N,) int64, equal = positives: the sample index, or the label.
-        view: (N,) int64, which view; `REMEMBERED` for a queue or bank entry, `PADDING` for nothing at all.
+        view: (N,) int64, which view; `REMEMBERED` for an entry of a queue or bank, `PADDING` for an empty row.
         reference: (N, R), unit vectors of a frozen tower.
 
     Raises:
-        ValueError: where the lengths differ, or an identity is not made of whole numbers.
+        ValueError: for lengths that differ, or an identity that does not consist of whole numbers.
 
     Example:
         >>> index = torch.arange(4)
@@ -53,7 +53,7 @@ class Embeddings:
             identity = getattr(self, name)
             if identity.shape != (len(self),) or identity.is_floating_point():
                 raise ValueError(
-                    f"{name} must be ({len(self)},) whole numbers, one for each embedding; "
+                    f"{name} must be ({len(self)},) whole numbers, one per embedding; "
                     f"got the shape {tuple(identity.shape)} of {identity.dtype}."
                 )
         if self.reference is not None and (self.reference.ndim != 2 or len(self.reference) != len(self)):
@@ -72,12 +72,12 @@ class Embeddings:
         return replace(self, z=self.z.detach())
 
     def gathered(self) -> Embeddings:
-        """Return every process's embeddings in rank order, with gradient; local sizes may differ, also be 0."""
+        """Return every process's embeddings in rank order, with gradient; local sizes may differ and may be 0."""
         return gather_all([self])[0]
 
 
 def concatenate(parts: Sequence[Embeddings]) -> Embeddings:
-    """Concatenate embeddings in the order given; the result has references where every part has them.
+    """Concatenate embeddings in the given order; the result has references if every part has them.
 
     Example:
         >>> index = torch.arange(4)
@@ -124,7 +124,7 @@ class _Normalise(torch.autograd.Function):
         unit = z / largest
         length = torch.linalg.vector_norm(unit, dim=-1, keepdim=True)
         unit /= length.clamp(min=0.5)
-        # A row of subnormal numbers has no length that could be divided by; it has no gradient, as a row of zeros.
+        # 1 / length overflows for a row of subnormal numbers; its gradient is 0, as for a row of zeros.
         return unit, torch.where(length >= 0.5, 1 / (length * largest), 0)
 
     @staticmethod
@@ -138,7 +138,7 @@ class _Normalise(torch.autograd.Function):
         if g is None:
             return None if to_inverse is None else -to_inverse * inverse.square() * unit
         with full_precision(g):
-            # A product of matrices needs no third (N, D) tensor.
+            # A matrix product needs no third (N, D) tensor.
             along = (g.unsqueeze(-2) @ unit.unsqueeze(-1)).squeeze(-1)
             # Only a second derivative has a gradient of 1 / |z|.
             along = along if to_inverse is None else along + to_inverse * inverse
@@ -149,7 +149,7 @@ class _Normalise(torch.autograd.Function):
 def gather_all(parts: Sequence[Embeddings]) -> list[Embeddings]:
     """Gather every process's embeddings in rank order, part by part, with gradient and in one exchange.
 
-    Every process calls it with the same number of parts; their sizes may differ, also be 0.
+    Every process calls it with the same number of parts; their sizes may differ and may be 0.
 
     Example:
         >>> index = torch.arange(4)
@@ -165,25 +165,29 @@ def gather_all(parts: Sequence[Embeddings]) -> list[Embeddings]:
     identity = distributed.gather(torch.stack([own.sample, own.group, own.view], dim=1), rows)
     z = distributed.gather(own.z.movedim(-2, 0), rows).movedim(0, -2)
     reference = None if own.reference is None else distributed.gather(own.reference, rows)
-    everyone = Embeddings(z, identity[:, 0], identity[:, 1], identity[:, 2], reference)
+    gathered = Embeddings(z, identity[:, 0], identity[:, 1], identity[:, 2], reference)
     starts = list(itertools.accumulate((size for row in sizes for size in row), initial=0))
-    blocks = [everyone[start : start + size] for start, size in zip(starts, itertools.chain(*sizes), strict=False)]
+    blocks = [gathered[start : start + size] for start, size in zip(starts, itertools.chain(*sizes), strict=False)]
     return [concatenate(blocks[index :: len(parts)]) for index in range(len(parts))]
 
 
-_calls = itertools.count()
+_call_numbers = itertools.count()
 
 
-def unknown_samples(count: int, device: torch.device, place: int = 0) -> Tensor:
-    """Return (count,) sample indices for rows without: negative, unique over calls and processes.
+def unknown_samples(count: int, device: torch.device, offset: int = 0) -> Tensor:
+    """Return sample indices for embeddings without: (count,) int64, negative, unique over calls and processes.
 
     Args:
         count: how many.
-        device: where.
-        place: tells several sets of one call apart where calls cannot be counted, in a compiled graph.
+        device: the device of the indices.
+        offset: distinguishes the sets of one call in a compiled graph, where calls cannot be counted.
+
+    Example:
+        >>> bool((unknown_samples(4, torch.device("cpu")) < 0).all())
+        True
     """
-    # Below all that a user may write; 2**24 rows per call and 2**10 processes leave 2**28 calls.
+    # Below all indices that a user may write; 2**24 rows per call and 2**10 processes leave 2**28 calls.
     world, rank = distributed.world_size(), distributed.rank()
-    call = place if torch.compiler.is_compiling() else next(_calls)
+    call = offset if torch.compiler.is_compiling() else next(_call_numbers)
     first = -(2**32) - (call * 2**24 * world + rank)
     return torch.arange(first, first - count * world, -world, device=device)

@@ -27,12 +27,12 @@ from contrast.core.reductions.layout import Layout
 
 
 class _Anchor:
-    """The field `anchor`: it takes one `Embeddings` or several, and is read as one."""
+    """The field `anchor`: one `Embeddings` or several are assigned, one is read."""
 
     def __get__(self, pairs: Pairs | None, owner: type) -> Embeddings:
         if pairs is None:
             raise AttributeError("anchor")  # the field has no default
-        # Not kept: what was concatenated under `no_grad` would have no gradient later.
+        # Not cached: a copy made under `no_grad` would have no gradient later.
         return concatenate(pairs.anchor_parts)
 
     def __set__(self, pairs: Pairs, given: Embeddings | Sequence[Embeddings]) -> None:
@@ -47,7 +47,7 @@ class Pairs:
     relation   of anchor i and candidate j
     ========== ==========================================================================================
     itself     same sample and same view (also a copy of it): never a candidate
-    ignored    same sample, remembered: neither positive nor negative; also what a rule of `ignoring` names
+    ignored    same sample, remembered: neither positive nor negative; also the pairs that a rule of `ignoring` names
     positive   same group, and none of the above
     negative   another group
     ========== ==========================================================================================
@@ -60,18 +60,18 @@ class Pairs:
       `(H, n, m)`. They may be learnable.
     * `over`: "positive", "negative", "remembered" (negatives that come from a memory) or "all" (positive + negative).
     * `among`: (M,) bool, only these candidates.
-    * `above`: (N,) or (H, N), only similarities >= it; or a `Kth` of these pairs, which is computed on the way.
+    * `above`: (N,) or (H, N), only similarities >= it; or a `Kth` of these pairs, which is computed first.
     * `rows`: (N,) bool, only these anchors; the others have no candidates.
 
     Args:
-        anchor: N embeddings; the rows. Several `Embeddings`, one per view, are read as one: `pairs.anchor` is a copy of
-            these, `pairs.anchor_parts` are they themselves. (`dataclasses.replace` passes on the copy: the numbers
-            stay, but no similarity serves both directions any more.)
-        candidates: M embeddings in several parts: one per view, in view order, then the extras. Where the first of
-            them are the same objects as the anchors, each similarity is computed once for both directions.
-        across: whether only candidates of another view than the anchor's count (CLIP, SigLIP, MoCo v3).
-        views: how many of the candidates' parts are views; the rest are extras. All of them where it is not given.
-        rules: what `ignoring` added.
+        anchor: N embeddings; the rows. Several `Embeddings`, one per view, are read as one: `pairs.anchor` is a
+            concatenated copy, `pairs.anchor_parts` are the originals. (`dataclasses.replace` passes the copy: results
+            stay the same, but each similarity is then computed twice.)
+        candidates: M embeddings in several parts: one per view, in view order, then the extras. If the first parts are
+            the same objects as the anchors, each similarity is computed once for both directions.
+        across: True if only candidates of another view than the anchor's count (CLIP, SigLIP, MoCo v3).
+        views: how many of the candidates' parts are views; the rest are extras. None: all parts are views.
+        rules: set by `ignoring`.
 
     Example:
         >>> index = torch.arange(4)
@@ -99,8 +99,8 @@ class Pairs:
 
     @property
     def layout(self) -> Layout:
-        """What the identities say about these pairs, for the reductions; nothing is looked at before it is needed."""
-        # torch.compile cannot trace `cached_property` in Python 3.11, and a compiled graph looks at nothing.
+        """The pairs of each relation, found from the identities when a reduction first needs them."""
+        # torch.compile cannot trace `cached_property` in Python 3.11; a compiled graph reads no identities anyhow.
         return self._new_layout() if torch.compiler.is_compiling() else self._layout
 
     @cached_property
@@ -132,7 +132,7 @@ class Pairs:
         above: Tensor | Kth | None = None,
         rows: Tensor | None = None,
     ) -> Tensor:
-        """Compute sum_j w_ij s_ij / sum_j w_ij; `weight="reference"` stands for (<u_i, u_j> + 1) / 2."""
+        """Compute sum_j w_ij s_ij / sum_j w_ij; `weight="reference"` is (<u_i, u_j> + 1) / 2."""
         return self.reduce(Mean(over, among, weight, above, rows))[0]
 
     def soft_mean(
@@ -145,7 +145,7 @@ class Pairs:
         above: Tensor | Kth | None = None,
         rows: Tensor | None = None,
     ) -> Tensor:
-        """Compute sum_j p_ij s_ij with p = softmax_j(scale * s_ij); `detach` makes p a constant to the gradient."""
+        """Compute sum_j p_ij s_ij with p = softmax_j(scale * s_ij); `detach` treats p as a constant in the gradient."""
         return self.reduce(SoftMean(scale, over, among, detach, above, rows))[0]
 
     def softplus_sum(
@@ -161,7 +161,7 @@ class Pairs:
         return self.reduce(SoftplusSum(scale, bias, over, among, rows))[0]
 
     def topk(self, k: int, over: Relation, *, among: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Return the k largest similarities, (N, k) with gradient, and their candidates' positions (-1 for none)."""
+        """Return the k largest similarities, (N, k) with gradient, and the candidates' indices (-1 where fewer)."""
         return reductions.topk(self.layout, k, over, among)
 
     def kth(self, k: int | Tensor, over: Relation, *, among: Tensor | None = None) -> Tensor:
@@ -179,8 +179,8 @@ class Pairs:
         """Count the candidates, int64."""
         return self.reduce(Count(over, among, above, rows))[0]
 
-    def reduce(self, *asked: Reduction) -> tuple[Tensor, ...]:
-        """Compute several reductions in one pass over the similarities, in the order given.
+    def reduce(self, *requested: Reduction) -> tuple[Tensor, ...]:
+        """Compute several reductions in one pass over the similarities.
 
         Example:
             >>> index = torch.arange(4)
@@ -188,20 +188,20 @@ class Pairs:
             >>> pairs = Pairs(a, [b])
             >>> repel, attract = pairs.reduce(LogSumExp(10.0, "all"), Mean("positive"))
         """
-        return reductions.reduce(self.layout, asked)
+        return reductions.reduce(self.layout, requested)
 
     def ignoring(self, rule: Rule, *per_anchor: Tensor) -> Pairs:
-        """Leave out the negatives that `rule` names: false-negative control, for any loss.
+        """Return the same pairs without the negatives that `rule` names: false-negative control, for any loss.
 
         Args:
             rule: `rule(anchor, candidate, similarity, *rows) -> bool tile`, on two `Embeddings` and their (n, m)
                 similarities; True = ignored. It must depend on each anchor and its candidates only.
-            *per_anchor: (N,) each; the rule is given the rows that belong to its anchors, as (n, 1).
+            *per_anchor: (N,) each; the rule receives the rows of its anchors, as (n, 1).
         """
         return replace(self, anchor=self.anchor_parts, rules=(*self.rules, (rule, per_anchor)))
 
     def without_rules(self) -> Pairs:
-        """Return the same pairs without what `ignoring` added."""
+        """Return the same pairs without the rules of `ignoring`."""
         return replace(self, anchor=self.anchor_parts, rules=())
 
     def block(self, rows: slice) -> Pairs:
@@ -217,17 +217,17 @@ class Pairs:
 
     @property
     def similarity(self) -> Tensor:
-        """(N, M) or (H, N, M) inner products; only for a loss that says `reads_similarity = True`."""
+        """(N, M) or (H, N, M) inner products; only for a loss with `reads_similarity = True`."""
         return reductions.dense.similarity(self.layout)
 
     @property
     def positive(self) -> Tensor:
-        """(N, M) bool; only for a loss that says `reads_similarity = True`."""
+        """(N, M) bool; only for a loss with `reads_similarity = True`."""
         return self.relation("positive")
 
     @property
     def negative(self) -> Tensor:
-        """(N, M) bool, or (H, N, M) where a rule ignores head by head; for a loss with `reads_similarity = True`."""
+        """(N, M) bool, or (H, N, M) where a rule ignores per head; only for a loss with `reads_similarity = True`."""
         return self.relation("negative")
 
     @property
@@ -236,7 +236,7 @@ class Pairs:
         return reductions.dense.reference_weight(self.layout)
 
     def relation(self, over: Relation) -> Tensor:
-        """Return (N, M) bool, or (H, N, M): which candidates stand in the relation `over` to which anchor."""
+        """Return (N, M) bool, or (H, N, M): True where a candidate is in the relation `over` to an anchor."""
         return reductions.dense.relation(self.layout, over)
 
 

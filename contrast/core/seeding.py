@@ -1,4 +1,4 @@
-"""Seeds that follow from other seeds, the same on every machine."""
+"""Seeds derived from other seeds, the same on every machine."""
 
 from __future__ import annotations
 

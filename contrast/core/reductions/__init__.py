@@ -1,19 +1,19 @@
-"""The row reductions of `Pairs`; three backends give the same numbers, and here one is chosen.
+"""The row reductions of `Pairs`, computed by one of three backends with the same results.
 
 * `dense`: all similarities as one matrix, in plain autograd operations: the reference, for tests and for reading.
-* `tiled`: the default. No matrix and O(N + M) memory, on any device; see `streamed` for what becomes of a reduction.
-* `triton`: the same, with CUDA kernels for what they know; the default on CUDA.
+* `tiled`: the default. No matrix and O(N + M) memory, on any device; `streamed` chooses how a reduction is computed.
+* `triton`: the same, with CUDA kernels for the reductions that these support; the default on CUDA.
 
 One call, `pairs.reduce(LogSumExp(...), Mean("positive"))`, in the order of its files:
 
-1. `layout` finds what the identities say: blocks of one view, listed positives, group sizes.
+1. `layout` derives from the identities: blocks of one view, listed positives, group sizes.
 2. `streamed` makes each reduction part of a *term*: `listed` pairs, `means` from sums, `strips`, tiles (`tiled`).
 3. `terms` runs them as one autograd function, whose inputs are the vectors and the tensors among the arguments.
-4. Each tile (`tile`) goes through the `formulas` of the reductions: sums in the forward pass, dL/ds in the backward
-   pass, from which the term computes the gradients of vectors and arguments (through `pair_functions`, if there are).
+4. For each tile (`tile`) the `formulas` of the reductions compute sums in the forward pass and dL/ds in the backward
+   pass, from which the term computes the gradients of vectors and arguments (also those of `pair_functions`).
 
-A row without candidates gives 0 (a log-sum-exp: `finfo.min / 2`) and no gradient. To add a reduction: its class and
-arguments in `kinds`, its formula for all pairs in `dense`, its class in `formulas`, its method in `Pairs`.
+A row without candidates reduces to 0 (a log-sum-exp: `finfo.min / 2`), without gradient. To add a reduction: its class
+and arguments in `kinds`, its formula for all pairs in `dense`, its class in `formulas`, its method in `Pairs`.
 """
 
 from __future__ import annotations
@@ -76,11 +76,11 @@ _DEFAULT = _Backend("tiled", TILE)
 
 @contextmanager
 def backend(name: Name, *, tile: int = TILE) -> Iterator[None]:
-    """Compute all reductions inside the block with this backend, for tests and measurements.
+    """Compute all reductions inside the block with one backend, for tests and measurements.
 
     Args:
         name: "dense", "tiled" or "triton".
-        tile: rows and columns of a tile; the Triton kernels have their own.
+        tile: rows and columns of a tile; the Triton kernels have their own size.
 
     Raises:
         ValueError: for another name or a size below 1.
@@ -100,36 +100,36 @@ def backend(name: Name, *, tile: int = TILE) -> Iterator[None]:
         _backend.reset(token)
 
 
-def reduce(layout: Layout, asked: Sequence[Reduction]) -> tuple[Tensor, ...]:
+def reduce(layout: Layout, reductions: Sequence[Reduction]) -> tuple[Tensor, ...]:
     """Compute each reduction of each anchor's row, (N,) or (H, N).
 
     Raises:
-        ValueError: for arguments that a reduction does not take.
+        ValueError: for arguments of a wrong type or shape.
 
     Example:
         >>> per_anchor, number = reduce(pairs.layout, [LogSumExp(10.0, "all"), Count("all")])
     """
-    for one in asked:
-        check(one, layout)
+    for reduction in reductions:
+        check(reduction, layout)
     name, tile = _backend.get() or _DEFAULT
     with full_precision(layout.anchors[0].z):
         if name == "dense":
-            return dense.reduce(layout, asked)
+            return dense.reduce(layout, reductions)
         if torch.compiler.is_compiling():
-            from contrast.core.reductions import compiled  # registers operators, which only a compiled graph needs
+            from contrast.core.reductions import compiled  # registers operators for compiled graphs
 
-            return compiled.reduce(layout, asked, tile, name == "triton")
-        return streamed.reduce(layout, asked, tile, name == "triton")
+            return compiled.reduce(layout, reductions, tile, name == "triton")
+        return streamed.reduce(layout, reductions, tile, name == "triton")
 
 
 def topk(layout: Layout, k: int, over: Relation, among: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Return the k largest similarities of each row, with gradient, and the positions of their candidates.
+    """Return the k largest similarities of each row, with gradient, and the indices of their candidates.
 
-    Where a row has fewer than k, its last values are 0 and their positions -1.
+    Where a row has fewer than k, its last values are 0 and their indices -1.
 
     Example:
-        >>> values, positions = topk(pairs.layout, 3, "negative", None)
-        >>> positions.shape
+        >>> values, indices = topk(pairs.layout, 3, "negative", None)
+        >>> indices.shape
         torch.Size([8, 3])
     """
     check(Kth(k, over, among), layout)

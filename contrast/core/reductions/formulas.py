@@ -1,4 +1,4 @@
-r"""How each reduction is computed from tiles, and its gradient: one class per reduction.
+r"""How each reduction and its gradient are computed from tiles: one class per reduction.
 
 With the upstream gradient g_i = dL/dR_i of a reduction R_i of the row s_i1, ..., s_iM:
 
@@ -12,18 +12,19 @@ Mean        weight                      B = sum b, T = sum b s         T / B    
 =========== =========================== ============================== ======================= =========================
 
 with two *coefficients* of the row: c_i = g_i / B_i (SoftplusSum: g_i) and d_i = c_i R_i. (A factor e^-shift of the base
-goes into B too, and so cancels.) The gradients of arguments are
-linear in them too: b c of a log_weight or bias, b c s of a scale, c s - d of a weight.
+is a factor of B too, and cancels.) The gradients of arguments are linear in them too: b c for a log_weight or bias,
+b c s for a scale, c s - d for a weight.
 
 **Symmetric tiles.** Where the anchors are the candidates, s_ij = s_ji, and the base is the same for both. Then one tile
 serves the rows of its anchors and those of its candidates: its column sums are added to the sums of the candidates, and
 its gradient is the formula above with c_i + c_j and d_i + d_j.
 
-**Range.** e^x must neither overflow nor vanish. |s_ij| is at most the product of the longest vectors, so that where the
-scale is a number, |scale s_ij| <= reach is known before any tile. Up to WIDEST nothing needs to be done. Beyond it the
-*fixed shift* reach - WIDEST is subtracted from all exponents: sums cannot overflow, and the base stays symmetric. A row
-whose sum is smaller than e^UNDERFLOW may have lost terms; then everything is computed again with *running maxima*: each
-row carries its largest exponent so far, and its sums are scaled down when a larger one comes (in one direction only).
+**Range.** e^x must neither overflow nor vanish. |s_ij| is at most the product of the longest vectors, so that for a
+scale that is a number a bound |scale s_ij| <= reach is known before any tile. If reach <= WIDEST, no shift is needed.
+Otherwise the *fixed shift* reach - WIDEST is subtracted from all exponents: sums cannot overflow, and the base stays
+symmetric. A row whose sum is smaller than e^UNDERFLOW may have lost terms; then everything is computed again with
+*running maxima*: each row has its largest exponent so far, and a larger one scales its sums down. Their tiles serve
+their rows only.
 """
 
 from __future__ import annotations
@@ -43,28 +44,30 @@ from contrast.core.reductions.tile import Tile
 WIDEST = {torch.float32: 75.0, torch.float64: 650.0}
 """e^x, and sums of a hundred thousand of them, are normal numbers for |x| up to this."""
 UNDERFLOW = -60.0
-"""A shifted sum below e^UNDERFLOW may have lost terms; with float64's range it is rarely met."""
+"""A shifted sum below e^UNDERFLOW may have lost terms; in float64 that is rare."""
 
 PerPair = Callable[[Tensor], Tensor]
-"""Spreads a number per anchor over a tile: that of the pair's anchor, of its candidate, or the sum of both."""
+"""Broadcasts a number per anchor over a tile: that of the pair's anchor, of its candidate, or the sum of both."""
 
 
-def shift_of(asked: Any, longest: float, dtype: torch.dtype) -> float | None:
-    """Return the fixed shift of a reduction's exponents; None where these have no known bound.
+def shift_of(reduction: Any, longest: float, dtype: torch.dtype) -> float | None:
+    """Return the fixed shift of a reduction's exponents; None if these have no known bound.
 
     Args:
-        asked: the reduction.
-        longest: the length of the longest anchor times that of the longest candidate, inf for unknown.
+        reduction: the reduction.
+        longest: the length of the longest anchor times that of the longest candidate, inf if unknown.
         dtype: float32 or float64.
     """
-    if isinstance(asked, Mean | Count):
+    if isinstance(reduction, Mean | Count):
         return 0.0  # no exponents
-    if not (math.isfinite(longest) and is_number(asked.scale)) or getattr(asked, "log_weight", None) is not None:
+    if not math.isfinite(longest) or not is_number(reduction.scale):
         return None
-    beyond = longest * float(torch.as_tensor(asked.scale).abs().max()) - WIDEST[dtype]
-    if isinstance(asked, SoftplusSum):
-        # log(1 + e^x) has no shift: it is in range, or it is computed without e^x.
-        bias = torch.as_tensor(asked.bias)
+    if getattr(reduction, "log_weight", None) is not None:
+        return None
+    beyond = longest * float(torch.as_tensor(reduction.scale).abs().max()) - WIDEST[dtype]
+    if isinstance(reduction, SoftplusSum):
+        # log(1 + e^x) has no shift: e^x is in range, or is not computed.
+        bias = torch.as_tensor(reduction.bias)
         return 0.0 if beyond + (float(bias.max()) if bias.numel() else 0.0) <= 0 else None
     return max(0.0, beyond)
 
@@ -72,59 +75,59 @@ def shift_of(asked: Any, longest: float, dtype: torch.dtype) -> float | None:
 class Formula(ABC):
     """The sums of a reduction over tiles, and its gradient.
 
-    In the forward pass every tile is added, then `finish` is called; in the backward pass `prepare` is called, then
-    `gradient` for every tile.
+    The forward pass calls `add` for every tile, then `finish`; the backward pass calls `prepare`, then `gradient` for
+    every tile.
 
     Args:
-        asked: the reduction.
+        reduction: the reduction.
         shift: what is subtracted from its exponents; None for running maxima.
         zeros: (N,) or (H, N).
     """
 
-    def __init__(self, asked: Any, shift: float | None, zeros: Tensor) -> None:
-        self.asked, self.shift = asked, shift
+    def __init__(self, reduction: Any, shift: float | None, zeros: Tensor) -> None:
+        self.reduction, self.shift = reduction, shift
         self.mass = zeros.clone()
-        """B, with the base as it is computed (see Range); a SoftplusSum or a Count has its own sum here."""
+        """B, with the base as it is computed (see Range); the only sum of a SoftplusSum or a Count."""
         self.c = self.d = zeros
 
     @abstractmethod
     def base(self, tile: Tile, out: Tensor) -> Tensor:
-        """Write what is summed over each pair into `out`, 0 where a pair does not count."""
+        """Write the base of each pair into `out`, 0 where a pair does not count."""
 
     def add(self, tile: Tile, out: Tensor, rows: slice | None, columns: slice | None = None) -> Tensor:
-        """Add a tile to the sums of its anchors, of its candidates, or of both; return what `base` does.
+        """Add a tile to the sums of its anchors, of its candidates, or of both; return the base.
 
         Args:
             tile: the tile.
             out: a tensor like the similarities, which is overwritten.
-            rows: the anchors, among all, whose sums the tile's rows belong to; None for none.
-            columns: the anchors whose sums the tile's columns belong to.
+            rows: the anchors, among all, to whose sums the tile's rows are added; None for none.
+            columns: the anchors to whose sums the tile's columns are added; None for none.
         """
         base = self.base(tile, out)
         for anchors, dim in ((rows, -1), (columns, -2)):
             if anchors is not None:
-                reached = tile.reached(self.asked, anchors, dim)
+                reached = tile.reached(self.reduction, anchors, dim)
                 self.add_sums(base if reached is None else reached.mul_(base), tile.s, anchors, dim)
         return base
 
     def add_sums(self, base: Tensor, s: Tensor, anchors: slice, dim: int) -> None:  # noqa: ARG002
-        """Add the sums over a dimension of a tile to those of some anchors."""
+        """Add the sums over one dimension of a tile to those of its anchors."""
         self.mass[..., anchors] += base.sum(dim)
 
     def underflowed(self) -> Tensor | None:
-        """Return the rows that may have lost terms which were too small beside the shift; None for none."""
+        """Return the rows that may have lost terms which were too small after the shift; None for none."""
         return self.mass < math.exp(UNDERFLOW) if self.shift else None
 
     @abstractmethod
     def finish(self) -> tuple[Tensor, Tensor]:
-        """Return the reduction, and a normaliser that `prepare` needs."""
+        """Return the reduction, and a normaliser for `prepare`."""
 
     def prepare(self, output: Tensor, normaliser: Tensor, upstream: Tensor) -> None:  # noqa: ARG002
         """Compute the coefficients c and d of each row.
 
         Args:
             output: the reduction.
-            normaliser: what `finish` returned with it.
+            normaliser: the second result of `finish`.
             upstream: g, the gradient of the reduction.
         """
         self.c = upstream
@@ -135,19 +138,21 @@ class Formula(ABC):
 
 
 class _OfExponentials(Formula):
-    """What LogSumExp and SoftMean share: a base e^exponent, whose sum must stay in range."""
+    """Shared by LogSumExp and SoftMean: a base e^exponent, whose sum must stay in range."""
 
-    def __init__(self, asked: Any, shift: float | None, zeros: Tensor) -> None:
-        super().__init__(asked, shift, zeros)
+    def __init__(self, reduction: Any, shift: float | None, zeros: Tensor) -> None:
+        super().__init__(reduction, shift, zeros)
         self.largest = zeros - torch.inf if shift is None else None
         self.total: Tensor | None = None
         self.subtracted: Tensor | float = 0.0
 
     def base(self, tile: Tile, out: Tensor) -> Tensor:
-        exponents = tile.exponents(self.asked, out)
+        exponents = tile.exponents(self.reduction, out)
         if self.shift is None:
-            return self._relative_to_largest(tile.minus_infinity(exponents, self.asked), tile.rows)
-        return tile.zero(exponents.sub_(self.shift).exp_() if self.shift else exponents.exp_(), self.asked)
+            return self._relative_to_largest(tile.minus_infinity(exponents, self.reduction), tile.rows)
+        if self.shift:
+            exponents.sub_(self.shift)
+        return tile.zero(exponents.exp_(), self.reduction)
 
     def _relative_to_largest(self, exponents: Tensor, rows: slice) -> Tensor:
         """Return e^(exponent - largest) for the rows' largest exponents so far, and scale their sums to these."""
@@ -170,19 +175,21 @@ class _OfExponentials(Formula):
         return (self.mass.masked_fill(empty, 1).log() + added).masked_fill(empty, 0), empty
 
     def prepare(self, output: Tensor, normaliser: Tensor, upstream: Tensor) -> None:
-        # b / B = e^(exponent - shift) e^(shift - log B): the first factor belongs to the pair, the second to the row.
-        # Where the forward pass had running maxima, log B itself is subtracted here, and the second factor is 1.
+        # b / B = e^(exponent - shift) e^(shift - log B): one factor per pair and one per row. If the forward pass had
+        # running maxima, log B is subtracted from the exponents, and the second factor is 1.
         self.subtracted = normaliser if self.shift is None else self.shift
         self.c = upstream if self.shift is None else upstream * (self.shift - normaliser).exp()
         self.d = self.c * output
 
     def base_again(self, tile: Tile, out: Tensor) -> Tensor:
-        """Return the base in the backward pass, where the coefficients hold what `subtracted` takes from it."""
-        exponents = tile.exponents(self.asked, out)
+        """Return e^(exponent - subtracted), the base in the backward pass; the coefficients contain the rest."""
+        exponents = tile.exponents(self.reduction, out)
         if isinstance(self.subtracted, Tensor):
-            exponents = tile.minus_infinity(exponents, self.asked)
+            exponents = tile.minus_infinity(exponents, self.reduction)
             return exponents.sub_(self.subtracted[..., tile.rows].unsqueeze(-1)).exp_()
-        return tile.zero(exponents.sub_(self.subtracted).exp_() if self.subtracted else exponents.exp_(), self.asked)
+        if self.subtracted:
+            exponents.sub_(self.subtracted)
+        return tile.zero(exponents.exp_(), self.reduction)
 
 
 class _LogSumExp(_OfExponentials):
@@ -192,14 +199,14 @@ class _LogSumExp(_OfExponentials):
 
     def gradient(self, tile: Tile, out: Tensor, per_pair: PerPair) -> Tensor:
         to_exponent = self.base_again(tile, out).mul_(per_pair(self.c))
-        tile.add_argument(self.asked, "scale", to_exponent, tile.s)
-        tile.add_argument(self.asked, "log_weight", to_exponent)
-        return to_exponent.mul_(tile.value(self.asked.scale))
+        tile.add_argument(self.reduction, "scale", to_exponent, tile.s)
+        tile.add_argument(self.reduction, "log_weight", to_exponent)
+        return to_exponent.mul_(tile.value(self.reduction.scale))
 
 
 class _SoftMean(_OfExponentials):
-    def __init__(self, asked: Any, shift: float | None, zeros: Tensor) -> None:
-        super().__init__(asked, shift, zeros)
+    def __init__(self, reduction: Any, shift: float | None, zeros: Tensor) -> None:
+        super().__init__(reduction, shift, zeros)
         self.total = zeros.clone()
 
     def add_sums(self, base: Tensor, s: Tensor, anchors: slice, dim: int) -> None:
@@ -214,17 +221,17 @@ class _SoftMean(_OfExponentials):
 
     def gradient(self, tile: Tile, out: Tensor, per_pair: PerPair) -> Tensor:
         base, c = self.base_again(tile, out), per_pair(self.c)
-        if self.asked.detach:
+        if self.reduction.detach:
             return base.mul_(c)
         to_exponent = (tile.s * c).sub_(per_pair(self.d)).mul_(base)
-        tile.add_argument(self.asked, "scale", to_exponent, tile.s)
-        return base.mul_(c).add_(to_exponent.mul_(tile.value(self.asked.scale)))
+        tile.add_argument(self.reduction, "scale", to_exponent, tile.s)
+        return base.mul_(c).add_(to_exponent.mul_(tile.value(self.reduction.scale)))
 
 
 class _SoftplusSum(Formula):
     def base(self, tile: Tile, out: Tensor) -> Tensor:
-        exponents = tile.exponents(self.asked, out)
-        return tile.zero(softplus(exponents) if self.shift is None else exponents.exp_(), self.asked)
+        exponents = tile.exponents(self.reduction, out)
+        return tile.zero(softplus(exponents) if self.shift is None else exponents.exp_(), self.reduction)
 
     def add_sums(self, base: Tensor, s: Tensor, anchors: slice, dim: int) -> None:  # noqa: ARG002
         self.mass[..., anchors] += base.sum(dim) if self.shift is None else sum_of_log1p(base, dim)
@@ -233,19 +240,19 @@ class _SoftplusSum(Formula):
         return self.mass, self.mass.new_empty(0)
 
     def gradient(self, tile: Tile, out: Tensor, per_pair: PerPair) -> Tensor:
-        to_exponent = tile.zero(tile.exponents(self.asked, out).sigmoid_(), self.asked).mul_(per_pair(self.c))
-        tile.add_argument(self.asked, "scale", to_exponent, tile.s)
-        tile.add_argument(self.asked, "bias", to_exponent)
-        return to_exponent.mul_(tile.value(self.asked.scale))
+        to_exponent = tile.zero(tile.exponents(self.reduction, out).sigmoid_(), self.reduction).mul_(per_pair(self.c))
+        tile.add_argument(self.reduction, "scale", to_exponent, tile.s)
+        tile.add_argument(self.reduction, "bias", to_exponent)
+        return to_exponent.mul_(tile.value(self.reduction.scale))
 
 
 class _Mean(Formula):
-    def __init__(self, asked: Any, shift: float | None, zeros: Tensor) -> None:
-        super().__init__(asked, shift, zeros)
+    def __init__(self, reduction: Any, shift: float | None, zeros: Tensor) -> None:
+        super().__init__(reduction, shift, zeros)
         self.total = zeros.clone()
 
     def base(self, tile: Tile, out: Tensor) -> Tensor:
-        return tile.zero(tile.weights(self.asked, out), self.asked)
+        return tile.zero(tile.weights(self.reduction, out), self.reduction)
 
     def add_sums(self, base: Tensor, s: Tensor, anchors: slice, dim: int) -> None:
         super().add_sums(base, s, anchors, dim)
@@ -261,20 +268,20 @@ class _Mean(Formula):
 
     def gradient(self, tile: Tile, out: Tensor, per_pair: PerPair) -> Tensor:
         c = per_pair(self.c)
-        if self.asked.weight is not None:
-            tile.add_argument(self.asked, "weight", tile.zero((tile.s * c).sub_(per_pair(self.d)), self.asked))
+        if self.reduction.weight is not None:
+            tile.add_argument(self.reduction, "weight", tile.zero((tile.s * c).sub_(per_pair(self.d)), self.reduction))
         return self.base(tile, out).mul_(c)
 
 
 class _Count(Formula):
-    def __init__(self, asked: Any, shift: float | None, zeros: Tensor) -> None:
-        super().__init__(asked, shift, zeros.to(torch.int64))
+    def __init__(self, reduction: Any, shift: float | None, zeros: Tensor) -> None:
+        super().__init__(reduction, shift, zeros.to(torch.int64))
 
     def base(self, tile: Tile, out: Tensor) -> Tensor:  # noqa: ARG002
-        return tile.counts(self.asked)
+        return tile.counts(self.reduction)
 
     def add(self, tile: Tile, out: Tensor, rows: slice | None, columns: slice | None = None) -> Tensor:
-        # `tile.counts` looks at the thresholds itself.
+        # `tile.counts` includes the thresholds.
         counts = self.base(tile, out)
         for anchors, dim in ((rows, -1), (columns, -2)):
             if anchors is not None:
@@ -285,7 +292,7 @@ class _Count(Formula):
         return self.mass, self.mass.new_empty(0)
 
     def gradient(self, tile: Tile, out: Tensor, per_pair: PerPair) -> Tensor:
-        raise NotImplementedError("a number of candidates has no gradient")
+        raise NotImplementedError("a count has no gradient")
 
 
 _FORMULAS: dict[type, type[Formula]] = {
@@ -297,9 +304,9 @@ _FORMULAS: dict[type, type[Formula]] = {
 }
 
 
-def formula(asked: Any, shift: float | None, zeros: Tensor) -> Formula:
-    """Return the formula of a reduction, whose sums are still 0."""
-    return _FORMULAS[type(asked)](asked, shift, zeros)
+def formula(reduction: Any, shift: float | None, zeros: Tensor) -> Formula:
+    """Return the formula of a reduction, with sums of 0."""
+    return _FORMULAS[type(reduction)](reduction, shift, zeros)
 
 
 def sum_of_log1p(e: Tensor, dim: int) -> Tensor:
@@ -315,10 +322,10 @@ def sum_of_log1p(e: Tensor, dim: int) -> Tensor:
 
 
 def softplus(x: Tensor) -> Tensor:
-    """Compute log(1 + e^x); above a threshold, whose default of 20 loses digits in float64, torch returns x."""
+    """Compute log(1 + e^x); torch returns x above a threshold, whose default of 20 loses digits in float64."""
     return F.softplus(x, threshold=40)
 
 
 def empty_logsumexp(dtype: torch.dtype) -> float:
-    """Return the log-sum-exp over no candidates: finite, so that its differences are finite too."""
+    """Return the log-sum-exp over no candidates: finite, so that differences are finite too."""
     return torch.finfo(dtype).min / 2

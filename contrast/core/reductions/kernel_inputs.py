@@ -1,4 +1,4 @@
-"""What the Triton kernels read and write: anchors as one tensor, identities as small numbers, gradients by part."""
+"""Inputs and outputs of the Triton kernels: anchors as one tensor, identities as int32, gradients by part."""
 
 from __future__ import annotations
 
@@ -16,18 +16,20 @@ from contrast.core.reductions.terms import Gradients
 
 
 class KernelCall:
-    """Reductions, and the vectors as the kernels want them.
+    """Reductions, and the vectors in the form that the kernels read.
 
     Args:
         layout: anchors and candidates.
-        asked: the reductions.
+        reductions: the reductions.
         z: the vectors of each source.
         learned: the (reduction, argument) whose gradient is needed.
     """
 
-    def __init__(self, layout: Layout, asked: list[Any], z: Sequence[Tensor], learned: set[tuple[int, str]]) -> None:
+    def __init__(
+        self, layout: Layout, reductions: list[Any], z: Sequence[Tensor], learned: set[tuple[int, str]]
+    ) -> None:
         vectors = dict(zip(map(id, layout.sources), z, strict=True))
-        self.layout, self.asked, self.learned = layout, asked, learned
+        self.layout, self.reductions, self.learned = layout, reductions, learned
         own = [vectors[id(part)] for part in layout.anchors]
         self.x = own[0] if len(own) == 1 else torch.cat(own, dim=-2)
         self.parts = [vectors[id(part)] for part in layout.candidates]
@@ -38,7 +40,7 @@ class KernelCall:
 
     @cached_property
     def numbered(self) -> tuple[Tensor, Tensor]:
-        """(4, N) and (4, M) int32: sample, group and view by their rank among all, and whether remembered."""
+        """(4, N) and (4, M) int32: sample, group and view by their rank among all, and 1 for remembered entries."""
         both = torch.cat([torch.stack(self.layout.anchor), torch.stack(self.layout.candidate)], dim=1)
         ranks = torch.searchsorted(both.sort(dim=1).values, both, out_int32=True)
         numbered = torch.cat([ranks, (both[2:] == REMEMBERED).int()])
@@ -47,7 +49,7 @@ class KernelCall:
 
 
 class KernelGradients:
-    """Where the kernels add gradients.
+    """The tensors to which the kernels add gradients.
 
     Args:
         call: the reductions and vectors.

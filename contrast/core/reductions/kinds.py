@@ -1,4 +1,4 @@
-"""The reductions of an anchor's row: one small class each, and what their arguments mean."""
+"""The reductions of an anchor's row: one small class each."""
 
 from __future__ import annotations
 
@@ -10,14 +10,13 @@ import torch
 from torch import Tensor, nn
 
 Relation = Literal["positive", "negative", "remembered", "all"]
-"""Which candidates count; "remembered" are the negatives that come from a memory, "all" = positive + negative."""
+"""Which candidates count; "remembered" are the negatives from a memory, "all" = positive + negative."""
 
 PairValue = float | Tensor | nn.Module
 """A number; a tensor that spans at most one of N and M: (N, 1), (1, M) or (H, 1, 1); or a PairFunction, a module
 `(anchor, candidate) -> (n, m)` or `(H, n, m)` on two `Embeddings`, evaluated one tile at a time.
 
-A PairFunction whose value depends on one vector of the anchor and one of the candidate is faster as a
-`SidedFunction`, with the methods `anchor_side`, `candidate_side` and `of_sides`."""
+A PairFunction whose values depend on one vector per anchor and one per candidate is faster as a `SidedFunction`."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,7 +54,7 @@ class Mean:
 
 @dataclass(frozen=True, eq=False)
 class SoftMean:
-    """sum_j p_ij s_ij with p = softmax_j(scale * s_ij), a constant to the gradient with `detach`.
+    """sum_j p_ij s_ij with p = softmax_j(scale * s_ij), with `detach` a constant in the gradient.
 
     Example:
         >>> (hard_negatives,) = pairs.reduce(SoftMean(scale=10.0, over="negative", detach=True))
@@ -88,8 +87,8 @@ class SoftplusSum:
 class Kth:
     """The k-th largest s_ij (the smallest where there are fewer), without gradient; k: a number, (N,) or (H, N).
 
-    As a threshold it lies a few units in the last place below the similarity it names, so that the candidate reaches it
-    also where the product is computed in another order.
+    It is lowered by a few units in the last place, so that as a threshold it includes the k-th candidate also where the
+    product is computed in another order.
 
     Example:
         >>> pairs.reduce(Count("negative", above=Kth(3, "negative")))  # each anchor's three hardest negatives
@@ -133,55 +132,59 @@ def below(similarity: Tensor, reach: Tensor) -> Tensor:
 
     Args:
         similarity: (N,) or (H, N).
-        reach: the length of each anchor times that of the longest candidate, whose rounding a product has.
+        reach: the length of each anchor times that of the longest candidate, which bounds the rounding of a product.
     """
     return similarity - 8 * torch.finfo(similarity.dtype).eps * torch.maximum(similarity.abs(), reach / 8)
 
 
-def arguments(asked: Reduction) -> dict[str, Any]:
-    """Return the arguments of a reduction that may be learned, by name."""
-    return {name: getattr(asked, name) for name in _LEARNABLE[type(asked)]}
+def arguments(reduction: Reduction) -> dict[str, Any]:
+    """Return the arguments of a reduction that can be learned, by name."""
+    return {name: getattr(reduction, name) for name in _LEARNABLE[type(reduction)]}
 
 
-def tensor_arguments(asked: Sequence[Reduction]) -> dict[tuple[int, str], Tensor]:
-    """Return the tensors among the arguments and thresholds of some reductions, by (number, name)."""
+def tensor_arguments(reductions: Sequence[Reduction]) -> dict[tuple[int, str], Tensor]:
+    """Return the tensors among the arguments and thresholds of reductions, by (number of the reduction, name)."""
     return {
         (number, name): value
-        for number, one in enumerate(asked)
-        for name, value in (*arguments(one).items(), ("above", getattr(one, "above", None)))
+        for number, reduction in enumerate(reductions)
+        for name, value in (*arguments(reduction).items(), ("above", getattr(reduction, "above", None)))
         if isinstance(value, Tensor)
     }
 
 
-def with_tensors(asked: Sequence[Reduction], places: Iterable[tuple[int, str]], tensors: Sequence[Tensor]) -> list[Any]:
-    """Return the same reductions with other tensors at the places that `tensor_arguments` returned."""
-    replaced: list[Any] = list(asked)
-    for (number, name), tensor in zip(places, tensors, strict=False):  # further tensors belong to PairFunctions
+def with_tensors(
+    reductions: Sequence[Reduction], keys: Iterable[tuple[int, str]], tensors: Sequence[Tensor]
+) -> list[Any]:
+    """Return the same reductions with other tensors under the keys of `tensor_arguments`."""
+    replaced: list[Any] = list(reductions)
+    for (number, name), tensor in zip(keys, tensors, strict=False):  # further tensors belong to PairFunctions
         replaced[number] = replace(replaced[number], **{name: tensor})
     return replaced
 
 
-def pair_functions(asked: Sequence[Reduction]) -> list[nn.Module]:
-    """Return the distinct PairFunctions among the arguments of some reductions."""
-    values = (value for one in asked for value in arguments(one).values())
+def pair_functions(reductions: Sequence[Reduction]) -> list[nn.Module]:
+    """Return the distinct PairFunctions among the arguments of reductions."""
+    values = (value for reduction in reductions for value in arguments(reduction).values())
     return list(dict.fromkeys(value for value in values if isinstance(value, nn.Module)))
 
 
 def is_number(value: Any) -> bool:
-    """True if an argument is one number for all pairs, or one per head."""
+    """True if an argument is one number for all pairs or one per head."""
     if isinstance(value, Tensor):
         return value.numel() == 1 or (value.ndim == 3 and value.shape[1:] == (1, 1))
     return isinstance(value, int | float)
 
 
-def with_thresholds(asked: Sequence[Reduction], compute: Callable[[list[Kth]], Sequence[Tensor]]) -> list[Reduction]:
-    """Replace every `above=Kth(...)` by its threshold; `compute` is called with the distinct ones."""
-    wanted = {id(above): above for one in asked if isinstance(above := getattr(one, "above", None), Kth)}
-    if not wanted:
-        return list(asked)
-    found = dict(zip(wanted, compute(list(wanted.values())), strict=True))
-    settled: list[Any] = list(asked)
-    for number, one in enumerate(settled):
-        if isinstance(getattr(one, "above", None), Kth):
-            settled[number] = replace(one, above=found[id(one.above)])
-    return settled
+def with_thresholds(
+    reductions: Sequence[Reduction], compute: Callable[[list[Kth]], Sequence[Tensor]]
+) -> list[Reduction]:
+    """Replace every `above=Kth(...)` by its threshold; `compute` is called once, with the distinct `Kth`."""
+    kths = {id(above): above for one in reductions if isinstance(above := getattr(one, "above", None), Kth)}
+    if not kths:
+        return list(reductions)
+    thresholds = dict(zip(kths, compute(list(kths.values())), strict=True))
+    resolved: list[Any] = list(reductions)
+    for number, reduction in enumerate(resolved):
+        if isinstance(getattr(reduction, "above", None), Kth):
+            resolved[number] = replace(reduction, above=thresholds[id(reduction.above)])
+    return resolved

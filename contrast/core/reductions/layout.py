@@ -1,9 +1,9 @@
-"""Which anchors have which candidates, as the integer identities say: found once per call, never as an (N, M) mask.
+"""Which anchors have which candidates, from the integer identities: once per call, never as an (N, M) mask.
 
-The N anchors and M candidates are cut into *blocks* of neighbours with one view, so that for two blocks it is mostly
-known at once whether their pairs count. The few pairs that need care (itself, the positives) are *listed*: by sorting
-the candidates' numbers and searching those of the anchors, in O((N + M) log M). Lists read numbers on the host, so they
-serve the CPU; on another device, and where groups are large, a tile compares the identities itself (`relation`).
+The N anchors and M candidates are cut into *blocks* of consecutive rows with one view, so that the views of two blocks
+mostly decide whether their pairs count. The exceptions (itself, the positives) are *listed*: the candidates' numbers
+are sorted and those of the anchors searched, in O((N + M) log M). Lists read numbers on the host, so they are made on
+the CPU only; on another device, and where groups are large, each tile compares the identities (`relation`).
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from torch import Tensor
 from contrast.core.embeddings import PADDING, REMEMBERED, Embeddings
 from contrast.core.reductions.kinds import Relation
 
-FEW = 16
-"""Pairs are listed where no sample, or no group, occurs more often than this among the candidates: enough for crops of
-an image and small classes. Longer lists cost more than the sums of `means` and comparing in tiles."""
-RUNS = 64
-"""Embeddings with more runs of one view than this make one block of mixed views."""
+MAX_LISTED = 16
+"""Pairs are listed if no sample, or no group, occurs more often than this among the candidates: enough for crops of an
+image and small classes. Longer lists cost more than the sums of `means` and comparing in tiles."""
+MAX_RUNS = 64
+"""Embeddings with more runs of equal views than this are one block of mixed views."""
 
 Rule = Callable[..., Tensor]
-"""rule(anchor, candidate, similarity, *rows of per_anchor) -> bool tile, True = leave this negative out."""
+"""rule(anchor, candidate, similarity, *rows of per_anchor) -> bool tile, True = exclude this negative."""
 
 
 def relation(
@@ -37,14 +37,14 @@ def relation(
     rules: Sequence[tuple[Rule, Sequence[Tensor]]] = (),
     s: Tensor | None = None,
 ) -> Tensor:
-    """Return (n, m) or (H, n, m) bool: which candidates stand in the relation `over` to which anchor.
+    """Return (n, m) or (H, n, m) bool: True where a candidate is in the relation `over` to an anchor.
 
     Args:
         anchor: n embeddings.
         candidate: m embeddings.
         over: the relation.
-        across: whether candidates of the anchor's own view do not count.
-        rules: (rule, its values for these n anchors), which leave out negatives.
+        across: True if candidates of the anchor's own view do not count.
+        rules: (rule, its values for these n anchors), which exclude negatives.
         s: (n, m) or (H, n, m), their similarities, for the rules.
     """
     view, other_view = anchor.view[:, None], candidate.view
@@ -67,14 +67,14 @@ def relation(
 
 @dataclass(frozen=True)
 class Block:
-    """Neighbouring anchors, or neighbouring candidates.
+    """Consecutive anchors, or consecutive candidates.
 
     Args:
         start: the first, among all anchors or all candidates.
         stop: the one after the last.
-        source: the number of the `Embeddings` that they are part of, in `Layout.sources`.
+        source: the index in `Layout.sources` of the `Embeddings` that they are part of.
         first: where these `Embeddings` start, among all anchors or all candidates.
-        view: the view of all of them; None where views are mixed or were not looked at.
+        view: the view of all of them; None where views are mixed or were not read.
     """
 
     start: int
@@ -85,16 +85,16 @@ class Block:
 
     @property
     def all(self) -> slice:
-        """Their places among all anchors or all candidates."""
+        """Their positions among all anchors or all candidates."""
         return slice(self.start, self.stop)
 
     @property
     def own(self) -> slice:
-        """Their places in their `Embeddings`."""
+        """Their positions in their `Embeddings`."""
         return slice(self.start - self.first, self.stop - self.first)
 
     def cut(self, size: int) -> list[Block]:
-        """Cut into blocks of at most `size`."""
+        """Return blocks of at most `size` rows."""
         starts = range(self.start, self.stop, size)
         return [Block(start, min(start + size, self.stop), self.source, self.first, self.view) for start in starts]
 
@@ -107,25 +107,25 @@ class Identities(NamedTuple):
     view: Tensor
 
 
-class Listed(NamedTuple):
-    """Pairs one by one, (P,) int64 each: the places of the anchors and of the candidates among all, in any order."""
+class ListedPairs(NamedTuple):
+    """P pairs in any order: the indices of the anchors and of the candidates among all, (P,) int64 each."""
 
     anchors: Tensor
     candidates: Tensor
 
-    def where(self, mask: Tensor) -> Listed:
-        """Return the pairs at which a (P,) bool mask is True."""
-        return Listed(self.anchors[mask], self.candidates[mask])
+    def where(self, mask: Tensor) -> ListedPairs:
+        """Return the pairs where a (P,) bool mask is True."""
+        return ListedPairs(self.anchors[mask], self.candidates[mask])
 
 
 class Layout:
-    """N anchors and M candidates as blocks of a few `Embeddings`, with the pairs that need care as lists.
+    """N anchors and M candidates as blocks of a few `Embeddings`, with lists of the pairs that are exceptions.
 
     Args:
-        anchors: the anchors, which follow one another.
-        candidates: the candidates, which follow one another; a part of them may be a part of the anchors.
-        across: whether only candidates of another view than the anchor's count.
-        rules: (rule, its values for all anchors), which leave out negatives.
+        anchors: the anchors, part by part.
+        candidates: the candidates, part by part; parts may be the same objects as those of the anchors.
+        across: True if only candidates of another view than the anchor's count.
+        rules: (rule, its values for all anchors), which exclude negatives.
     """
 
     def __init__(
@@ -140,12 +140,12 @@ class Layout:
 
     @cached_property
     def sources(self) -> list[Embeddings]:
-        """The distinct `Embeddings` among anchors and candidates: what gradients are computed for."""
+        """The distinct `Embeddings` among anchors and candidates; each has one gradient."""
         return list({id(part): part for part in (*self.anchors, *self.candidates)}.values())
 
     @property
     def vectors(self) -> list[Tensor]:
-        """The vectors of the sources, with history, all in the same type: float32 or better."""
+        """The vectors of the sources, with autograd history, all in the same type: float32 or better."""
         dtype = torch.float32
         for part in self.sources:
             dtype = torch.promote_types(dtype, part.z.dtype)
@@ -153,12 +153,12 @@ class Layout:
 
     @property
     def heads(self) -> tuple[int, ...]:
-        """(H,), or () without heads; candidates without heads are those of every head."""
+        """(H,), or () without heads; candidates without heads are shared by all heads."""
         return max((tuple(part.z.shape[:-2]) for part in (*self.anchors, *self.candidates)), key=len)
 
     @property
     def on_host(self) -> bool:
-        """True where numbers can be looked at without waiting for a device."""
+        """True on the CPU, where reading a number does not wait for a device."""
         return self.anchors[0].z.device.type == "cpu"
 
     @cached_property
@@ -172,14 +172,14 @@ class Layout:
         return self._blocks(self.candidates)
 
     def _blocks(self, parts: Sequence[Embeddings]) -> list[Block]:
-        number = {id(part): place for place, part in enumerate(self.sources)}
+        number = {id(part): index for index, part in enumerate(self.sources)}
         blocks, first = [], 0
         for part in parts:
             views: list[int | None] = [None]
             lengths = [len(part)]
             if self.on_host and len(part):
                 runs, counts = torch.unique_consecutive(part.view, return_counts=True)
-                if len(runs) <= RUNS:
+                if len(runs) <= MAX_RUNS:
                     views, lengths = runs.tolist(), counts.tolist()
             start = first
             for view, length in zip(views, lengths, strict=True):
@@ -190,16 +190,16 @@ class Layout:
 
     @property
     def anchors_are_candidates(self) -> bool:
-        """True if the first candidates are the same objects as the anchors, as they are on one process."""
+        """True if the first candidates are the same objects as the anchors, as on one process."""
         same = (own is other for own, other in zip(self.anchors, self.candidates, strict=False))
         return len(self.anchors) <= len(self.candidates) and all(same)
 
     @cached_property
     def symmetric(self) -> bool:
-        """True if s_ij = s_ji and the relation too is the same both ways, so that one tile serves i and j.
+        """True if both s and the relation are the same for (i, j) and (j, i), so that one tile serves i and j.
 
-        Not where anchors are remembered entries: a remembered candidate of the anchor's sample is ignored, and the
-        relation is not the same in the other direction. Not on another device, where views are not looked at.
+        False where anchors are remembered entries: a remembered candidate of the anchor's sample is ignored, so that
+        the relation differs between the two directions. False on other devices than the CPU, where views are not read.
         """
         views = [block.view for block in self.anchor_blocks]
         return self.anchors_are_candidates and all(view is not None and view >= 0 for view in views)
@@ -224,26 +224,28 @@ class Layout:
         return _identities(self.candidates)
 
     def check_references(self) -> None:
-        """Refuse embeddings without reference vectors.
+        """Check that all embeddings have reference vectors.
 
         Raises:
-            ValueError: where an anchor or a candidate has none.
+            ValueError: if an anchor or a candidate has none.
         """
         if any(part.reference is None for part in (*self.anchors, *self.candidates)):
-            raise ValueError("weight 'reference' needs the vectors of a frozen tower: give the loss reference=(N, R).")
+            raise ValueError(
+                "weight 'reference' needs the vectors of a frozen tower: pass reference=(N, R) to the loss."
+            )
 
     @cached_property
-    def itself(self) -> Listed | None:
-        """The pairs of one sample that are no candidates: the anchor itself, and remembered entries of its sample.
+    def itself(self) -> ListedPairs | None:
+        """The pairs of one sample that are excluded: the anchor itself, and remembered entries of its sample.
 
-        None where samples are repeated too often to list them. The relation as a mask is `relation`.
+        None where samples are repeated too often to list them.
         """
         pairs = self._equal(self.anchor.sample, self.candidate.sample)
         return None if pairs is None else pairs.where(self._is_itself(pairs))
 
     @cached_property
-    def positive(self) -> Listed | None:
-        """The positives, as `relation` has them; None where groups are too large to list them."""
+    def positive(self) -> ListedPairs | None:
+        """The positives, as in `relation`; None where groups are too large to list them."""
         pairs = self._equal(self.anchor.group, self.candidate.group)
         if pairs is None:
             return None
@@ -252,51 +254,51 @@ class Layout:
         return pairs.where(counts & (view != other_view) if self.across else counts)
 
     @cached_property
-    def positive_places(self) -> Tensor:
-        """The listed positives as (N, k): the places of each anchor's among all candidates, -1 where it has fewer."""
+    def positive_indices(self) -> Tensor:
+        """The listed positives as (N, k) indices among all candidates, -1 where an anchor has fewer than k."""
         assert self.positive is not None
-        return self.places(self.positive)
+        return self.padded_indices(self.positive)
 
-    def _equal(self, own: Tensor, others: Tensor) -> Listed | None:
+    def _equal(self, own: Tensor, others: Tensor) -> ListedPairs | None:
         """List the pairs with equal numbers.
 
-        The candidates alone decide whether that is too many: they are the same on every process, which must all
-        compute the same way.
+        Only the candidates decide whether that is too many: these are the same on all processes, which must choose the
+        same computation.
         """
         if not self.on_host:
             return None
         present = (self.candidate.view != PADDING).nonzero().squeeze(1)
         ordered, order = others[present].sort()
-        if len(ordered) > FEW and bool((ordered[FEW:] == ordered[:-FEW]).any()):
+        if len(ordered) > MAX_LISTED and bool((ordered[MAX_LISTED:] == ordered[:-MAX_LISTED]).any()):
             return None
         first, last = (torch.searchsorted(ordered, own, right=right) for right in (False, True))
         counts = last - first
         rows = torch.repeat_interleave(torch.arange(len(own)), counts)
         within = torch.arange(len(rows)) - (counts.cumsum(0) - counts)[rows]
-        return Listed(rows, present[order[first[rows] + within]])
+        return ListedPairs(rows, present[order[first[rows] + within]])
 
-    def _is_itself(self, pairs: Listed) -> Tensor:
+    def _is_itself(self, pairs: ListedPairs) -> Tensor:
         other_view = self.candidate.view[pairs.candidates]
         same_view = (other_view == self.anchor.view[pairs.anchors]) | (other_view == REMEMBERED)
         return same_view & (self.candidate.sample[pairs.candidates] == self.anchor.sample[pairs.anchors])
 
-    def places(self, pairs: Listed) -> Tensor:
-        """Arrange listed pairs as (N, k): the places of each anchor's candidates, -1 where it has fewer than k."""
+    def padded_indices(self, pairs: ListedPairs) -> Tensor:
+        """Return (N, k): the indices of each anchor's candidates in listed pairs, -1 where it has fewer than k."""
         counts = torch.bincount(pairs.anchors, minlength=self.anchor_count)
         order = pairs.anchors.argsort(stable=True)
         rows, columns = pairs.anchors[order], pairs.candidates[order]
-        places = torch.full((self.anchor_count, int(counts.max()) if len(rows) else 0), -1)
-        places[rows, torch.arange(len(rows)) - (counts.cumsum(0) - counts)[rows]] = columns
-        return places
+        indices = torch.full((self.anchor_count, int(counts.max()) if len(rows) else 0), -1)
+        indices[rows, torch.arange(len(rows)) - (counts.cumsum(0) - counts)[rows]] = columns
+        return indices
 
     @cached_property
     def groups(self) -> tuple[Tensor, Tensor, int]:
-        """The groups of anchors and of candidates numbered from 0, and how many there are."""
+        """The groups of the anchors and of the candidates, numbered from 0, and the number of groups."""
         values, numbers = torch.unique(torch.cat([self.anchor.group, self.candidate.group]), return_inverse=True)
         return *numbers.split([self.anchor_count, self.candidate_count]), len(values)
 
-    def heads_count_alike(self, over: Relation, above: object | None) -> bool:
-        """True if a count is (N,) with heads too: neither a threshold nor a rule reads their similarities."""
+    def same_count_per_head(self, over: Relation, above: object | None) -> bool:
+        """True if a count is the same for all heads: no threshold and no rule reads their similarities."""
         return above is None and (over == "positive" or not self.rules)
 
     def count(self, over: Relation, among: Tensor | None = None, rows: Tensor | None = None) -> Tensor | None:
@@ -310,20 +312,20 @@ class Layout:
         i, j = self.itself
         counts = torch.zeros(self.anchor_count, dtype=torch.int64)
         for view in set(torch.unique(self.anchor.view).tolist()) - {PADDING}:
-            reachable, mine = self._candidates_of(view, over, among), self.anchor.view == view
-            of_group = torch.bincount(others[reachable], minlength=total)[own[mine]]
-            # The pairs of an anchor with itself are among these numbers; they are counted apart and subtracted.
+            reachable, anchors = self._candidates_of(view, over, among), self.anchor.view == view
+            of_group = torch.bincount(others[reachable], minlength=total)[own[anchors]]
+            # These numbers include the pairs of an anchor with itself, which are subtracted.
             if over == "positive":
-                counts[mine], wrong = of_group, own[i] == others[j]
+                counts[anchors], included = of_group, own[i] == others[j]
             elif over == "all":
-                counts[mine], wrong = reachable.sum(), torch.ones_like(i, dtype=torch.bool)
+                counts[anchors], included = reachable.sum(), torch.ones_like(i, dtype=torch.bool)
             else:
-                counts[mine], wrong = reachable.sum() - of_group, own[i] != others[j]
-            counts -= torch.bincount(i[wrong & mine[i] & reachable[j]], minlength=self.anchor_count)
+                counts[anchors], included = reachable.sum() - of_group, own[i] != others[j]
+            counts -= torch.bincount(i[included & anchors[i] & reachable[j]], minlength=self.anchor_count)
         return counts if rows is None else counts * rows
 
     def _candidates_of(self, view: int, over: Relation, among: Tensor | None) -> Tensor:
-        """Return (M,) bool: the candidates of anchors of a view, before groups and samples are compared."""
+        """Return (M,) bool: the candidates of the anchors of one view, by views only."""
         other_view = self.candidate.view
         reached = other_view != PADDING if over != "remembered" else other_view == REMEMBERED
         reached = reached & (other_view != view) if self.across else reached

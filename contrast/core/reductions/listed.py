@@ -1,7 +1,7 @@
 """Listed pairs: the few positives of each anchor, and the candidates that `topk` found, as tiles of (N, k).
 
-A reduction over few positives is the same formula on (N, k) similarities as on (N, M). No tile of candidates is swept;
-the k vectors of each anchor are copied beside it, ROWS anchors at a time.
+A reduction over few positives is the same formula on (N, k) similarities as on (N, M). The k vectors of each anchor are
+copied, ROWS anchors at a time.
 """
 
 from __future__ import annotations
@@ -24,17 +24,18 @@ from contrast.core.reductions.kinds import (
 from contrast.core.reductions.layout import Block, Layout
 from contrast.core.reductions.pair_functions import Evaluated, SidedFunction
 from contrast.core.reductions.terms import Gradients, Saved
-from contrast.core.reductions.tile import Backward, ReductionTerm, Tile
+from contrast.core.reductions.tile import GradientTargets, ReductionTerm, Tile
 
 ROWS = 1024
-"""Anchors whose candidates are copied side by side at a time."""
+"""Anchors whose candidates are copied at a time."""
 
 
-def accepts(layout: Layout, asked: Reduction) -> bool:
-    """True if a reduction is over listed positives, with arguments that are known pair by pair."""
-    values = [value for value in arguments(asked).values() if isinstance(value, str | nn.Module)]
-    pair_by_pair = all(isinstance(value, SidedFunction) for value in values)
-    return asked.over == "positive" and not isinstance(asked, Kth) and pair_by_pair and layout.positive is not None
+def accepts(layout: Layout, reduction: Reduction) -> bool:
+    """True if a reduction is over listed positives, with arguments that can be evaluated per pair."""
+    if isinstance(reduction, Kth) or reduction.over != "positive" or layout.positive is None:
+        return False
+    values = [value for value in arguments(reduction).values() if isinstance(value, str | nn.Module)]
+    return all(isinstance(value, SidedFunction) for value in values)
 
 
 class Similarities:
@@ -42,11 +43,11 @@ class Similarities:
 
     Args:
         layout: anchors and candidates.
-        places: (N, k) or (H, N, k), among all candidates; -1 for none, whose similarity is 0.
+        indices: (N, k) or (H, N, k), among all candidates; -1 for none, whose similarity is 0.
     """
 
-    def __init__(self, layout: Layout, places: Tensor) -> None:
-        self.layout, self.places = layout, places
+    def __init__(self, layout: Layout, indices: Tensor) -> None:
+        self.layout, self.indices = layout, indices
         self.arguments: list[Tensor] = []
 
     def forward(self, z: Sequence[Tensor], given: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:  # noqa: ARG002
@@ -58,16 +59,16 @@ class Similarities:
         self.add_gradients(saved.z, upstream[0], to_z)
 
     def of(self, z: Sequence[Tensor]) -> Tensor:
-        """Compute the similarities of these vectors of the sources."""
-        s = z[0].new_zeros(*self.layout.heads, *self.places.shape[-2:])
+        """Compute the similarities from the vectors of the sources."""
+        s = z[0].new_zeros(*self.layout.heads, *self.indices.shape[-2:])
         for piece in self._pieces(z):
-            s[..., piece.anchors.all, :] += (piece.x.unsqueeze(-2) * piece.y).sum(dim=-1) * piece.there
+            s[..., piece.anchors.all, :] += (piece.x.unsqueeze(-2) * piece.y).sum(dim=-1) * piece.present
         return s
 
     def add_gradients(self, z: Sequence[Tensor], to_s: Tensor, to_z: Gradients) -> None:
         """Add dL/ds to the gradients of the vectors."""
         for piece in self._pieces(z):
-            share = (to_s[..., piece.anchors.all, :] * piece.there).unsqueeze(-1)
+            share = (to_s[..., piece.anchors.all, :] * piece.present).unsqueeze(-1)
             to_x, to_y = to_z[piece.anchors.source], to_z[piece.candidates.source]
             if to_x is not None:
                 part = to_x[..., piece.anchors.own, :]
@@ -78,25 +79,25 @@ class Similarities:
     def _pieces(self, z: Sequence[Tensor]) -> Iterator[_Piece]:
         for run in self.layout.anchor_blocks:
             for anchors in run.cut(ROWS):
-                places, x = self.places[..., anchors.all, :], z[anchors.source][..., anchors.own, :]
+                indices, x = self.indices[..., anchors.all, :], z[anchors.source][..., anchors.own, :]
                 for part in self.layout.candidate_blocks:
-                    there = (places >= part.start) & (places < part.stop)
-                    if part.start < part.stop and (not self.layout.on_host or bool(there.any())):
-                        index = (places - part.first).clamp(part.own.start, part.own.stop - 1)
-                        yield _Piece(anchors, x, part, gather(z[part.source], index), index, there)
+                    present = (indices >= part.start) & (indices < part.stop)
+                    if part.start < part.stop and (not self.layout.on_host or bool(present.any())):
+                        index = (indices - part.first).clamp(part.own.start, part.own.stop - 1)
+                        yield _Piece(anchors, x, part, gather(z[part.source], index), index, present)
 
 
 @dataclass(frozen=True)
 class _Piece:
-    """Some anchors with their candidates in one part.
+    """A block of anchors with their candidates in one block of candidates.
 
     Args:
-        anchors: n of them.
+        anchors: the n anchors.
         x: (n, D) or (H, n, D), their vectors.
-        candidates: the part.
+        candidates: the block of candidates.
         y: (n, k, D) or (H, n, k, D), the candidates' vectors.
-        index: (n, k) or (H, n, k), where these stand in their source.
-        there: which of them are in this part at all.
+        index: (n, k) or (H, n, k), the candidates' indices in their source.
+        present: like `index`, True for candidates in this block.
     """
 
     anchors: Block
@@ -104,7 +105,7 @@ class _Piece:
     candidates: Block
     y: Tensor
     index: Tensor
-    there: Tensor
+    present: Tensor
 
 
 class ListedReductions(ReductionTerm):
@@ -112,88 +113,88 @@ class ListedReductions(ReductionTerm):
 
     Args:
         layout: anchors and candidates; positives can be listed.
-        asked: the reductions, which `accepts` accepted.
+        reductions: those that `accepts` accepted.
     """
 
-    def __init__(self, layout: Layout, asked: Sequence[Reduction]) -> None:
-        super().__init__(layout, asked)
-        self.similarities = Similarities(layout, layout.positive_places)
+    def __init__(self, layout: Layout, reductions: Sequence[Reduction]) -> None:
+        super().__init__(layout, reductions)
+        self.similarities = Similarities(layout, layout.positive_indices)
 
     def forward(self, z: Sequence[Tensor], arguments: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """Return the reductions, (N,) or (H, N) each; keep the similarities, and a normaliser of each."""
-        asked, tensors = self.given(arguments)
+        """Return the reductions, (N,) or (H, N) each; save the similarities, and a normaliser of each."""
+        reductions, tensors = self.with_arguments(arguments)
         s = self.similarities.of(z)
-        tile, found = PositivesTile(self, s, tensors), []
-        for one in asked:
-            sums = formula(one, None, s.new_zeros(s.shape[:-1]))
+        tile, results = PositivesTile(self, s, tensors), []
+        for reduction in reductions:
+            sums = formula(reduction, None, s.new_zeros(s.shape[:-1]))
             sums.add(tile, torch.empty_like(s), tile.rows)
-            found.append(sums.finish())
-        outputs, normalisers = zip(*found, strict=True)
+            results.append(sums.finish())
+        outputs, normalisers = zip(*results, strict=True)
         return list(outputs), [s, *normalisers]
 
     def backward(self, saved: Saved, upstream: Sequence[Tensor], to_z: Gradients, to_arguments: Gradients) -> None:
         """Add the gradients of the vectors and of the arguments."""
-        asked, tensors = self.given(saved.arguments)
-        s, *normalisers = saved.kept
-        into, to_s = self.into(asked, to_z, to_arguments), torch.zeros_like(s)
-        tile = PositivesTile(self, s, tensors, into)
-        for one, output, normaliser, g in zip(asked, saved.outputs, normalisers, upstream, strict=True):
-            if not isinstance(one, Count):
-                sums = formula(one, None, s.new_zeros(()))
+        reductions, tensors = self.with_arguments(saved.arguments)
+        s, *normalisers = saved.tensors
+        targets, to_s = self.targets(reductions, to_z, to_arguments), torch.zeros_like(s)
+        tile = PositivesTile(self, s, tensors, targets)
+        for reduction, output, normaliser, g in zip(reductions, saved.outputs, normalisers, upstream, strict=True):
+            if not isinstance(reduction, Count):
+                sums = formula(reduction, None, s.new_zeros(()))
                 sums.prepare(output, normaliser, g)
-                to_s += sums.gradient(tile, torch.empty_like(s), partial(tile.spread, one, tile.rows, None))
+                to_s += sums.gradient(tile, torch.empty_like(s), partial(tile.per_pair, reduction, tile.rows, None))
         for function, to_values in tile.to_values.items():
             self.functions.backward(tile.evaluated[function], to_values, to_s)
         self.similarities.add_gradients(saved.z, to_s, to_z)
 
 
 class PositivesTile(Tile):
-    """All anchors, each beside its own positives, (N, k).
+    """All anchors with their own positives, (N, k).
 
     Args:
-        term: whose anchors and positives.
+        term: the term with these anchors and positives.
         s: (N, k) or (H, N, k), the similarities.
-        tensors: what PairFunctions read, without history.
-        into: in the backward pass, where gradients are added.
+        tensors: what PairFunctions read, without autograd history.
+        targets: in the backward pass, where gradients are added.
     """
 
     def __init__(
-        self, term: ListedReductions, s: Tensor, tensors: Sequence[Tensor], into: Backward | None = None
+        self, term: ListedReductions, s: Tensor, tensors: Sequence[Tensor], targets: GradientTargets | None = None
     ) -> None:
-        super().__init__(s, slice(0, term.layout.anchor_count), None if into is None else into.arguments)
-        self.term, self.places, self.tensors = term, term.layout.positive_places, tensors
-        self.to_tensors = None if into is None else into.tensors
+        super().__init__(s, slice(0, term.layout.anchor_count), None if targets is None else targets.arguments)
+        self.term, self.indices, self.tensors = term, term.layout.positive_indices, tensors
+        self.to_tensors = None if targets is None else targets.tensors
 
     def part_of(self, argument: Tensor) -> Tensor:
-        """Return an argument of the anchors as it is, one of the candidates at their places."""
+        """Return an argument of the anchors unchanged, and one of the candidates at their indices."""
         if argument.shape[-1] == 1:
             return argument
         # (M,), (1, M) or (H, 1, M)
-        return (argument if argument.ndim == 1 else argument[..., 0, :])[..., self.places]
+        return (argument if argument.ndim == 1 else argument[..., 0, :])[..., self.indices]
 
     def add_part(self, to_argument: Tensor, gradient: Tensor) -> None:
-        """Add the gradient of each pair to those of an argument's anchors or candidates."""
+        """Add the gradient of each pair to the gradient of an argument of the anchors or of the candidates."""
         if to_argument.shape[-1] == 1:
             to_argument += gradient.sum_to_size(to_argument.shape)
             return
         of_candidates = to_argument if to_argument.ndim == 1 else to_argument[..., 0, :]
-        gradient = (gradient * (self.places >= 0)).sum_to_size(*of_candidates.shape[:-1], *self.places.shape)
-        of_candidates.index_add_(-1, self.places.clamp(min=0).reshape(-1), gradient.flatten(-2))
+        gradient = (gradient * (self.indices >= 0)).sum_to_size(*of_candidates.shape[:-1], *self.indices.shape)
+        of_candidates.index_add_(-1, self.indices.clamp(min=0).reshape(-1), gradient.flatten(-2))
 
     def evaluate(self, function: nn.Module) -> Evaluated:
         """Evaluate a `SidedFunction` on these pairs."""
-        given = (self.term.layout, self.places, self.s, self.tensors, self.to_tensors)
-        return self.term.functions.on_listed(function, *given)
+        layout, functions = self.term.layout, self.term.functions
+        return functions.on_listed(function, layout, self.indices, self.s, self.tensors, self.to_tensors)
 
     def reference_weight(self) -> Tensor:
-        """Refuse: `accepts` leaves reference weights to tiles."""
+        """Raise: `accepts` accepts no reference weights."""
         raise NotImplementedError
 
-    def excluded(self, asked: Any) -> tuple[list[Tensor], list[Tensor]]:
-        """Return which of the (N, k) places do not count."""
-        masks = [self.places >= 0]
-        masks += [] if asked.among is None else [asked.among[self.places]]
-        masks += [] if asked.rows is None else [asked.rows.unsqueeze(-1)]
+    def excluded(self, reduction: Any) -> tuple[list[Tensor], list[Tensor]]:
+        """Return which of the (N, k) pairs do not count."""
+        masks = [self.indices >= 0]
+        masks += [] if reduction.among is None else [reduction.among[self.indices]]
+        masks += [] if reduction.rows is None else [reduction.rows.unsqueeze(-1)]
         return [], masks
 
 
@@ -205,7 +206,7 @@ def gather(z: Tensor, index: Tensor) -> Tensor:
 
 
 def scatter_add(to: Tensor, index: Tensor, vectors: Tensor) -> None:
-    """Add vectors where `gather` found them."""
+    """Add vectors at indices: the inverse of `gather`."""
     if to.ndim == 2:
         every = index.expand(vectors.shape[:-1]).reshape(-1)
         to.index_add_(0, every, vectors.reshape(-1, vectors.shape[-1]))

@@ -1,11 +1,11 @@
-"""PairFunctions in a pass over tiles: how they are evaluated, and how gradients reach what they read and learn.
+"""PairFunctions in a pass over tiles: their evaluation, and the gradients of what they read and learn.
 
-A PairFunction is a module whose value belongs to a pair, such as a learned temperature. What it reads of the vectors
-and what it learns are arguments of the pass, so that the backward pass evaluates it on the tensors of the forward pass,
-whatever the module holds by then (`torch.func.functional_call` puts other parameters in for a call).
+A PairFunction is a module with a value per pair, such as a learned temperature. The vectors that it reads and the
+parameters that it learns are arguments of the pass, so that the backward pass evaluates it on the tensors of the
+forward pass, also if the module has other parameters by then (as after `torch.func.functional_call`).
 
-On a tile it is evaluated with autograd on *leaves*, detached parts of these tensors; in the backward pass the gradient
-of its values goes to the leaves, and from there is added to the gradients of the whole.
+On a tile it is evaluated with autograd on *leaves*, detached parts of these tensors; the backward pass computes the
+gradients of the leaves and adds them to those of the full tensors.
 """
 
 from __future__ import annotations
@@ -45,10 +45,10 @@ class SidedFunction(Protocol):
     """
 
     def anchor_side(self, z: Tensor) -> Tensor:
-        """Return (..., n, A): what it reads of vectors (..., n, D) that are anchors."""
+        """Return (..., n, A), computed from the vectors (..., n, D) of anchors."""
 
     def candidate_side(self, z: Tensor) -> Tensor:
-        """Return (..., m, B): what it reads of vectors (..., m, D) that are candidates."""
+        """Return (..., m, B), computed from the vectors (..., m, D) of candidates."""
 
     def of_sides(self, s: Tensor, a: Tensor, b: Tensor) -> Tensor:
         """Return the values (..., n, m) of similarities (..., n, m) and sides (..., n, A) and (..., m, B)."""
@@ -58,10 +58,10 @@ class Evaluated(NamedTuple):
     """The values of a PairFunction on a tile.
 
     Args:
-        values: (n, m) or (H, n, m), with history in the backward pass.
-        s: the leaf of the similarities, where the function reads these.
-        leaves: the leaves of what else it reads, and of what it learns.
-        targets: the places to which the gradients of `leaves` are added; None where one is not needed.
+        values: (n, m) or (H, n, m), with autograd history in the backward pass.
+        s: the leaf of the similarities, if the function reads these.
+        leaves: the leaves of the other tensors that it reads and learns.
+        targets: the tensors to which the gradients of `leaves` are added; None where one is not needed.
     """
 
     values: Tensor
@@ -75,20 +75,20 @@ class PairFunctions:
 
     Args:
         functions: the functions.
-        layout: whose vectors they read.
+        layout: the anchors and candidates whose vectors they read.
 
     Attributes:
-        tensors: their sides and what they learn: arguments of the pass, with history.
+        tensors: their sides and parameters: arguments of the pass, with autograd history.
     """
 
     def __init__(self, functions: Sequence[nn.Module], layout: Layout) -> None:
         self.tensors: list[Tensor] = []
         self._sides: dict[tuple[nn.Module, int, int], int] = {}
-        """(function, role, source) -> the place of that side among `tensors`; roles: 0 anchor, 1 candidate."""
+        """(function, role, source) -> the index of that side in `tensors`; roles: 0 anchor, 1 candidate."""
         self._learned: dict[nn.Module, dict[str, int]] = {}
-        """function -> name of a parameter -> its place among `tensors`."""
-        self._held: dict[nn.Module, list[int]] = {}
-        """function -> the places of tensors with a gradient that it holds as attributes."""
+        """function -> name of a parameter -> its index in `tensors`."""
+        self._attributes: dict[nn.Module, list[int]] = {}
+        """function -> the indices in `tensors` of its attributes that have a gradient."""
         roles = [{block.source for block in blocks} for blocks in (layout.anchor_blocks, layout.candidate_blocks)]
         for function in functions:
             if isinstance(function, SidedFunction):
@@ -98,7 +98,7 @@ class PairFunctions:
             self._learned[function] = {
                 name: self._add(averaged(parameter)) for name, parameter in function.named_parameters()
             }
-            self._held[function] = [self._add(tensor) for tensor in held(function)]
+            self._attributes[function] = [self._add(tensor) for tensor in attribute_tensors(function)]
 
     def _add(self, tensor: Tensor) -> int:
         self.tensors.append(tensor)
@@ -118,20 +118,20 @@ class PairFunctions:
         Args:
             function: the function.
             s: (n, m) or (H, n, m), the similarities.
-            embeddings: the anchors and the candidates, without history.
+            embeddings: the anchors and the candidates, without autograd history.
             blocks: the blocks.
-            tensors: `tensors` without history.
+            tensors: `tensors` without autograd history.
             gradients: in the backward pass, those of the sources' vectors and of `tensors`; None in the forward pass.
         """
         to_z, to_tensors = gradients or ((), ())
         if isinstance(function, SidedFunction):
-            places = [self._sides[function, role, block.source] for role, block in enumerate(blocks)]
-            read = [tensors[place][..., block.own, :] for place, block in zip(places, blocks, strict=True)]
-            to = [to_tensors[place] for place in places] if gradients else []
+            indices = [self._sides[function, role, block.source] for role, block in enumerate(blocks)]
+            read = [tensors[index][..., block.own, :] for index, block in zip(indices, blocks, strict=True)]
+            to = [to_tensors[index] for index in indices] if gradients else []
         else:
             read = [part.z for part in embeddings]
             to = [to_z[block.source] for block in blocks] if gradients else []
-        targets = [None if one is None else one[..., block.own, :] for one, block in zip(to, blocks, strict=False)]
+        targets = [None if full is None else full[..., block.own, :] for full, block in zip(to, blocks, strict=False)]
 
         def values(call: Callable[..., Tensor], s: Tensor, x: Tensor, y: Tensor) -> Tensor:
             if isinstance(function, SidedFunction):
@@ -145,7 +145,7 @@ class PairFunctions:
         self,
         function: nn.Module,
         layout: Layout,
-        places: Tensor,
+        indices: Tensor,
         s: Tensor,
         tensors: Sequence[Tensor],
         to_tensors: Gradients | None,
@@ -155,27 +155,26 @@ class PairFunctions:
         Args:
             function: the function.
             layout: anchors and candidates.
-            places: (N, k), the candidates among all.
+            indices: (N, k), the candidates among all.
             s: (N, k) or (H, N, k), their similarities.
-            tensors: `tensors` without history.
+            tensors: `tensors` without autograd history.
             to_tensors: in the backward pass, the gradients of `tensors`; None in the forward pass.
         """
-        number = {id(part): place for place, part in enumerate(layout.sources)}
+        number = {id(part): index for index, part in enumerate(layout.sources)}
         of_parts = [
             [self._sides[function, role, number[id(part)]] for part in parts]
             for role, parts in enumerate((layout.anchors, layout.candidates))
         ]
-        used = list(dict.fromkeys(place for of_role in of_parts for place in of_role))
-        targets = [to_tensors[place] for place in used] if to_tensors is not None else []
+        used = list(dict.fromkeys(index for of_role in of_parts for index in of_role))
+        targets = [to_tensors[index] for index in used] if to_tensors is not None else []
 
         def values(call: Callable[..., Tensor], s: Tensor, *sides: Tensor) -> Tensor:
-            side = {place: one.expand(*layout.heads, -1, -1) for place, one in zip(used, sides, strict=True)}
-            a, b = (torch.cat([side[place] for place in of_role], dim=-2) for of_role in of_parts)
-            # Each anchor is a tile of its own: one row beside its k candidates, (..., N, 1, k).
-            beside = b[..., places.clamp(min=0), :]
-            return call(s.unsqueeze(-2), a.unsqueeze(-2), beside).squeeze(-2)
+            side = {index: part.expand(*layout.heads, -1, -1) for index, part in zip(used, sides, strict=True)}
+            a, b = (torch.cat([side[index] for index in of_role], dim=-2) for of_role in of_parts)
+            # Each anchor is a tile of one row and its k candidates, (..., N, 1, k).
+            return call(s.unsqueeze(-2), a.unsqueeze(-2), b[..., indices.clamp(min=0), :]).squeeze(-2)
 
-        return self._evaluate(function, values, s, [tensors[place] for place in used], targets, tensors, to_tensors)
+        return self._evaluate(function, values, s, [tensors[index] for index in used], targets, tensors, to_tensors)
 
     def _evaluate(
         self,
@@ -187,12 +186,12 @@ class PairFunctions:
         tensors: Sequence[Tensor],
         to_tensors: Gradients | None,
     ) -> Evaluated:
-        """Evaluate a function with the parameters that are among `tensors`; with history in the backward pass."""
+        """Evaluate a function with its parameters in `tensors`; with autograd history in the backward pass."""
         backward = to_tensors is not None
         parameters = self._learned[function]
         leaves = [
-            one.detach().requires_grad_(backward)
-            for one in (s, *read, *(tensors[place] for place in parameters.values()))
+            tensor.detach().requires_grad_(backward)
+            for tensor in (s, *read, *(tensors[index] for index in parameters.values()))
         ]
         learned = dict(zip(parameters, leaves[1 + len(read) :], strict=True))
         sided = isinstance(function, SidedFunction)
@@ -200,20 +199,20 @@ class PairFunctions:
         given = {f"function.{name}": leaf for name, leaf in learned.items()} if sided else learned
 
         def call(*arguments: object) -> Tensor:
-            called: Tensor = functional_call(module, given, arguments)
-            return called
+            result: Tensor = functional_call(module, given, arguments)
+            return result
 
         with torch.enable_grad():
-            found = values(call, *leaves[: 1 + len(read)])
-        kept = held(function)
-        if not backward and found.requires_grad and not kept:
+            result = values(call, *leaves[: 1 + len(read)])
+        attributes = attribute_tensors(function)
+        if not backward and result.requires_grad and not attributes:
             raise ValueError(
                 f"{type(function).__name__} reads a tensor that has a gradient and is neither its parameter nor its "
-                "attribute, so that its gradient would be lost: self.weight = nn.Parameter(...)."
+                "attribute, so that its gradient would be lost: write self.weight = nn.Parameter(...)."
             )
-        places = [*parameters.values(), *self._held[function]]
-        to_learned = [to_tensors[place] for place in places] if to_tensors is not None else []
-        return Evaluated(found, leaves[0] if sided else None, [*leaves[1:], *kept], [*targets, *to_learned])
+        indices = [*parameters.values(), *self._attributes[function]]
+        to_learned = [to_tensors[index] for index in indices] if to_tensors is not None else []
+        return Evaluated(result, leaves[0] if sided else None, [*leaves[1:], *attributes], [*targets, *to_learned])
 
     @staticmethod
     def backward(evaluated: Evaluated, to_values: Tensor, to_s: Tensor) -> None:
@@ -221,19 +220,19 @@ class PairFunctions:
         values, s, leaves, targets = evaluated
         if not values.requires_grad:
             return
-        given = to_values.sum_to_size(values.shape).to(values.dtype)
+        upstream = to_values.sum_to_size(values.shape).to(values.dtype)
         inputs = leaves if s is None else [s, *leaves]
-        found = list(torch.autograd.grad(values, inputs, given, allow_unused=True))
-        of_s = None if s is None else found.pop(0)
+        gradients = list(torch.autograd.grad(values, inputs, upstream, allow_unused=True))
+        of_s = None if s is None else gradients.pop(0)
         if of_s is not None:
             to_s += of_s
-        for target, gradient in zip(targets, found, strict=True):
+        for target, gradient in zip(targets, gradients, strict=True):
             if target is not None and gradient is not None:
                 target += gradient.sum_to_size(target.shape)
 
 
 class _OfSides(nn.Module):
-    """The method `of_sides` as a module of its own, for `functional_call`."""
+    """The method `of_sides` as a module, for `functional_call`."""
 
     def __init__(self, function: nn.Module) -> None:
         super().__init__()
@@ -244,8 +243,8 @@ class _OfSides(nn.Module):
         return self.function.of_sides(s, a, b)
 
 
-def held(function: nn.Module) -> list[Tensor]:
-    """Return the tensors with a gradient that a module and its parts hold as attributes, beside their parameters."""
+def attribute_tensors(function: nn.Module) -> list[Tensor]:
+    """Return the attributes of a module and its submodules that are tensors with a gradient, except parameters."""
     attributes = (value for part in function.modules() for value in vars(part).values())
     return [value for value in attributes if isinstance(value, Tensor) and value.requires_grad]
 

@@ -1,11 +1,11 @@
-"""A call of `reduce` without a matrix: each reduction becomes the cheapest term, and all terms are one function.
+"""`reduce` without a matrix: each reduction is part of the cheapest possible term, and all terms are one function.
 
 ========================================== ========================================================
 a count without thresholds                 lists and group sizes (`layout`)
 over few positives                         listed pairs (`listed`)
-a threshold                                strips of whole rows (`strips`)
+a threshold                                strips of complete rows (`strips`)
 a mean over all, or over large groups      sums (`means`)
-all else                                   tiles in one pass (`tiled`); on CUDA Triton kernels
+others                                     tiles in one pass (`tiled`); on CUDA Triton kernels
 ========================================== ========================================================
 """
 
@@ -26,36 +26,36 @@ from contrast.core.reductions.tiled import TiledReductions
 from contrast.core.reductions.triton_backend import KernelReductions
 
 
-def reduce(layout: Layout, asked: Sequence[Reduction], size: int, triton: bool = False) -> tuple[Tensor, ...]:
+def reduce(layout: Layout, reductions: Sequence[Reduction], size: int, triton: bool = False) -> tuple[Tensor, ...]:
     """Compute each reduction of each anchor's row, (N,) or (H, N).
 
     Args:
         layout: anchors and candidates.
-        asked: the reductions.
+        reductions: the reductions.
         size: rows and columns of a tile.
-        triton: whether kernels take what they can; on CUDA they do anyhow.
+        triton: True to use kernels on the CPU too, in Triton's interpreter; on CUDA they are always used.
     """
-    found: dict[int, Tensor] = {}
-    few: list[int] = []
+    results: dict[int, Tensor] = {}
+    over_lists: list[int] = []
     summed: list[int] = []
     kernels: list[int] = []
     tiled: list[int] = []
-    for number, one in enumerate(asked):
-        if (count := _count(layout, one)) is not None:
-            found[number] = count
-        elif isinstance(one, Kth):
-            (found[number],) = strips.thresholds(layout, [one], size)
-        elif listed.accepts(layout, one):
-            few.append(number)
-        elif means.accepts(layout, one):
+    for number, reduction in enumerate(reductions):
+        if (count := _count(layout, reduction)) is not None:
+            results[number] = count
+        elif isinstance(reduction, Kth):
+            (results[number],) = strips.thresholds(layout, [reduction], size)
+        elif listed.accepts(layout, reduction):
+            over_lists.append(number)
+        elif means.accepts(layout, reduction):
             summed.append(number)
         else:
-            (kernels if _on_kernels(layout, one, triton) else tiled).append(number)
+            (kernels if _on_kernels(layout, reduction, triton) else tiled).append(number)
 
-    resolved: list[Any] = with_thresholds(asked, lambda wanted: strips.thresholds(layout, wanted, size))
+    resolved: list[Any] = with_thresholds(reductions, lambda kths: strips.thresholds(layout, kths, size))
     parts: list[tuple[Term, list[int]]] = [(SummedMean(layout, resolved[number]), [number]) for number in summed]
-    if few:
-        parts.append((ListedReductions(layout, [resolved[number] for number in few]), few))
+    if over_lists:
+        parts.append((ListedReductions(layout, [resolved[number] for number in over_lists]), over_lists))
     if kernels:
         parts.append((KernelReductions(layout, [resolved[number] for number in kernels]), kernels))
     if tiled:
@@ -63,21 +63,24 @@ def reduce(layout: Layout, asked: Sequence[Reduction], size: int, triton: bool =
     if parts:
         outputs = terms.compute(layout, [term for term, _ in parts])
         for (_, numbers), of_term in zip(parts, outputs, strict=True):
-            found |= dict(zip(numbers, of_term, strict=True))
-    for number, one in enumerate(asked):
-        if isinstance(one, Count) and found[number].ndim == 2 and layout.heads_count_alike(one.over, one.above):
-            found[number] = found[number][0]
-    return tuple(found[number] for number in range(len(asked)))
+            results |= dict(zip(numbers, of_term, strict=True))
+    for number, reduction in enumerate(reductions):
+        if not isinstance(reduction, Count) or results[number].ndim == 1:
+            continue
+        if layout.same_count_per_head(reduction.over, reduction.above):
+            results[number] = results[number][0]
+    return tuple(results[number] for number in range(len(reductions)))
 
 
-def _count(layout: Layout, asked: Reduction) -> Tensor | None:
-    """Count without a similarity, where that is possible."""
-    if not isinstance(asked, Count) or asked.above is not None:
+def _count(layout: Layout, reduction: Reduction) -> Tensor | None:
+    """Count without similarities; None where that is not possible."""
+    if not isinstance(reduction, Count) or reduction.above is not None:
         return None
-    return layout.count(asked.over, asked.among, asked.rows)
+    return layout.count(reduction.over, reduction.among, reduction.rows)
 
 
-def _on_kernels(layout: Layout, asked: Reduction, triton: bool) -> bool:
-    """True if Triton kernels compute a reduction; what asks for a threshold stays with the tiles that find it."""
-    wanted = triton or layout.anchors[0].z.device.type == "cuda"
-    return wanted and not isinstance(getattr(asked, "above", None), Kth) and triton_backend.accepts(layout, asked)
+def _on_kernels(layout: Layout, reduction: Reduction, triton: bool) -> bool:
+    """True if Triton kernels compute a reduction; those with a `Kth` stay with the tiles that compute it."""
+    enabled = triton or layout.anchors[0].z.device.type == "cuda"
+    has_kth = isinstance(getattr(reduction, "above", None), Kth)
+    return enabled and not has_kth and triton_backend.accepts(layout, reduction)

@@ -1,6 +1,6 @@
-"""The backend `triton`: the kernels' inputs and gradients as a term of the one function.
+"""The backend `triton`: the kernels as a term of the one autograd function.
 
-Triton is imported with the kernels (`kernels.py`), when they are first asked for.
+`kernels`, which imports Triton, is imported when it is first needed.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from contrast.core.reductions.layout import Layout
 from contrast.core.reductions.terms import Gradients, Saved
 
 
-def accepts(layout: Layout, asked: Reduction) -> bool:
-    """True if Triton is installed, serves the device, and the kernels know the reduction."""
+def accepts(layout: Layout, reduction: Reduction) -> bool:
+    """True if Triton is installed, supports the device, and the kernels support the reduction."""
     from contrast.core.reductions.kernels import Kernels
 
-    return Kernels.available(layout.anchors[0].z.device) and Kernels.accepts(layout, asked)
+    return Kernels.available(layout.anchors[0].z.device) and Kernels.accepts(layout, reduction)
 
 
 class KernelReductions:
@@ -28,14 +28,14 @@ class KernelReductions:
 
     Args:
         layout: anchors and candidates.
-        asked: the reductions, which `accepts` accepted.
-        size: rows and columns of a tile, a power of two from 16 on; None for the kernels' own.
+        reductions: those that `accepts` accepted.
+        size: rows and columns of a tile, a power of two from 16 on; None for the default.
     """
 
-    def __init__(self, layout: Layout, asked: Sequence[Reduction], size: int | None = None) -> None:
-        self.layout, self.asked, self.size = layout, asked, size
-        tensors = tensor_arguments(asked)
-        self.slots, self.arguments = list(tensors), list(tensors.values())
+    def __init__(self, layout: Layout, reductions: Sequence[Reduction], size: int | None = None) -> None:
+        self.layout, self.reductions, self.size = layout, reductions, size
+        tensors = tensor_arguments(reductions)
+        self.keys, self.arguments = list(tensors), list(tensors.values())
 
     def forward(self, z: Sequence[Tensor], given: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """Return the reductions, (N,) or (H, N) each, and a normaliser of each."""
@@ -44,15 +44,15 @@ class KernelReductions:
 
     def backward(self, saved: Saved, upstream: Sequence[Tensor], to_z: Gradients, to_arguments: Gradients) -> None:
         """Add the gradients, from the similarities computed again."""
-        into = dict(zip(self.slots, to_arguments, strict=True))
-        learned = {slot for slot, gradient in into.items() if gradient is not None}
+        to_argument = dict(zip(self.keys, to_arguments, strict=True))
+        learned = {key for key, gradient in to_argument.items() if gradient is not None}
         kernels = self._kernels(saved.z, saved.arguments, learned)
-        gradients = KernelGradients(kernels.work, to_z, into)
-        kernels.backward(saved.outputs, saved.kept, upstream, gradients)
+        gradients = KernelGradients(kernels.call, to_z, to_argument)
+        kernels.backward(saved.outputs, saved.tensors, upstream, gradients)
         gradients.finish()
 
     def _kernels(self, z: Sequence[Tensor], given: Sequence[Tensor], learned: set[tuple[int, str]]) -> Any:
         from contrast.core.reductions.kernels import SIZE, Kernels
 
-        call = KernelCall(self.layout, with_tensors(self.asked, self.slots, given), z, learned)
+        call = KernelCall(self.layout, with_tensors(self.reductions, self.keys, given), z, learned)
         return Kernels(call, self.size or SIZE)

@@ -1,4 +1,4 @@
-"""What a reduction refuses, in a sentence."""
+"""Checks of a reduction's arguments."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from contrast.core.reductions.kinds import Kth, Reduction, arguments
 from contrast.core.reductions.layout import Layout
 
 
-def check(asked: Reduction, layout: Layout) -> None:
-    """Refuse an unknown relation, masks of a wrong shape, missing references, an argument that spans both N and M.
+def check(reduction: Reduction, layout: Layout) -> None:
+    """Check the relation, the shapes of masks and arguments, and that references exist if they are needed.
 
     Raises:
-        ValueError: with the sentence.
+        ValueError: for an argument that does not fit.
     """
-    if asked.over not in ("positive", "negative", "remembered", "all"):
-        raise ValueError(f"over is 'positive', 'negative', 'remembered' or 'all'; got {asked.over!r}.")
+    if reduction.over not in ("positive", "negative", "remembered", "all"):
+        raise ValueError(f"over is 'positive', 'negative', 'remembered' or 'all'; got {reduction.over!r}.")
     for name, size in (("among", layout.candidate_count), ("rows", layout.anchor_count)):
-        mask = getattr(asked, name, None)
+        mask = getattr(reduction, name, None)
         if mask is not None and (mask.dtype != torch.bool or mask.shape != (size,)):
             raise ValueError(f"{name} is ({size},) bool; got {mask.dtype} of shape {tuple(mask.shape)}.")
-    if isinstance(asked, Kth):
-        _check_k(asked.k, layout)
-    above = getattr(asked, "above", None)
+    if isinstance(reduction, Kth):
+        _check_k(reduction.k, layout)
+    above = getattr(reduction, "above", None)
     if isinstance(above, Kth):
         check(above, layout)
     elif isinstance(above, Tensor):
@@ -32,7 +32,7 @@ def check(asked: Reduction, layout: Layout) -> None:
             raise ValueError(f"above is a tensor of thresholds, {shape}, or a Kth; got the shape {tuple(above.shape)}.")
     elif above is not None:
         raise ValueError(f"above is a tensor of thresholds, (N,) or (H, N), or a Kth; got {above!r}.")
-    for name, value in arguments(asked).items():
+    for name, value in arguments(reduction).items():
         if isinstance(value, Tensor):
             _check_shape(name, value, layout)
         elif isinstance(value, str):
@@ -42,7 +42,7 @@ def check(asked: Reduction, layout: Layout) -> None:
 
 
 def _check_shape(name: str, value: Tensor, layout: Layout) -> None:
-    """Refuse an argument that cannot be spread over the pairs, or that spans both N and M."""
+    """Check that an argument can be broadcast over the pairs and spans at most one of N and M."""
     n, m, heads = layout.anchor_count, layout.candidate_count, layout.heads
     if value.numel() == 1:
         return
@@ -53,18 +53,18 @@ def _check_shape(name: str, value: Tensor, layout: Layout) -> None:
     if value.ndim >= 2 and value.shape[-2] > 1 and value.shape[-1] > 1:
         raise ValueError(
             "a scale, weight or log_weight spans at most one of N and M: (N, 1), (1, M) or (H, 1, 1); got the shape "
-            f"{tuple(value.shape)}. For a value of each pair give a PairFunction, a module (anchor, candidate) -> tile."
+            f"{tuple(value.shape)}. For a value per pair pass a PairFunction, a module (anchor, candidate) -> tile."
         )
     fits = zip(reversed(value.shape), (m, n, *heads), strict=False)
-    if value.ndim > 2 + len(heads) or not all(size in (1, whole) for size, whole in fits):
+    if value.ndim > 2 + len(heads) or not all(size in (1, full) for size, full in fits):
         raise ValueError(
-            f"{name} must be spread over {(*heads, n, m)} pairs: a number, ({n}, 1), (1, {m})"
+            f"{name} must broadcast over {(*heads, n, m)} pairs: a number, ({n}, 1), (1, {m})"
             f"{f' or ({heads[0]}, 1, 1)' if heads else ''}; got the shape {tuple(value.shape)}."
         )
 
 
 def _check_k(k: int | Tensor, layout: Layout) -> None:
-    """Refuse a k that is not a number of candidates, for all anchors or for each."""
+    """Check that k is a number of candidates, for all anchors or per anchor."""
     if isinstance(k, Tensor):
         shape = (*layout.heads, layout.anchor_count)
         if k.dtype != torch.int64 or k.shape not in ((), shape, shape[-1:]):
