@@ -402,7 +402,7 @@ def test_a_flat_folder_with_a_table_keeps_slides_together_and_takes_patients_as_
     status, out, err = contrast_says("pretrain", *words, "evaluate.labels_per_class=2")
     assert status == 0, err
     assert "pretrained" in out
-    assert "no 'slide' on both sides" in err
+    assert "no 'slide' in both train and test" in err
     data = json.loads((tmp_path / "runs/cells-info_nce-001/results.json").read_text())["data"]
     assert data["test"]["split_by"] == "slide"
     rows = [json.loads(line) for line in (tmp_path / "runs/cells-info_nce-001/metrics.jsonl").read_text().splitlines()]

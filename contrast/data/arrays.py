@@ -10,33 +10,38 @@ from typing import Literal
 import numpy as np
 
 from contrast.core.registry import InputError
-from contrast.data.collection import SPLIT_WORDS, Collection, as_text
+from contrast.data.collection import SPLIT_NAMES, Collection, as_text
 from contrast.data.dataset import Array, ArrayItems
 from contrast.data.images import arrange_array
 from contrast.data.series import arrange_series, check_series, describe_gaps, pad_series
 
-INPUT_WORDS = ("x", "data", "images", "image", "series", "inputs", "features")
-TARGET_WORDS = ("y", "label", "labels", "target", "targets")
+INPUT_NAMES = ("x", "data", "images", "image", "series", "inputs", "features")
+TARGET_NAMES = ("y", "label", "labels", "target", "targets")
 SPLIT_ORDER = ("", "train", "unlabelled", "validation", "test")
 
 
 def read_arrays(path: Path, *, size: int | None, channels: int | None) -> Collection:
-    """Give the images or series of an .npz or .npy file.
+    """Return the images or series of an .npz or .npy file.
 
-    Input: x, data, images or series; labels: y, label(s) or target(s); the same with _train, _test, _val behind or
-    before are the official split. Every other array of that many entries is a column; `classes` names the classes.
-    3-d arrays of 8 or 16 bit are grey images (N, H, W), other 3-d arrays series (N, C, L), 2-d ones series (N, L).
+    Input: x, data, images or series; labels: y, label(s) or target(s); the same with _train, _test, _val as prefix or
+    suffix are the official split. Every other array of that length is a column; `classes` names the classes. 3-d
+    arrays of 8 or 16 bits are grey images (N, H, W), other 3-d arrays series (N, C, L), 2-d ones series (N, L).
+
+    Args:
+        path: of the file.
+        size: height and width of the images in pixels, None = unchanged.
+        channels: number of channels of the images, None = unchanged.
 
     Raises:
-        InputError: where the file or its arrays cannot be used.
+        InputError: if the file or its arrays cannot be used.
     """
-    arrays = _load(path)
-    classes = _classes(arrays)
+    arrays = _load_arrays(path)
+    classes = _pop_class_names(arrays)
     named: dict[str, dict[str, Array]] = {}
     for key, array in arrays.items():
-        name, split = _take_apart(key)
+        name, split = _name_and_split(key)
         named.setdefault(name, {})[split] = array
-    base, notes = _input(path, named)
+    base, notes = _input_name(path, named)
     inputs = {split: named[base][split] for split in SPLIT_ORDER if split in named[base]}
     if "" in inputs and len(inputs) > 1:
         inputs = {"": inputs[""]}
@@ -48,14 +53,14 @@ def read_arrays(path: Path, *, size: int | None, channels: int | None) -> Collec
     for name, by_split in named.items():
         if name == base:
             continue
-        column = _column(path, name, by_split, inputs, base=base, is_label=name.lower() in TARGET_WORDS)
+        column = _column_of(path, name, by_split, inputs, base=base, is_label=name.lower() in TARGET_NAMES)
         if column is not None:
             columns[name] = column
-            label = label or (name if name.lower() in TARGET_WORDS else None)
+            label = label or (name if name.lower() in TARGET_NAMES else None)
     names = [f"{_key(base, split)}[{row}]" for split, array in inputs.items() for row in range(len(array))]
-    split_words = np.repeat(list(inputs), [len(array) for array in inputs.values()]) if "" not in inputs else None
-    kind = _kind(next(iter(inputs.values())))
-    shown = " x ".join(map(str, next(iter(inputs.values())).shape))
+    official = np.repeat(list(inputs), [len(array) for array in inputs.values()]) if "" not in inputs else None
+    kind = _kind_of(next(iter(inputs.values())))
+    shape_text = " x ".join(map(str, next(iter(inputs.values())).shape))
     if kind == "image":
         arranged = []
         for split, array in inputs.items():
@@ -64,19 +69,19 @@ def read_arrays(path: Path, *, size: int | None, channels: int | None) -> Collec
             if len(arranged) == 1:
                 notes += [note.removeprefix(f"{path}: ") for note in part_notes]
         notes.append(
-            f"{_key(base, next(iter(inputs)))} ({shown}, {next(iter(inputs.values())).dtype}) is read as images."
+            f"{_key(base, next(iter(inputs)))} ({shape_text}, {next(iter(inputs.values())).dtype}) is read as images."
         )
     else:
         arranged = [arrange_series(array) for array in inputs.values()]
         length = max(array.shape[2] for array in arranged)
-        arranged = [pad_series(array, length) for array in arranged] if _one_width(arranged) else arranged
+        arranged = [pad_series(array, length) for array in arranged] if _same_channels(arranged) else arranged
         notes.append(
-            f"{_key(base, next(iter(inputs)))} ({shown}) is read as series of {arranged[0].shape[1]} channels."
+            f"{_key(base, next(iter(inputs)))} ({shape_text}) is read as series of {arranged[0].shape[1]} channels."
         )
     shapes = {_key(base, split): array.shape[1:] for split, array in zip(inputs, arranged, strict=True)}
     if len(set(shapes.values())) > 1:
-        told = " and ".join(f"{key} {shape}" for key, shape in shapes.items())
-        raise InputError(f"{path}: expected items of one shape; got {told}. Make them alike.")
+        found = " and ".join(f"{key} {shape}" for key, shape in shapes.items())
+        raise InputError(f"{path}: expected items of one shape; got {found}. Make the shapes equal.")
     dtypes = {array.dtype for array in arranged}
     if len(dtypes) > 1:
         raise InputError(
@@ -87,15 +92,15 @@ def read_arrays(path: Path, *, size: int | None, channels: int | None) -> Collec
         check_series(x, names, where=str(path))
         notes += describe_gaps(x)
     return Collection(
-        kind, ArrayItems(x), x.shape[1:], names, columns, label, classes=classes, split=split_words, notes=notes
+        kind, ArrayItems(x), x.shape[1:], names, columns, label, classes=classes, split=official, notes=notes
     )
 
 
-def _load(path: Path) -> dict[str, Array]:
+def _load_arrays(path: Path) -> dict[str, Array]:
     with path.open("rb") as file:
         start = file.read(6)
     if not start.startswith((b"PK", b"\x93NUMPY")):
-        raise InputError(f"{path}: expected arrays that numpy saved; its first bytes are not theirs. Save it anew.")
+        raise InputError(f"{path}: expected arrays that numpy saved; the file's first bytes differ. Save it again.")
     try:
         loaded = np.load(path, allow_pickle=False)
         if not isinstance(loaded, Mapping):
@@ -104,31 +109,31 @@ def _load(path: Path) -> dict[str, Array]:
     except ValueError as error:
         if "pickle" in str(error) or "Object arrays" in str(error):
             raise InputError(
-                f"{path}: expected plain arrays; it holds Python objects, which could run code. "
-                "Save numbers: series of unequal length as one array, filled with NaN at the end."
+                f"{path}: expected arrays of numbers; it contains Python objects, which could run code. "
+                "Save numbers: series of unequal length as one array, padded with NaN at the end."
             ) from error
         raise InputError(f"{path}: expected arrays of numpy; {str(error).rstrip('.')}.") from error
     except (OSError, EOFError, zipfile.BadZipFile, KeyError) as error:
-        raise InputError(f"{path}: the file is broken or no file of numpy ({str(error).rstrip('.')}).") from error
+        raise InputError(f"{path}: the file is broken or not a file of numpy ({str(error).rstrip('.')}).") from error
     if not arrays:
-        raise InputError(f"{path}: expected arrays such as x and y; the file holds none.")
+        raise InputError(f"{path}: expected arrays such as x and y; the file contains none.")
     return arrays
 
 
-def _classes(arrays: dict[str, Array]) -> tuple[str, ...]:
+def _pop_class_names(arrays: dict[str, Array]) -> tuple[str, ...]:
     for key in ("classes", "class_names", "label_names"):
         if key in arrays and arrays[key].ndim == 1 and arrays[key].dtype.kind in "US":
             return tuple(str(name) for name in arrays.pop(key).astype(str))
     return ()
 
 
-def _take_apart(key: str) -> tuple[str, str]:
-    """Give ("x", "train") for x_train and for train_x, ("x", "") for x."""
-    words = key.split("_")
-    if len(words) > 1 and words[-1].lower() in SPLIT_WORDS:
-        return "_".join(words[:-1]), SPLIT_WORDS[words[-1].lower()]
-    if len(words) > 1 and words[0].lower() in SPLIT_WORDS:
-        return "_".join(words[1:]), SPLIT_WORDS[words[0].lower()]
+def _name_and_split(key: str) -> tuple[str, str]:
+    """Return ("x", "train") for x_train and for train_x, ("x", "") for x."""
+    parts = key.split("_")
+    if len(parts) > 1 and parts[-1].lower() in SPLIT_NAMES:
+        return "_".join(parts[:-1]), SPLIT_NAMES[parts[-1].lower()]
+    if len(parts) > 1 and parts[0].lower() in SPLIT_NAMES:
+        return "_".join(parts[1:]), SPLIT_NAMES[parts[0].lower()]
     return key, ""
 
 
@@ -136,11 +141,11 @@ def _key(base: str, split: str) -> str:
     return f"{base}_{'val' if split == 'validation' else split}" if split else base
 
 
-def _input(path: Path, named: dict[str, dict[str, Array]]) -> tuple[str, list[str]]:
-    by_word = {name.lower(): name for name in named}
-    for word in INPUT_WORDS:
-        if word in by_word:
-            return by_word[word], []
+def _input_name(path: Path, named: dict[str, dict[str, Array]]) -> tuple[str, list[str]]:
+    by_lower_name = {name.lower(): name for name in named}
+    for lower_name in INPUT_NAMES:
+        if lower_name in by_lower_name:
+            return by_lower_name[lower_name], []
     large = [name for name, by_split in named.items() if all(array.ndim >= 2 for array in by_split.values())]
     if len(large) == 1:
         return large[0], [f"The array '{large[0]}' is the input."]
@@ -164,21 +169,21 @@ def _check_input(path: Path, key: str, array: Array) -> None:
             f"channels, height, width); got {array.ndim} axes, {array.shape}. Reshape it."
         )
     if 0 in array.shape:
-        raise InputError(f"{path}: expected items in {key}; its shape is {array.shape}. Leave it out or fill it.")
+        raise InputError(f"{path}: expected items in {key}; its shape is {array.shape}. Remove it or fill it.")
 
 
-def _kind(x: Array) -> Literal["image", "series"]:
+def _kind_of(x: Array) -> Literal["image", "series"]:
     return "image" if x.ndim == 4 or (x.ndim == 3 and x.dtype in (np.uint8, np.uint16, np.bool_)) else "series"
 
 
-def _one_width(arrays: list[Array]) -> bool:
+def _same_channels(arrays: list[Array]) -> bool:
     return len({array.shape[1] for array in arrays}) == 1
 
 
-def _column(
+def _column_of(
     path: Path, name: str, by_split: dict[str, Array], inputs: dict[str, Array], *, base: str, is_label: bool
 ) -> Array | None:
-    """Give one entry an item, missing where a split has none; None for an array that is something else."""
+    """Return one entry per item, missing for splits without the array; None for an array that is not a column."""
     parts: list[Array] = []
     for split, x in inputs.items():
         array = by_split.get(split)
@@ -192,7 +197,7 @@ def _column(
         if array.ndim == 1 and len(array) == len(x):
             parts.append(array)
         elif is_label:
-            expected = f"{len(x)} labels in {_key(name, split)}, one for each item of {_key(base, split)}"
+            expected = f"{len(x)} labels in {_key(name, split)}, one per item of {_key(base, split)}"
             raise InputError(f"{path}: expected {expected}; got {array.shape}. Make the lengths equal.")
         else:
             return None

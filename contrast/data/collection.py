@@ -1,4 +1,4 @@
-"""What every reader hands over: items with names and columns, not yet labelled, split or grouped."""
+"""The result of every reader: items with names and columns, not yet labelled, split or grouped."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 from contrast.core.registry import InputError, did_you_mean
 from contrast.data.dataset import Array, Items
 
-SPLIT_WORDS = {
+SPLIT_NAMES = {
     "train": "train",
     "training": "train",
     "test": "test",
@@ -23,23 +23,23 @@ SPLIT_WORDS = {
     "unlabelled": "unlabelled",
     "unlabeled": "unlabelled",
 }
-LABEL_WORDS = ("target", "label", "class", "targets", "labels", "y", "class_label", "category")
+LABEL_NAMES = ("target", "label", "class", "targets", "labels", "y", "class_label", "category")
 
 
 @dataclass
 class Collection:
-    """Everything of a source, in one row of items over all its splits.
+    """All N items of a source, over all its splits.
 
     Args:
-        kind: what an item is.
-        items: how the raw input is read.
+        kind: of the items.
+        items: the raw inputs.
         shape: of one item, (C, H, W) or (C, L).
-        names: what each item is called.
-        columns: one array an item each, "" or NaN where unknown.
-        label: the column that holds the labels unless the person names another.
-        classes: names for labels that are whole numbers from 0.
+        names: the name of each item.
+        columns: by name, (N,) each, "" or NaN for missing values.
+        label: the column of the labels, unless the user names another.
+        classes: names for labels that are integers from 0.
         split: (N,) text, the official split: train, validation, test or unlabelled.
-        notes: sentences for the person.
+        notes: sentences for the user.
     """
 
     kind: Literal["image", "series"]
@@ -54,7 +54,7 @@ class Collection:
 
 
 def pick_column(columns: dict[str, Array], name: str, *, key: str, source: str) -> Array:
-    """Give the column called `name`, or raise an InputError that lists what there is."""
+    """Return the column called `name`, or raise an InputError that lists the columns."""
     if name in columns:
         return columns[name]
     known = f"It has: {', '.join(columns)}." if columns else "It has no columns."
@@ -62,7 +62,7 @@ def pick_column(columns: dict[str, Array], name: str, *, key: str, source: str) 
 
 
 def number_members(values: Array) -> tuple[Array, list[str]]:
-    """Give (N,) int64 numbers, equal for equal values and -1 where the value is missing, and what each is called."""
+    """Return codes (N,) int64, equal for equal values and -1 for missing ones, and the value of each code as text."""
     known = ~_missing(values)
     found, numbers = np.unique(values[known], return_inverse=True)
     order = _natural_order(found)
@@ -70,13 +70,13 @@ def number_members(values: Array) -> tuple[Array, list[str]]:
     rank[order] = np.arange(len(found))
     codes = np.full(len(values), -1, dtype=np.int64)
     codes[known] = rank[numbers]
-    return codes, [_plain(found[index]) for index in order]
+    return codes, [_value_text(found[index]) for index in order]
 
 
 def number_labels(values: Array, classes: Sequence[str], *, where: str) -> tuple[Array, tuple[str, ...], str]:
-    """Give targets (N,) int64 (-1 = none), the names of the classes and a note (or "").
+    """Return targets (N,) int64 (-1 = none), the names of the classes and a note (or "").
 
-    Whole numbers follow `classes` where that is given. A label of -1 counts as none where two other classes exist.
+    Integer labels are indices into `classes` if that is given. A label of -1 is no label if two other classes exist.
     """
     note = ""
     if np.issubdtype(values.dtype, np.floating):
@@ -84,8 +84,8 @@ def number_labels(values: Array, classes: Sequence[str], *, where: str) -> tuple
         if np.any(observed != np.floor(observed)):
             value = observed[observed != np.floor(observed)][0]
             raise InputError(
-                f"{where} must hold classes, whole numbers or words; got the number {value:g}. "
-                "Cut a measured quantity into classes first, or name another column with target=."
+                f"{where} must be classes, whole numbers or words; got the number {value:g}. "
+                "Convert a measured quantity to classes first, or name another column with target=."
             )
     if np.issubdtype(values.dtype, np.number) and np.any(values == -1):
         others = np.unique(values[~_missing(values) & (values != -1)])
@@ -101,25 +101,25 @@ def number_labels(values: Array, classes: Sequence[str], *, where: str) -> tuple
     if set(found) <= set(classes):
         numbers = np.array([classes.index(name) for name in found] + [-1], dtype=np.int64)
         return numbers[codes], tuple(classes), note
-    stranger = next(name for name in found if not (name.isdigit() and int(name) < len(classes)))
+    unknown = next(name for name in found if not (name.isdigit() and int(name) < len(classes)))
     raise InputError(
         f"{where}: 'classes' names {len(classes)} classes, so labels must be 0 to {len(classes) - 1} or those names; "
-        f"got {stranger}. Correct one of the two arrays."
+        f"got {unknown}. Correct one of the two arrays."
     )
 
 
 def as_text(values: Iterable[object]) -> Array:
-    """Give text, "" where a value is missing."""
-    return np.array([_plain(value) for value in values], dtype=str)
+    """Return the values as text, "" for missing ones."""
+    return np.array([_value_text(value) for value in values], dtype=str)
 
 
 def official_split(values: Array) -> Array | None:
-    """Give the split that a column's words name (missing = train), or None where they are other words."""
+    """Return the split that a column's words name (missing = train), or None if they name no split."""
     words = [str(value).strip().lower() for value in values]
     named = {word for word in words if word}
-    if not named or not named <= set(SPLIT_WORDS) or len({SPLIT_WORDS[word] for word in named}) < 2:
+    if not named or not named <= set(SPLIT_NAMES) or len({SPLIT_NAMES[word] for word in named}) < 2:
         return None
-    return np.array([SPLIT_WORDS[word] if word else "train" for word in words], dtype=str)
+    return np.array([SPLIT_NAMES[word] if word else "train" for word in words], dtype=str)
 
 
 def _missing(values: Array) -> Array:
@@ -131,7 +131,7 @@ def _missing(values: Array) -> Array:
 
 
 def _natural_order(found: Array) -> Array:
-    """Sort "10" behind "9" where all are numbers."""
+    """Return the sorting indices; "10" follows "9" if all values are numbers."""
     if found.dtype.kind == "U":
         try:
             return np.argsort(found.astype(np.float64), kind="stable")
@@ -140,7 +140,7 @@ def _natural_order(found: Array) -> Array:
     return np.arange(len(found))
 
 
-def _plain(value: object) -> str:
+def _value_text(value: object) -> str:
     if value is None or (isinstance(value, float | np.floating) and np.isnan(value)):
         return ""
     if isinstance(value, float | np.floating) and float(value).is_integer():

@@ -1,4 +1,4 @@
-"""What every room after this one sees of the data: batches, samples of one split, the whole set."""
+"""The data as all other packages see them: batches, samples of one split, the complete data set."""
 
 from __future__ import annotations
 
@@ -19,10 +19,17 @@ Array = NDArray[Any]
 class Batch(NamedTuple):
     """Raw input with its identity.
 
-    x: (N, C, H, W) uint8, uint16 or float32 for images; (N, C, L) float32 for series, NaN where nothing was observed.
-    sample: (N,) int64, index in the whole data set, unique over its splits.
-    target: (N,) int64, the class, or -1 for no label.
-    group: (N,) int64, equal = positives.
+    Args:
+        x: (N, C, H, W) uint8, uint16 or float32 for images; (N, C, L) float32 for series, NaN = not observed.
+        sample: (N,) int64, index in the complete data set, unique over its splits.
+        target: (N,) int64, the class, or -1 for no label.
+        group: (N,) int64, equal = positives.
+
+    Example:
+        >>> from contrast.data import open_data
+        >>> batch = open_data("digits").train.__getitems__([0, 1, 2])
+        >>> batch.x.shape, batch.sample.shape
+        (torch.Size([3, 1, 8, 8]), torch.Size([3]))
     """
 
     x: Tensor
@@ -32,18 +39,18 @@ class Batch(NamedTuple):
 
 
 class Items(Protocol):
-    """How the raw input of items is read, by their position: from memory or from files."""
+    """The raw inputs of items by position, in memory or in files."""
 
     def read(self, rows: Array) -> Tensor:
-        """Give the raw batch of the items at `rows`."""
+        """Return the raw batch of the items at `rows`."""
         ...
 
     def identity(self, row: int) -> bytes:
-        """Give bytes that change when the item changes: its values, or the name and size of its file."""
+        """Return bytes that change if the item changes: its values, or the name and size of its file."""
         ...
 
     def content(self, row: int) -> bytes:
-        """Give bytes that two items share when they are the same."""
+        """Return bytes that are equal for duplicates."""
         ...
 
 
@@ -58,16 +65,16 @@ class ArrayItems:
     array: Array
 
     def read(self, rows: Array) -> Tensor:
-        """Give the raw batch of the items at `rows`, a copy."""
+        """Return the raw batch of the items at `rows`, a copy."""
         return torch.from_numpy(self.array[rows])
 
     def identity(self, row: int) -> bytes:
-        """Give the item's values."""
+        """Return the item's values."""
         values: bytes = self.array[row].tobytes()
         return values
 
     def content(self, row: int) -> bytes:
-        """Give the item's values."""
+        """Return the item's values."""
         return self.identity(row)
 
 
@@ -75,13 +82,20 @@ class Samples(torch.utils.data.Dataset[Batch]):
     """One split: items with their identity.
 
     Args:
-        items: how the raw input is read; position = `sample`.
-        sample: (N,) int64, index in the whole data set.
+        items: the raw inputs; position = `sample`.
+        sample: (N,) int64, index in the complete data set.
         target: (N,) int64, the class, -1 for no label.
         group: (N,) int64, equal = positives.
-        columns: what else is known, by name, one (N,) array each.
-        names: what each item is called, its file or its place in an array.
+        columns: further values by column name, one (N,) array each.
+        names: the name of each item, its file or its position in an array.
         classes: names of the classes, by target.
+
+    Example:
+        >>> from contrast.data import open_data
+        >>> test = open_data("digits").test
+        >>> zeros = test.subset(test.target == 0)
+        >>> set(zeros.target.tolist()), zeros.x().shape[1:]
+        ({0}, torch.Size([1, 8, 8]))
     """
 
     def __init__(
@@ -107,21 +121,21 @@ class Samples(torch.utils.data.Dataset[Batch]):
         return len(self.sample)
 
     def __getitem__(self, index: int) -> Batch:
-        """Give one item without the batch axis."""
+        """Return one item without the batch axis."""
         return Batch(*(field[0] for field in self.__getitems__([index])))
 
     def __getitems__(self, indices: Sequence[int]) -> Batch:
-        """Give a batch, already stacked: a DataLoader calls this and needs no collating."""
+        """Return a stacked batch: a DataLoader calls this, so that no collation is necessary."""
         rows = np.asarray(indices, dtype=np.int64)
         identity = (torch.from_numpy(field[rows]) for field in (self.sample, self.target, self.group))
         return Batch(self.x(rows), *identity)
 
     def x(self, indices: Array | None = None) -> Tensor:
-        """Give the raw batch of the items at `indices` of this split, or of all of them."""
+        """Return the raw batch of the items at `indices` of this split, or of all of them."""
         return self.items.read(self.sample if indices is None else self.sample[indices])
 
     def subset(self, indices: Array) -> Samples:
-        """Give the samples at `indices` (whole numbers, or one true or false an item)."""
+        """Return the samples at `indices` (integers, or one bool per item)."""
         rows = np.arange(len(self))[np.asarray(indices)]
         return Samples(
             self.items,
@@ -134,7 +148,7 @@ class Samples(torch.utils.data.Dataset[Batch]):
         )
 
     def fingerprint(self) -> str:
-        """Give a digest of inputs, targets and their order."""
+        """Return a digest of inputs, targets and their order."""
         digest = hashlib.blake2b(digest_size=16)
         for row in self.sample:
             digest.update(self.items.identity(int(row)))
@@ -144,22 +158,29 @@ class Samples(torch.utils.data.Dataset[Batch]):
 
 @dataclass(frozen=True, eq=False)
 class Data:
-    """A whole data set, checked and split.
+    """A complete data set, checked and split.
 
-    kind: what an item is.
-    source: what the person typed.
-    shape: of one item, (C, H, W) or (C, L).
-    classes: names of the classes, by target; empty without labels.
-    train: all that is not test, labelled or not.
-    validation: bool over `train`, True = a labelled item held out from fitting wherever something is chosen; all False
-        where there are no labels, or nothing could be held out without splitting a group.
-    test: may be empty.
-    value_range: what becomes 0 and 1 (images).
-    mean, std: (C,) float32 over at most 2,000 items of `train`; images after scaling to [0, 1], series in raw units
-        over what was observed. A constant channel has std 1.
-    fingerprint: a digest for each of train, validation and test that is not empty.
-    notes: sentences for the person: what was picked, what was skipped.
-    split_by: the column whose members stay on one side.
+    Args:
+        kind: of the items.
+        source: as the user wrote it.
+        shape: of one item, (C, H, W) or (C, L).
+        classes: names of the classes, by target; empty without labels.
+        train: all items that are not test, labelled or not.
+        validation: bool over `train`, True = a labelled item held out from fitting for model selection; all False
+            without labels, or if nothing could be held out without splitting a group.
+        test: may be empty.
+        value_range: the raw values that become 0 and 1 (images).
+        mean, std: (C,) float32 over at most 2,000 items of `train`; images after scaling to [0, 1], series in raw
+            units over observed values. A constant channel has std 1.
+        fingerprint: a digest for each of train, validation and test that is not empty.
+        notes: sentences for the user: what was chosen, what was skipped.
+        split_by: the column whose members are all in the same split.
+
+    Example:
+        >>> from contrast.data import open_data
+        >>> data = open_data("digits")
+        >>> data.kind, data.shape, len(data.classes), len(data.train) + len(data.test)
+        ('image', (1, 8, 8), 10, 1797)
     """
 
     kind: Literal["image", "series"]
@@ -178,33 +199,51 @@ class Data:
 
 
 def leaks(data: Data) -> list[tuple[str, str]]:
-    """Give the names of exact duplicates of which one lies in train and the other in test."""
-    return [(train.name, test.name) for train, test in _copies(data) if train.split != test.split]
+    """Return the names of exact duplicates of which one is in train and the other in test.
+
+    Example:
+        >>> import tempfile
+        >>> from contrast.data import open_data
+        >>> path = Path(tempfile.mkdtemp()) / "series.npz"
+        >>> np.savez(path, x_train=np.arange(12.0).reshape(3, 4), x_test=np.arange(4.0).reshape(1, 4))
+        >>> leaks(open_data(str(path)))
+        [('x_train[0]', 'x_test[0]')]
+    """
+    return [(train.name, test.name) for train, test in _duplicate_pairs(data) if train.split != test.split]
 
 
 def duplicates(data: Data) -> list[tuple[str, str]]:
-    """Give the names of exact duplicates, each with the first of its kind; those across the splits come first."""
-    pairs = sorted(_copies(data), key=lambda pair: pair[0].split == pair[1].split)
+    """Return the names of exact duplicates, each with its first occurrence; pairs across the splits come first.
+
+    Example:
+        >>> import tempfile
+        >>> from contrast.data import open_data
+        >>> path = Path(tempfile.mkdtemp()) / "series.npz"
+        >>> np.savez(path, x=np.array([[1.0, 2.0], [3.0, 4.0], [1.0, 2.0]]))
+        >>> duplicates(open_data(str(path)))
+        [('x[0]', 'x[2]')]
+    """
+    pairs = sorted(_duplicate_pairs(data), key=lambda pair: pair[0].split == pair[1].split)
     return [(first.name, other.name) for first, other in pairs]
 
 
-class _Place(NamedTuple):
+class _Occurrence(NamedTuple):
     split: str
     name: str
 
 
-def _copies(data: Data) -> Iterator[tuple[_Place, _Place]]:
-    seen: dict[bytes, _Place] = {}
+def _duplicate_pairs(data: Data) -> Iterator[tuple[_Occurrence, _Occurrence]]:
+    seen: dict[bytes, _Occurrence] = {}
     splits: Iterable[tuple[str, Samples]] = (("train", data.train), ("test", data.test))
     for split, samples in splits:
         for row, name in zip(samples.sample, samples.names, strict=True):
             key = hashlib.blake2b(samples.items.content(int(row)), digest_size=16).digest()
-            place = _Place(split, name)
-            first = seen.setdefault(key, place)
-            if first is not place:
-                yield first, place
+            occurrence = _Occurrence(split, name)
+            first = seen.setdefault(key, occurrence)
+            if first is not occurrence:
+                yield first, occurrence
 
 
 def file_identity(path: Path, name: str) -> bytes:
-    """Give a file's name and size in bytes: its fingerprint where reading it all would take too long."""
+    """Return a file's name and size as bytes: its fingerprint if reading all files would take too long."""
     return f"{name}\0{path.stat().st_size}\0".encode()

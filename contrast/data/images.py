@@ -1,7 +1,8 @@
-"""Pixels: what files and arrays of any depth, size and number of channels become."""
+"""Pixels: files and arrays of any depth, size and number of channels to images of one format."""
 
 from __future__ import annotations
 
+import math
 import os
 import warnings
 from collections import Counter
@@ -26,18 +27,18 @@ IMAGE_ENDINGS = (
     ".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".pgm", ".ppm", ".pbm", ".pnm", ".jp2",
 )  # fmt: skip
 CACHE_BYTES = 2 * 10**9
-DEFAULT_SIZE, LARGEST_AS_IT_IS = 224, 256
+DEFAULT_SIZE, LARGEST_UNCHANGED = 224, 256
 
 _ORIENTATION = 0x0112
 _DEPTHS = {"I": "uint16", "I;16": "uint16", "I;16B": "uint16", "I;16L": "uint16", "I;16N": "uint16", "F": "float32"}
 _GREY = ("1", "L", "LA", "La", *_DEPTHS)
 _LUMA = (0.299, 0.587, 0.114)
 
-Result = TypeVar("Result")
+Output = TypeVar("Output")
 
 
-class Header(NamedTuple):
-    """What a file says of itself before its pixels are decoded."""
+class ImageHeader(NamedTuple):
+    """The properties of an image file that are known before its pixels are decoded."""
 
     width: int
     height: int
@@ -46,8 +47,8 @@ class Header(NamedTuple):
     pages: int
 
 
-class Form(NamedTuple):
-    """What every image becomes: (channels, height, width) of one depth; `pages` are stacked as channels."""
+class ImageFormat(NamedTuple):
+    """The common format of all images: (channels, height, width) of one depth; `pages` are stacked as channels."""
 
     channels: int
     height: int
@@ -58,28 +59,28 @@ class Form(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class FileItems:
-    """Images that are decoded each time they are read, being too many for the memory.
+    """Images that are decoded each time they are read, because they do not fit into memory.
 
     Args:
         paths: the files.
-        names: what they are called.
-        form: what each becomes.
+        names: of the files.
+        image_format: to which each is converted.
     """
 
     paths: Sequence[Path]
     names: Sequence[str]
-    form: Form
+    image_format: ImageFormat
 
     def read(self, rows: Array) -> Tensor:
-        """Give the raw batch of the files at `rows`."""
+        """Return the raw batch of the files at `rows`."""
         return torch.from_numpy(np.stack([self._decode(int(row)) for row in rows]))
 
     def identity(self, row: int) -> bytes:
-        """Give the file's name and size."""
+        """Return the file's name and size."""
         return file_identity(self.paths[row], self.names[row])
 
     def content(self, row: int) -> bytes:
-        """Give the file's bytes."""
+        """Return the file's bytes."""
         return self.paths[row].read_bytes()
 
     def _decode(self, row: int) -> Array:
@@ -87,7 +88,7 @@ class FileItems:
 
         try:
             with Image.open(self.paths[row]) as image:
-                return decode(image, self.form)
+                return decode(image, self.image_format)
         except Exception as error:
             raise InputError(f"{self.paths[row]}: the image cannot be decoded ({error}).") from error
 
@@ -95,28 +96,29 @@ class FileItems:
 def open_files(
     paths: Sequence[Path], names: Sequence[str], *, size: int | None, channels: int | None, source: str
 ) -> tuple[Items, tuple[int, int, int], list[str]]:
-    """Give the images of files, decoded once into memory where they fit, their shape (C, H, W), and notes.
+    """Return the images of files, decoded into memory if they fit, their shape (C, H, W), and notes.
 
     Raises:
-        InputError: for files that are broken or do not fit together.
+        InputError: for files that are broken or have no common format.
     """
     headers = _for_all(lambda row: read_header(paths[row]), len(paths), names, source=source, doing="opening images")
-    form, notes = choose_form(headers, names, size=size, channels=channels, source=source)
-    if len(paths) * form.channels * form.height * form.width * np.dtype(form.depth).itemsize > CACHE_BYTES:
-        _for_all(lambda row: _check_whole(paths[row]), len(paths), names, source=source, doing="checking images")
-        notes.append("The images are too many to keep in memory; they are read from their files again and again.")
-        return FileItems(paths, names, form), form[:3], notes
+    image_format, notes = choose_format(headers, names, size=size, channels=channels, source=source)
+    shape = (len(paths), image_format.channels, image_format.height, image_format.width)
+    if math.prod(shape) * np.dtype(image_format.depth).itemsize > CACHE_BYTES:
+        _for_all(lambda row: _check_complete(paths[row]), len(paths), names, source=source, doing="checking images")
+        notes.append("The images are too many to keep in memory; they are read from their files in every epoch.")
+        return FileItems(paths, names, image_format), image_format[:3], notes
 
-    cache = np.empty((len(paths), *form[:3]), dtype=form.depth)
+    cache = np.empty(shape, dtype=image_format.depth)
 
     from PIL import Image
 
-    def keep(row: int) -> None:
+    def fill(row: int) -> None:
         with Image.open(paths[row]) as image:
-            cache[row] = decode(image, form)
+            cache[row] = decode(image, image_format)
 
-    _for_all(keep, len(paths), names, source=source, doing="reading images")
-    return ArrayItems(cache), form[:3], notes
+    _for_all(fill, len(paths), names, source=source, doing="reading images")
+    return ArrayItems(cache), image_format[:3], notes
 
 
 def open_images(
@@ -127,28 +129,28 @@ def open_images(
     channels: int | None,
     source: str,
 ) -> tuple[Items, tuple[int, int, int], list[str]]:
-    """Give images that another library opens, decoded into memory, their shape (C, H, W), and notes."""
-    headers = [_header(open_image(row)) for row in range(len(names))]
-    form, notes = choose_form(headers, names, size=size, channels=channels, source=source)
-    cache = np.empty((len(names), *form[:3]), dtype=form.depth)
+    """Return images that another library opens, decoded into memory, their shape (C, H, W), and notes."""
+    headers = [_image_header(open_image(row)) for row in range(len(names))]
+    image_format, notes = choose_format(headers, names, size=size, channels=channels, source=source)
+    cache = np.empty((len(names), *image_format[:3]), dtype=image_format.depth)
     for row in range(len(names)):
-        cache[row] = decode(open_image(row), form)
-    return ArrayItems(cache), form[:3], notes
+        cache[row] = decode(open_image(row), image_format)
+    return ArrayItems(cache), image_format[:3], notes
 
 
-def read_header(path: Path) -> Header:
-    """Give what an image file says of itself; its pixels stay undecoded."""
+def read_header(path: Path) -> ImageHeader:
+    """Return the header of an image file, without decoding its pixels."""
     from PIL import Image
 
     with warnings.catch_warnings(), Image.open(path) as image:
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        return _header(image)
+        return _image_header(image)
 
 
-def choose_form(
-    headers: Sequence[Header], names: Sequence[str], *, size: int | None, channels: int | None, source: str
-) -> tuple[Form, list[str]]:
-    """Give the one form that images of these headers become, and notes that say what that does to them."""
+def choose_format(
+    headers: Sequence[ImageHeader], names: Sequence[str], *, size: int | None, channels: int | None, source: str
+) -> tuple[ImageFormat, list[str]]:
+    """Return the common format for images of these headers, and notes on the changes."""
     notes = []
     depths = {header.depth for header in headers}
     if len(depths) > 1:
@@ -163,62 +165,62 @@ def choose_form(
     found_channels = Counter(header.channels for header in headers)
     most = max(found_channels)
     if len(found_channels) > 1:
-        # Beside colour without transparency, transparency carries nothing that all images have.
+        # Transparency is dropped if some images do not have it.
         most = min(most, 3)
         counts = ", ".join(f"{count} with {number}" for number, count in sorted(found_channels.items()))
         notes.append(f"Images differ in channels ({counts}); all become {channels or most}.")
     channels_out = channels or most
     if channels_out not in (1, 3, 4) and channels_out != most:
-        raise InputError(f"data.channels: images of {source} have {most} channels; got {channels_out}. Leave it out.")
+        raise InputError(f"data.channels: images of {source} have {most} channels; got {channels_out}. Remove the key.")
     if next(iter(pages)) > 1 and channels_out != most:
         raise InputError(f"data.channels: the {most} pages of each image are its channels; got {channels_out}.")
 
     sizes = Counter((header.height, header.width) for header in headers)
     height, width = next(iter(sizes))
-    if size is None and len(sizes) == 1 and max(height, width) <= LARGEST_AS_IT_IS:
-        return Form(channels_out, height, width, *_depth(headers)), notes
+    if size is None and len(sizes) == 1 and max(height, width) <= LARGEST_UNCHANGED:
+        return ImageFormat(channels_out, height, width, *_depth(headers)), notes
     shorter = sorted(min(shape) for shape in sizes.elements())
     side = size or min(DEFAULT_SIZE, shorter[len(shorter) // 2])
     if set(sizes) != {(side, side)}:
         smallest, largest = min(sizes, key=min), max(sizes, key=max)
-        told = f"{smallest[1]} x {smallest[0]}"
-        told += f" to {largest[1]} x {largest[0]}" if smallest != largest else ""
+        found_sizes = f"{smallest[1]} x {smallest[0]}"
+        found_sizes += f" to {largest[1]} x {largest[0]}" if smallest != largest else ""
         notes.append(
-            f"Images of {told} pixels (width x height): each is "
+            f"Images of {found_sizes} pixels (width x height): each is "
             f"resized so that its shorter side is {side} and cropped in the centre to {side} x {side}."
         )
-    return Form(channels_out, side, side, *_depth(headers)), notes
+    return ImageFormat(channels_out, side, side, *_depth(headers)), notes
 
 
-def decode(image: Image.Image, form: Form) -> Array:
-    """Give the pixels of an opened image in `form`, (C, H, W)."""
+def decode(image: Image.Image, image_format: ImageFormat) -> Array:
+    """Return the pixels of an opened image in `image_format`, (C, H, W)."""
     if image.format == "JPEG":
-        # The decoder halves large images on the way, down to twice the wanted size, which saves most of its time.
-        image.draft(None, (2 * form.width, 2 * form.height))
+        # The decoder itself halves large images, down to twice the target size, which saves most of the time.
+        image.draft(None, (2 * image_format.width, 2 * image_format.height))
     frames = []
-    for page in range(form.pages):
-        if form.pages > 1:
+    for page in range(image_format.pages):
+        if image_format.pages > 1:
             image.seek(page)
-        frames.append(_pixels(image, form))
+        frames.append(_decode_page(image, image_format))
     return np.concatenate(frames)
 
 
 def arrange_array(x: Array, *, size: int | None, channels: int | None, where: str) -> tuple[Array, list[str]]:
-    """Give an array of images as (N, C, H, W) uint8, uint16 or float32, and notes.
+    """Return an array of images as (N, C, H, W) uint8, uint16 or float32, and notes.
 
     Args:
-        x: (N, H, W), (N, C, H, W) or (N, H, W, C), whole numbers, true or false, or finite floats.
-        size: shorter side to resize to, None = as it is.
-        channels: number of channels to convert to, None = as it is.
-        where: what the array is called, for messages.
+        x: (N, H, W), (N, C, H, W) or (N, H, W, C), integers, bool, or finite floats.
+        size: height and width of the result in pixels, None = unchanged.
+        channels: number of channels of the result, None = unchanged.
+        where: name of the array, for messages.
     """
     notes = []
     if x.ndim == 3:
         x = x[:, None]
     elif _channels_last(x.shape[1:]):
-        notes.append(f"{where}: the last axis holds the {x.shape[-1]} channels.")
+        notes.append(f"{where}: the last axis is the {x.shape[-1]} channels.")
         x = x.transpose(0, 3, 1, 2)
-    x = _plain_depth(x, where)
+    x = _supported_depth(x, where)
     if channels is not None and channels != x.shape[1]:
         x = _convert_channels(x, channels)
     if size is not None and x.shape[2:] != (size, size):
@@ -231,10 +233,10 @@ def arrange_array(x: Array, *, size: int | None, channels: int | None, where: st
 
 
 def value_range(least: Any, greatest: Any) -> tuple[float, float]:
-    """Give the values that become 0 and 1, for the extremes of uint16 or float32 images.
+    """Return the values that become 0 and 1, for the extremes of uint16 or float32 images.
 
-    Whole numbers: 0 and the smallest 2**b - 1 that holds them, since cameras fill 10, 12 or 14 of 16 bits. Floats: 0
-    and 1 where they lie within, else the extremes.
+    Integers: 0 and the smallest 2**b - 1 above all values, since cameras use 10, 12 or 14 of 16 bits. Floats: 0 and 1
+    if all values are between them, else the extremes.
     """
     if isinstance(greatest, np.integer):
         return 0.0, float(2 ** max(int(greatest).bit_length(), 1) - 1)
@@ -243,7 +245,7 @@ def value_range(least: Any, greatest: Any) -> tuple[float, float]:
     return float(least), float(greatest) if greatest > least else float(least) + 1.0
 
 
-def _header(image: Image.Image) -> Header:
+def _image_header(image: Image.Image) -> ImageHeader:
     width, height = image.size
     if image.getexif().get(_ORIENTATION, 1) >= 5:
         width, height = height, width
@@ -254,39 +256,39 @@ def _header(image: Image.Image) -> Header:
         channels = 4
     else:
         channels, pages = 3, 1
-    return Header(width, height, channels, _DEPTHS.get(image.mode, "uint8"), pages)
+    return ImageHeader(width, height, channels, _DEPTHS.get(image.mode, "uint8"), pages)
 
 
-def _depth(headers: Sequence[Header]) -> tuple[str, int]:
+def _depth(headers: Sequence[ImageHeader]) -> tuple[str, int]:
     return headers[0].depth, headers[0].pages
 
 
-def _pixels(image: Image.Image, form: Form) -> Array:
+def _decode_page(image: Image.Image, image_format: ImageFormat) -> Array:
     from PIL import Image, ImageOps
 
-    bands = 1 if form.pages > 1 else form.channels
+    bands = 1 if image_format.pages > 1 else image_format.channels
     if image.getexif().get(_ORIENTATION, 1) != 1:
         image = ImageOps.exif_transpose(image)
-    if form.depth == "uint8":
+    if image_format.depth == "uint8":
         image = image.convert({1: "L", 3: "RGB", 4: "RGBA"}[bands])
     else:
         # Pillow resizes 16 bits only as floats.
         values = np.asarray(image)
-        if form.depth == "uint16" and (values.min() < 0 or values.max() > 65535):
-            raise ValueError(f"values reach {values.min()} to {values.max()}, more than 16 bits hold")
+        if image_format.depth == "uint16" and (values.min() < 0 or values.max() > 65535):
+            raise ValueError(f"values from {values.min()} to {values.max()} exceed the range of 16 bits")
         image = Image.fromarray(values.astype(np.float32))
-    if image.size != (form.width, form.height):
-        image = ImageOps.fit(image, (form.width, form.height), method=Image.Resampling.BILINEAR)
+    if image.size != (image_format.width, image_format.height):
+        image = ImageOps.fit(image, (image_format.width, image_format.height), method=Image.Resampling.BILINEAR)
     values = np.asarray(image)
-    if form.depth == "uint16":
+    if image_format.depth == "uint16":
         values = np.clip(np.rint(values), 0, 65535).astype(np.uint16)
     if values.ndim == 2:
         return np.repeat(values[None], bands, axis=0)
     return values.transpose(2, 0, 1)
 
 
-def _check_whole(path: Path) -> None:
-    """Raise where a file ends too early; PNG and JPEG are only decoded when their end mark is not in its place."""
+def _check_complete(path: Path) -> None:
+    """Raise an error for a truncated file; PNG and JPEG are only decoded if their end marker is missing."""
     from PIL import Image
 
     with path.open("rb") as file:
@@ -300,38 +302,38 @@ def _check_whole(path: Path) -> None:
 
 
 def _for_all(
-    read: Callable[[int], Result], count: int, names: Sequence[str], *, source: str, doing: str
-) -> list[Result]:
-    """Give read(row) for all rows, by threads; every row that fails is counted and the first named in one error."""
+    read: Callable[[int], Output], count: int, names: Sequence[str], *, source: str, doing: str
+) -> list[Output]:
+    """Return read(row) for all rows, by threads; one error names the number of failed rows and the first of them."""
     from tqdm import tqdm
 
     broken: list[tuple[str, Exception]] = []
 
-    def attempt(row: int) -> Result | None:
+    def attempt(row: int) -> Output | None:
         try:
             return read(row)
-        except Exception as error:  # a broken file makes a decoder raise nearly anything; all of it is told below
+        except Exception as error:  # decoders raise many kinds of errors for broken files
             broken.append((names[row], error))
             return None
 
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-        # Only a terminal gets the bar, and only when it takes longer than two seconds.
+        # The progress bar is for terminals only, and for more than two seconds of work.
         results = list(tqdm(pool.map(attempt, range(count)), total=count, desc=doing, disable=None, delay=2))
     if broken:
         name, error = min(broken, key=lambda pair: pair[0])
         files = "1 file is" if len(broken) == 1 else f"{len(broken)} files are"
         raise InputError(
-            f"{source}: expected {count} whole images; {files} broken, {'' if len(broken) == 1 else 'the first '}"
-            f"'{name}' ({_reason(error)}). Replace or remove what is broken."
+            f"{source}: expected {count} complete images; {files} broken, {'' if len(broken) == 1 else 'the first '}"
+            f"'{name}' ({_decoding_error(error)}). Replace or remove them."
         )
-    return cast(list[Result], results)
+    return cast(list[Output], results)
 
 
-def _reason(error: Exception) -> str:
+def _decoding_error(error: Exception) -> str:
     from PIL import UnidentifiedImageError
 
     if isinstance(error, UnidentifiedImageError):
-        return "no image that can be read"
+        return "not a readable image"
     return str(error).strip().rstrip(".") or type(error).__name__
 
 
@@ -342,7 +344,7 @@ def _channels_last(shape: tuple[int, ...]) -> bool:
     return last <= 4 or last < min(first, middle)
 
 
-def _plain_depth(x: Array, where: str) -> Array:
+def _supported_depth(x: Array, where: str) -> Array:
     if x.dtype == bool:
         return x.astype(np.uint8) * np.uint8(255)
     if x.dtype in (np.uint8, np.uint16):
@@ -355,8 +357,8 @@ def _plain_depth(x: Array, where: str) -> Array:
     finite = np.isfinite(x).reshape(len(x), -1).all(axis=1)
     if not finite.all():
         raise InputError(
-            f"{where}: expected finite pixels; {int((~finite).sum())} images hold NaN or infinite values, the first is "
-            f"number {int(np.argmin(finite))}. Replace those values."
+            f"{where}: expected finite pixels; {int((~finite).sum())} images contain NaN or infinite values, the first "
+            f"is number {int(np.argmin(finite))}. Replace those values."
         )
     return x
 
@@ -371,7 +373,8 @@ def _convert_channels(x: Array, channels: int) -> Array:
     if channels == 3 and found == 4:
         return x[:, :3]
     raise InputError(
-        f"data.channels: {found} channels cannot become {channels}; grey and colour become each other. Leave it out."
+        f"data.channels: {found} channels cannot be converted to {channels}; only grey and colour can be converted. "
+        "Remove the key."
     )
 
 

@@ -1,4 +1,7 @@
-"""Batches for training, a function of the seed and the step: a run goes on exactly where it stopped."""
+"""Batches for training, a function of the seed and the step, so that a run can be resumed exactly.
+
+A sampler is an `Order`: write a class with `positions` and `@SAMPLERS.register(name)` here.
+"""
 
 from __future__ import annotations
 
@@ -15,48 +18,60 @@ from contrast.core.seeding import derived
 from contrast.data.dataset import Batch, Samples
 
 SAMPLERS = Registry("sampler")
-"""The orders of items by name."""
+"""The samplers (orders of items) by name."""
 
 
 class Order(Protocol):
-    """In which order an epoch walks over the items."""
+    """The order of the items in an epoch."""
 
     def positions(self, count: int, batch_size: int, epoch: int, generator: torch.Generator) -> Tensor:
-        """Give (count,) int64, every position once: a function of the epoch and the generator, also after resuming.
+        """Return (count,) int64, every position once: a function of the epoch and the generator, also after resuming.
 
         Args:
-            count: how many items there are.
-            batch_size: items in a batch, over all processes together; batches follow each other in this order.
+            count: number of items.
+            batch_size: items per batch, over all processes together; each batch is the next part of the order.
             epoch: from 0.
-            generator: every process's is the same.
+            generator: in the same state on every process.
         """
 
 
 @SAMPLERS.register("shuffled", aliases=("random",))
 class Shuffled:
-    """Every order is as likely."""
+    """A uniformly random order.
+
+    Example:
+        >>> sorted(Shuffled().positions(5, 2, epoch=0, generator=torch.Generator()).tolist())
+        [0, 1, 2, 3, 4]
+    """
 
     def positions(self, count: int, batch_size: int, epoch: int, generator: torch.Generator) -> Tensor:  # noqa: ARG002
-        """Give a random order."""
+        """Return a random order."""
         return torch.randperm(count, generator=generator)
 
 
 @SAMPLERS.register("neighbours", aliases=("neighbors", "hard_batches", "nearest"))
 class Neighbours:
-    """Items that the encoder holds to be alike come into one batch, so that hard negatives get their gradient too.
+    """Nearest neighbours under the encoder are in one batch, so that hard negatives have gradients too.
 
-    Every epoch walks over every item once: in random order, each item that was not met yet is followed by its nearest
-    ones that were not met yet, as many as fit the batch. Which are near is found again and again while training goes
-    on; an epoch goes by what was known an epoch before it began, so that reading ahead and resuming change nothing. The
-    first two epochs are shuffled. Items of one group, which are no negatives, are never put together by this.
+    Every epoch has every item once: in random order, each item that is not in the order yet is followed by its nearest
+    neighbours that are not either, up to the end of the batch. The neighbours are searched repeatedly during training;
+    an epoch uses the table from one epoch before its start, so that prefetching and resuming change nothing. The first
+    two epochs are shuffled. Items of one group, which are not negatives, are not neighbours of each other.
 
     Args:
-        neighbours: how many of the nearest follow each item, 1 or more.
-        refresh: how often they are found again, "1 epochs" or "200 steps".
-        index: how they are found: "auto", "exact" or one of FAISS's factory strings, "IVF256,Flat".
+        neighbours: number of nearest neighbours that follow each item, 1 or more.
+        refresh: how often they are searched, "1 epochs" or "200 steps".
+        index: how they are searched: "auto", "exact" or one of FAISS's factory strings, "IVF256,Flat".
 
     Attributes:
-        table: epoch -> (count, k) int64 positions, nearest first, -1 for none; None before there are any.
+        table: epoch -> (count, k) int64 positions, nearest first, -1 for none; None before the first search.
+
+    Example:
+        >>> order = Neighbours(neighbours=1)
+        >>> order.table = lambda epoch: torch.tensor([[1], [0], [3], [2]])
+        >>> batches = order.positions(4, 2, epoch=2, generator=torch.Generator()).view(2, 2)
+        >>> sorted(sorted(batch) for batch in batches.tolist())
+        [[0, 1], [2, 3]]
     """
 
     def __init__(self, neighbours: int = 7, refresh: str = "1 epochs", index: str = "auto") -> None:
@@ -66,40 +81,45 @@ class Neighbours:
         self.table: Callable[[int], Tensor | None] = lambda _: None
 
     def positions(self, count: int, batch_size: int, epoch: int, generator: torch.Generator) -> Tensor:
-        """Give a random order in which neighbours follow each other."""
+        """Return a random order in which neighbours follow each other."""
         shuffled = torch.randperm(count, generator=generator)
         table = self.table(epoch)
         if table is None:
             return shuffled
-        near, met, order = table.tolist(), [False] * count, []
+        nearest, used, order = table.tolist(), [False] * count, []
         for item in shuffled.tolist():
-            if met[item]:
+            if used[item]:
                 continue
-            met[item] = True
+            used[item] = True
             order.append(item)
-            room = min(self.neighbours, -len(order) % batch_size)
-            for other in near[item] if room else ():
-                if other >= 0 and not met[other]:
-                    met[other] = True
+            missing = min(self.neighbours, -len(order) % batch_size)
+            for other in nearest[item] if missing else ():
+                if other >= 0 and not used[other]:
+                    used[other] = True
                     order.append(other)
-                    room -= 1
-                    if not room:
+                    missing -= 1
+                    if not missing:
                         break
         return torch.tensor(order)
 
 
 class StepSampler(Sampler[list[int]]):
-    """Endless batches of positions: a new order every epoch, the incomplete last batch of an epoch left out.
+    """Endless batches of positions: a new order every epoch, without the incomplete last batch of an epoch.
 
     Args:
-        count: how many items there are.
-        batch_size: items in a batch, over all processes together; each process takes every W-th of them.
-        seed: decides every order.
+        count: number of items.
+        batch_size: items per batch, over all processes together; each of W processes gets every W-th of them.
+        seed: of the orders.
         start: the first step, counted from 0 at the beginning of training.
-        order: of an epoch's items; shuffled where it is not given.
+        order: of an epoch's items; None: shuffled.
 
     Raises:
-        InputError: for fewer items than the batch.
+        InputError: for fewer items than the batch size.
+
+    Example:
+        >>> sampler = StepSampler(count=10, batch_size=4, seed=0)
+        >>> sampler.steps_per_epoch, len(next(iter(sampler)))
+        (2, 4)
     """
 
     def __init__(
@@ -107,19 +127,19 @@ class StepSampler(Sampler[list[int]]):
     ) -> None:
         if not 2 <= batch_size <= count:
             raise InputError(
-                f"batch_size must lie between 2 and the {count:,} training items; got {batch_size:,}. "
-                f"Give a smaller batch_size, or more data."
+                f"batch_size must be between 2 and the {count:,} training items; got {batch_size:,}. "
+                "Set a smaller batch_size, or use more data."
             )
         self.count, self.batch_size, self.seed, self.start = count, batch_size, seed, start
         self.order = order or Shuffled()
 
     @property
     def steps_per_epoch(self) -> int:
-        """Count the whole batches of an epoch."""
+        """Return the number of complete batches per epoch."""
         return self.count // self.batch_size
 
     def __iter__(self) -> Iterator[list[int]]:
-        """Walk over this process's share of every batch from `start` on, without end."""
+        """Iterate over this process's part of every batch from `start` on, endlessly."""
         rank, world = distributed.rank(), distributed.world_size()
         epoch, position = divmod(self.start, self.steps_per_epoch)
         while True:
@@ -131,16 +151,24 @@ class StepSampler(Sampler[list[int]]):
 
 
 def training_loader(samples: Samples, sampler: StepSampler, *, workers: int = 0) -> DataLoader[Batch]:
-    """Give the loader of whole batches; `workers` processes read ahead, which only lazily read folders need."""
+    """Return the loader of complete batches; `workers` processes prefetch, which only lazily read folders need.
+
+    Example:
+        >>> from contrast.data import open_data
+        >>> train = open_data("digits").train
+        >>> loader = training_loader(train, StepSampler(len(train), batch_size=64))
+        >>> next(iter(loader)).x.shape
+        torch.Size([64, 1, 8, 8])
+    """
     return DataLoader(
         samples,
         batch_sampler=sampler,
         num_workers=workers,
-        collate_fn=_as_it_is,
+        collate_fn=_return_batch,
         pin_memory=torch.cuda.is_available(),
         persistent_workers=workers > 0,
     )
 
 
-def _as_it_is(batch: Any) -> Any:
+def _return_batch(batch: Any) -> Any:
     return batch

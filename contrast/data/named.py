@@ -1,4 +1,4 @@
-"""Sets by name: scikit-learn's digits, the archives of aeon, torchvision's sets."""
+"""Data sets by name: scikit-learn's digits, the archives of aeon, torchvision's data sets."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from contrast.data.series_files import join_ts
 
 
 def data_root() -> Path:
-    """Give the folder where downloaded sets lie: $CONTRAST_DATA, or ./data."""
+    """Return the folder of downloaded sets: $CONTRAST_DATA, or ./data."""
     return Path(os.environ.get("CONTRAST_DATA", "data")).expanduser()
 
 
 def read_digits(*, size: int | None, channels: int | None) -> Collection:
-    """Give scikit-learn's 1,797 handwritten digits, grey, 8 x 8, values 0 to 16 as floats 0 to 1."""
+    """Return scikit-learn's 1,797 handwritten digits, grey, 8 x 8, values 0 to 16 as floats 0 to 1."""
     from sklearn.datasets import load_digits
 
     digits = load_digits()
@@ -35,9 +35,9 @@ def read_digits(*, size: int | None, channels: int | None) -> Collection:
 
 
 def read_aeon(name: str) -> Collection:
-    """Give a set of the UCR or UEA archive, with its own split.
+    """Return a set of the UCR or UEA archive, with its own split.
 
-    What ships with aeon is read without network; others are looked for below `data_root()` and then downloaded there.
+    Sets that ship with aeon are read without network; others are read from `data_root()` or downloaded there.
     """
     try:
         import aeon
@@ -49,12 +49,12 @@ def read_aeon(name: str) -> Collection:
 
     shipped = Path(aeon.__file__).parent / "datasets" / "data"
     for folder in (shipped, data_root()):
-        parts = {word: folder / name / f"{name}_{word.upper()}.ts" for word in ("train", "test")}
+        parts = {split: folder / name / f"{name}_{split.upper()}.ts" for split in ("train", "test")}
         if name and all(part.is_file() for part in parts.values()):
             return join_ts(parts)
-    known = _archive_names()
-    if name not in known:
-        raise InputError(f"aeon: there is no set '{name}' in the UCR and UEA archives.{did_you_mean(name, known)}")
+    names = _archive_names()
+    if name not in names:
+        raise InputError(f"aeon: there is no set '{name}' in the UCR and UEA archives.{did_you_mean(name, names)}")
     _download(
         f"aeon:{name}",
         lambda: load_classification(name, extract_path=str(data_root())),
@@ -64,28 +64,28 @@ def read_aeon(name: str) -> Collection:
 
 
 def read_torchvision(name: str, *, size: int | None, channels: int | None) -> Collection:
-    """Give a classification set of torchvision by its class name, with its own split where it has one.
+    """Return a classification set of torchvision by its class name, with its own split if it has one.
 
-    It is looked for below `data_root()` and downloaded there where it is missing.
+    It is read from `data_root()`, or downloaded there if it is missing.
     """
     from torchvision import datasets
 
-    known = [known for known in datasets.__all__ if inspect.isclass(getattr(datasets, known))]
+    known = [other for other in datasets.__all__ if inspect.isclass(getattr(datasets, other))]
     if name not in known:
         raise InputError(f"torchvision has no set '{name}'.{did_you_mean(name, known)} It has: {', '.join(known)}.")
     build = getattr(datasets, name)
-    takes = inspect.signature(build).parameters
-    if "train" in takes:
+    parameters = inspect.signature(build).parameters
+    if "train" in parameters:
         options: dict[str, dict[str, Any]] = {"train": {"train": True}, "test": {"train": False}}
-    elif "split" in takes:
-        options = {word: {"split": word} for word in ("train", "test")}
+    elif "split" in parameters:
+        options = {split: {"split": split} for split in ("train", "test")}
     else:
         options = {"": {}}
-    sets = {word: _build(build, name, takes, option) for word, option in options.items()}
+    sets = {split: _build_dataset(build, name, parameters, option) for split, option in options.items()}
     classes = _class_names(next(iter(sets.values())))
-    names = [f"{name}:{word or 'all'}[{row}]" for word, one in sets.items() for row in range(len(one))]
+    names = [f"{name}:{split or 'all'}[{row}]" for split, one in sets.items() for row in range(len(one))]
     split = np.repeat(list(sets), [len(one) for one in sets.values()]) if "" not in sets else None
-    arrays = [_arrays(one) for one in sets.values()]
+    arrays = [_arrays_of(one) for one in sets.values()]
     if all(array is not None for array in arrays):
         x, notes = arrange_array(
             np.concatenate([array[0] for array in arrays if array is not None]),
@@ -106,51 +106,55 @@ def read_torchvision(name: str, *, size: int | None, channels: int | None) -> Co
             split=split,
             notes=notes,
         )
-    places = [(one, row) for one in sets.values() for row in range(len(one))]
-    found = [one[row][1] for one, row in places[:1]]
+    positions = [(one, row) for one in sets.values() for row in range(len(one))]
+    found = [one[row][1] for one, row in positions[:1]]
     if not all(isinstance(label, int) for label in found):
-        raise InputError(f"torchvision:{name} gives no class a picture, so it cannot be read here; name another set.")
-    target = np.array([_target(one, row) for one, row in places], dtype=np.int64)
+        raise InputError(f"torchvision:{name} does not have one class per image, so it cannot be read; name another.")
+    target = np.array([_target(one, row) for one, row in positions], dtype=np.int64)
     items, shape, notes = open_images(
-        lambda row: places[row][0][places[row][1]][0], names, size=size, channels=channels, source=f"torchvision:{name}"
+        lambda row: positions[row][0][positions[row][1]][0],
+        names,
+        size=size,
+        channels=channels,
+        source=f"torchvision:{name}",
     )
     return Collection(
         "image", items, shape, names, {"label": target}, "label", classes=classes, split=split, notes=notes
     )
 
 
-def _build(build: Any, name: str, takes: Any, option: dict[str, Any]) -> Any:
-    root: dict[str, Any] = {"root": str(data_root())} if "root" in takes else {}
+def _build_dataset(build: Any, name: str, parameters: Any, option: dict[str, Any]) -> Any:
+    root: dict[str, Any] = {"root": str(data_root())} if "root" in parameters else {}
     try:
         return build(**root, **option)
-    except Exception as error:  # each set has its own way to say that it is not there; the download decides
+    except Exception as error:  # the sets raise different errors when their files are missing; the download decides
         reason = error
-    if "download" not in takes:
+    if "download" not in parameters:
         raise InputError(
-            f"torchvision:{name} could not be read from {data_root()} ({_first_line(reason)})."
+            f"torchvision:{name} could not be read from {data_root()} ({_error_summary(reason)})."
         ) from reason
     return _download(f"torchvision:{name}", lambda: build(**root, **option, download=True), "Put it there")
 
 
 def _download(source: str, fetch: Callable[[], Any], otherwise: str) -> Any:
-    """Give what `fetch` loads into `data_root()`; a failure leaves no folder behind that was not there before."""
+    """Return the result of `fetch`, which loads into `data_root()`; after a failure no new empty folder remains."""
     root = data_root()
-    above = [folder for folder in (root, *root.parents) if not folder.exists()]
+    created = [folder for folder in (root, *root.parents) if not folder.exists()]
     try:
         root.mkdir(parents=True, exist_ok=True)
         return fetch()
-    except Exception as error:  # the network, the servers and their files fail in many ways; all end here
-        below = sorted((path for path in root.rglob("*") if path.is_dir()), reverse=True) if above else []
-        for folder in [*below, *above]:
+    except Exception as error:  # networks, servers and broken files raise many kinds of errors
+        below = sorted((path for path in root.rglob("*") if path.is_dir()), reverse=True) if created else []
+        for folder in [*below, *created]:
             if folder.is_dir() and not any(folder.iterdir()):
                 folder.rmdir()
         raise InputError(
-            f"{source} is not in the folder '{root}' and could not be downloaded ({_first_line(error)}). "
+            f"{source} is not in the folder '{root}' and could not be downloaded ({_error_summary(error)}). "
             f"{otherwise} (or set CONTRAST_DATA to where it is), or check the network."
         ) from error
 
 
-def _arrays(one: Any) -> tuple[Any, Any] | None:
+def _arrays_of(one: Any) -> tuple[Any, Any] | None:
     data, target = getattr(one, "data", None), getattr(one, "targets", getattr(one, "labels", None))
     if data is None or target is None or len(data) != len(one) or np.ndim(data) not in (3, 4):
         return None
@@ -159,11 +163,11 @@ def _arrays(one: Any) -> tuple[Any, Any] | None:
 
 def _target(one: Any, row: int) -> int:
     for attribute in ("targets", "_labels", "labels", "y"):
-        if (known := getattr(one, attribute, None)) is not None and len(known) == len(one):
-            return int(known[row])
+        if (labels := getattr(one, attribute, None)) is not None and len(labels) == len(one):
+            return int(labels[row])
     for attribute in ("_samples", "samples", "imgs"):
-        if (known := getattr(one, attribute, None)) is not None and len(known) == len(one):
-            return int(known[row][1])
+        if (samples := getattr(one, attribute, None)) is not None and len(samples) == len(one):
+            return int(samples[row][1])
     return int(one[row][1])
 
 
@@ -179,6 +183,6 @@ def _archive_names() -> list[str]:
     return sorted({name for names in lists for name in names})
 
 
-def _first_line(error: Exception) -> str:
+def _error_summary(error: Exception) -> str:
     lines = str(error).strip().splitlines()
     return (lines[0] if lines else type(error).__name__).rstrip(".")

@@ -1,4 +1,4 @@
-"""Series: arrays and lists of any length become one (N, C, L) array, NaN where nothing was observed."""
+"""Series: arrays and lists of any length as one (N, C, L) array, NaN where nothing was observed."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from contrast.data.dataset import Array
 
 
 def stack_series(series: Sequence[Array], names: Sequence[str], *, where: str) -> Array:
-    """Give series of (C, any length) as (N, C, L) float32, the shorter ones filled with NaN at the end.
+    """Return series of (C, any length) as (N, C, L) float32, the shorter ones padded with NaN at the end.
 
     Raises:
-        InputError: for series that differ in channels, hold nothing, or hold infinite values.
+        InputError: for series that differ in channels, have no value, or have infinite values.
     """
     channels = {len(one) for one in series}
     if len(channels) > 1:
@@ -33,7 +33,7 @@ def stack_series(series: Sequence[Array], names: Sequence[str], *, where: str) -
 
 
 def arrange_series(x: Array) -> Array:
-    """Give an array (N, L) or (N, C, L) of real numbers as (N, C, L) float32."""
+    """Return an array (N, L) or (N, C, L) of real numbers as (N, C, L) float32."""
     if x.ndim == 2:
         x = x[:, None]
     with np.errstate(over="ignore"):
@@ -41,31 +41,31 @@ def arrange_series(x: Array) -> Array:
 
 
 def pad_series(x: Array, length: int) -> Array:
-    """Give (N, C, L) with NaN added at the end up to `length` steps."""
+    """Return (N, C, L) padded with NaN at the end to `length` steps."""
     missing = length - x.shape[2]
     return x if missing == 0 else np.pad(x, ((0, 0), (0, 0), (0, missing)), constant_values=np.nan)
 
 
 def check_series(x: Array, names: Sequence[str], *, where: str) -> None:
-    """Raise an InputError for series without a value, with infinite values, or of one step."""
+    """Check that series have a value, no infinite values, and two or more steps, else raise an InputError."""
     infinite = np.asarray(np.isinf(x).any(axis=(1, 2)))
     if infinite.any():
         raise InputError(
-            f"{where}: expected finite values or NaN for missing ones; {int(infinite.sum())} series hold infinite "
-            f"values or more than float32 can, the first is {names[int(np.argmax(infinite))]}. Replace those by NaN."
+            f"{where}: expected finite values or NaN for missing ones; {int(infinite.sum())} series contain infinite "
+            f"values or values beyond float32, the first is {names[int(np.argmax(infinite))]}. Replace those by NaN."
         )
-    nothing = np.asarray(np.isnan(x).all(axis=(1, 2)))
-    if nothing.any():
+    empty = np.asarray(np.isnan(x).all(axis=(1, 2)))
+    if empty.any():
         raise InputError(
-            f"{where}: expected at least one value in every series; {int(nothing.sum())} hold NaN only, the first is "
-            f"{names[int(np.argmax(nothing))]}. Remove those."
+            f"{where}: expected at least one value in every series; {int(empty.sum())} contain NaN only, the first is "
+            f"{names[int(np.argmax(empty))]}. Remove those."
         )
     if x.shape[2] < 2:
         raise InputError(f"{where}: expected series of two steps or more; got {x.shape[2]}.")
 
 
 def describe_gaps(x: Array) -> list[str]:
-    """Give a note on unequal lengths and one on missing values, where there are any."""
+    """Return notes on unequal lengths and on missing values."""
     observed = ~np.isnan(x)
     steps = np.asarray(observed.any(axis=1))
     lengths = x.shape[2] - np.argmax(steps[:, ::-1], axis=1)

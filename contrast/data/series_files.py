@@ -1,4 +1,4 @@
-"""Files of series: CSV with one row a series or one row a step, and .ts; a train file finds its test file."""
+"""Files of series: CSV with one row per series or per step, and .ts; a train file is read with its test file."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from pathlib import Path
 import numpy as np
 
 from contrast.core.registry import InputError
-from contrast.data.collection import LABEL_WORDS, SPLIT_WORDS, Collection, as_text, number_members
+from contrast.data.collection import LABEL_NAMES, SPLIT_NAMES, Collection, as_text, number_members
 from contrast.data.dataset import Array, ArrayItems
 from contrast.data.series import describe_gaps, stack_series
 from contrast.data.tables import read_values
 
-ID_WORDS = (
+ID_NAMES = (
     "id", "item", "series", "series_id", "case", "case_id", "unique_id", "uid", "sample", "sample_id", "instance",
     "record", "record_id", "recording", "recording_id", "name",
 )  # fmt: skip
-TIME_WORDS = (
+TIME_NAMES = (
     "time",
     "t",
     "timestamp",
@@ -31,19 +31,19 @@ TIME_WORDS = (
     "datetime",
     "ds",
 )
-CHANNEL_WORDS = ("channel", "dim", "dim_id", "dimension", "variable", "feature", "sensor", "lead")
-VALUE_WORDS = ("value", "values", "reading")
+CHANNEL_NAMES = ("channel", "dim", "dim_id", "dimension", "variable", "feature", "sensor", "lead")
+VALUE_NAMES = ("value", "values", "reading")
 
-_SPLIT_NAME = re.compile(r"(?P<stem>.*?)(?P<mark>[_\-. ]?)(?P<word>train|test|val|valid|validation)", re.IGNORECASE)
+_SPLIT_NAME = re.compile(r"(?P<stem>.*?)(?P<mark>[_\-. ]?)(?P<split>train|test|val|valid|validation)", re.IGNORECASE)
 _NUMBERED = re.compile(r"(.*?)-?\d+(?:\.\d+)?")
 
 
 def find_parts(path: Path) -> dict[str, Path]:
-    """Give a set's files by split: X_TRAIN.ts finds X_TEST.ts beside it, and the reverse; {"": path} = one file."""
+    """Return a set's files by split: X_TRAIN.ts and X_TEST.ts for either of them; {"": path} = one file."""
     own = _SPLIT_NAME.fullmatch(path.stem)
     if own is None:
         return {"": path}
-    parts = {SPLIT_WORDS[own["word"].lower()]: path}
+    parts = {SPLIT_NAMES[own["split"].lower()]: path}
     for other in sorted(path.parent.iterdir()):
         found = _SPLIT_NAME.fullmatch(other.stem)
         if (
@@ -51,19 +51,19 @@ def find_parts(path: Path) -> dict[str, Path]:
             and other.suffix.lower() == path.suffix.lower()
             and (found["stem"].lower(), found["mark"]) == (own["stem"].lower(), own["mark"])
         ):
-            parts.setdefault(SPLIT_WORDS[found["word"].lower()], other)
+            parts.setdefault(SPLIT_NAMES[found["split"].lower()], other)
     if "train" not in parts or len(parts) == 1:
         return {"": path}
-    return {word: parts[word] for word in ("train", "validation", "test") if word in parts}
+    return {split: parts[split] for split in ("train", "validation", "test") if split in parts}
 
 
 def read_ts(path: Path) -> Collection:
-    """Give the series of a .ts file and of the files that belong to it."""
+    """Return the series of a .ts file and of the other files of its set."""
     return join_ts(find_parts(path))
 
 
 def join_ts(parts: dict[str, Path]) -> Collection:
-    """Give the series of .ts files, by split."""
+    """Return the series of .ts files, by split."""
     try:
         from aeon.datasets import load_from_ts_file
     except ImportError as error:
@@ -73,59 +73,57 @@ def join_ts(parts: dict[str, Path]) -> Collection:
     labels: list[object] = []
     names: list[str] = []
     split: list[str] = []
-    for word, path in parts.items():
+    for split_name, path in parts.items():
         try:
             found, target, meta = load_from_ts_file(str(path), return_meta_data=True)
-        except (
-            Exception
-        ) as error:  # aeon raises OSError, ValueError, IndexError or UnicodeDecodeError for a broken file
+        # aeon raises OSError, ValueError, IndexError or UnicodeDecodeError for a broken file.
+        except Exception as error:
             raise InputError(f"{path}: expected series in the .ts format; {str(error).rstrip('.')}.") from error
         if not len(found):
             raise InputError(f"{path}: expected series below @data; there are none.")
         series += [np.asarray(one, dtype=np.float64) for one in found]
         labels += list(target) if meta.get("classlabel") or meta.get("targetlabel") else [""] * len(found)
         names += [f"{path.name}[{row}]" for row in range(len(found))]
-        split += [word] * len(found)
-    shown = next(iter(parts.values()))
-    x = stack_series(series, names, where=str(shown))
-    columns = {"label": _from_ts(labels)} if any(str(label) for label in labels) else {}
-    return _collection(x, names, columns, "label" if columns else None, split, parts, [])
+        split += [split_name] * len(found)
+    x = stack_series(series, names, where=str(next(iter(parts.values()))))
+    columns = {"label": _ts_labels(labels)} if any(str(label) for label in labels) else {}
+    return _series_collection(x, names, columns, "label" if columns else None, split, parts, [])
 
 
 def read_csv(path: Path, *, target: str | None, reserved: Sequence[str | None]) -> Collection:
-    """Give the series of a table and of the tables that belong to it.
+    """Return the series of a table and of the other tables of its set.
 
-    Wide: one row a series; value columns, and where there are any a label and more. Long: one row a step, where an id
-    and a time column are there and ids repeat; one column of values a channel, or one beside a column of channels.
+    Wide: one row per series; columns of values, and optionally a label and others. Long: one row per step, if there
+    are an id and a time column and ids repeat; one column of values per channel, or one and a column of channels.
 
     Args:
         path: comma, tab, semicolon or space separated.
-        target: the label column, where the person names it.
-        reserved: columns that the person needs for something else.
+        target: the label column, if the user names it.
+        reserved: columns that the user needs for another purpose.
     """
     parts = find_parts(path)
-    tables = {word: read_values(part) for word, part in parts.items()}
+    tables = {split_name: read_values(part) for split_name, part in parts.items()}
     columns, header = next(iter(tables.values()))
     for part, (other, _) in zip(parts.values(), tables.values(), strict=True):
         if list(other) != list(columns):
-            strange = sorted(set(other) ^ set(columns)) or list(other)
+            differing = sorted(set(other) ^ set(columns)) or list(other)
             raise InputError(
-                f"{part}: expected the columns of {path.name}; they differ, for instance in '{strange[0]}'. "
-                "Give both files the same columns in the same order."
+                f"{part}: expected the columns of {path.name}; they differ, for instance in '{differing[0]}'. "
+                "Write both files with the same columns in the same order."
             )
-    sizes = {word: len(next(iter(table.values()))) for word, (table, _) in tables.items()}
-    joined = {name: _join([table[name] for table, _ in tables.values()]) for name in columns}
+    sizes = {split_name: len(next(iter(table.values()))) for split_name, (table, _) in tables.items()}
+    joined = {name: _concatenate([table[name] for table, _ in tables.values()]) for name in columns}
     split = np.repeat(list(sizes), list(sizes.values()))
-    identity, time = _named(joined, ID_WORDS), _named(joined, TIME_WORDS)
+    identity, time = _column_named(joined, ID_NAMES), _column_named(joined, TIME_NAMES)
     if header and identity and time and len(np.unique(joined[identity])) < len(joined[identity]):
-        return _long(path, joined, split, parts, identity=identity, time=time, target=target, reserved=reserved)
+        return _long_table(path, joined, split, parts, identity=identity, time=time, target=target, reserved=reserved)
     names = [
         f"{part.name}[{row}]" for part, size in zip(parts.values(), sizes.values(), strict=True) for row in range(size)
     ]
-    return _wide(path, joined, split, parts, names, header=header, target=target, reserved=reserved)
+    return _wide_table(path, joined, split, parts, names, header=header, target=target, reserved=reserved)
 
 
-def _wide(
+def _wide_table(
     path: Path,
     columns: dict[str, Array],
     split: Array,
@@ -142,40 +140,39 @@ def _wide(
     if header and first in ("", "Unnamed: 0", "index") and _is_index(columns[first]):
         columns.pop(first)
     others = {target, *reserved} & set(columns)
-    item = _named(columns, ("item", "id", "name", "series", "series_id", "series_name", "case_id"))
+    item = _column_named(columns, ("item", "id", "name", "series", "series_id", "series_name", "case_id"))
     if header and item and item not in others and len(np.unique(columns[item])) == count:
         names = [str(name) for name in columns.pop(item)]
-    label = target if target in columns else _named(columns, LABEL_WORDS) if header else None
-    words = [name for name, column in columns.items() if column.dtype.kind == "U" and name not in others]
+    label = target if target in columns else _column_named(columns, LABEL_NAMES) if header else None
+    text_columns = [name for name, column in columns.items() if column.dtype.kind == "U" and name not in others]
     if label is None and target in (None, "none"):
-        label = _guess_label(path, columns, words, others, header=header, needed=target is None)
+        label = _guess_label(path, columns, text_columns, others, header=header, needed=target is None)
         if label is not None:
             notes.append(
                 f"Labels are the {_ordinal(list(columns).index(label), len(columns))} column"
                 + (f" '{label}'." if header else ".")
             )
-    values = [name for name in columns if name not in words and name not in others and name != label]
+    values = [name for name in columns if name not in text_columns and name not in others and name != label]
     if header:
-        values = _one_run(values)
-    aside = [name for name in columns if name not in values and name != label and name not in others]
-    if aside:
+        values = _numbered_columns(values)
+    unused = [name for name in columns if name not in values and name != label and name not in others]
+    if unused:
         notes.append(
-            f"Columns that are no values of the series: {', '.join(aside[:5])}{', ...' if len(aside) > 5 else ''}."
+            f"Columns that are not values of the series: {', '.join(unused[:5])}{', ...' if len(unused) > 5 else ''}."
         )
     if len(values) < 2:
         raise InputError(
-            f"{path}: expected two or more columns of numbers, the steps of one series a row; got {len(values)} in the "
-            f"columns {', '.join(list(columns)[:8])}. One row a step needs columns 'id' and 'time'."
+            f"{path}: expected two or more columns of numbers, one row per series; got {len(values)} in the "
+            f"columns {', '.join(list(columns)[:8])}. One row per step needs columns 'id' and 'time'."
         )
     x = np.stack([columns[name] for name in values], axis=1).astype(np.float64)[:, None]
     x = stack_series(list(x), names, where=str(path))
-    beside = {name: column for name, column in columns.items() if name not in values}
-    return _collection(
-        x, names, beside, label, list(split), parts, [*notes, f"{path.name}: one row a series, {len(values)} steps."]
-    )
+    further = {name: column for name, column in columns.items() if name not in values}
+    notes.append(f"{path.name}: one row per series, {len(values)} steps.")
+    return _series_collection(x, names, further, label, list(split), parts, notes)
 
 
-def _long(
+def _long_table(
     path: Path,
     columns: dict[str, Array],
     split: Array,
@@ -186,7 +183,7 @@ def _long(
     target: str | None,
     reserved: Sequence[str | None],
 ) -> Collection:
-    # The same id in the train and the test file means two series.
+    # The same id in the train and in the test file is two series.
     ids = as_text(columns[identity])
     if np.any(ids == ""):
         raise InputError(
@@ -195,22 +192,22 @@ def _long(
     keys = np.char.add(np.char.add(split.astype(str), ":"), ids)
     codes, members = number_members(keys)
     _, first = np.unique(codes, return_index=True)
-    order_found = np.argsort(first, kind="stable")
-    rank = np.argsort(order_found, kind="stable")
-    codes, first = rank[codes], first[order_found]
-    members = [members[index].split(":", 1)[1] for index in order_found]
-    label = target if target in columns else _named(columns, LABEL_WORDS) if target in (None, "none") else None
-    channel = _named(columns, CHANNEL_WORDS)
+    by_first_row = np.argsort(first, kind="stable")
+    rank = np.argsort(by_first_row, kind="stable")
+    codes, first = rank[codes], first[by_first_row]
+    members = [members[index].split(":", 1)[1] for index in by_first_row]
+    label = target if target in columns else _column_named(columns, LABEL_NAMES) if target in (None, "none") else None
+    channel = _column_named(columns, CHANNEL_NAMES)
     fixed = {name for name in (label, *reserved) if name in columns}
-    free = {name: column for name, column in columns.items() if name not in (identity, time)}
+    others = {name: column for name, column in columns.items() if name not in (identity, time)}
     if channel not in fixed:
-        free.pop(channel or "", None)
-    beside, values = _sort_columns(path, free, codes, first, members, fixed)
+        others.pop(channel or "", None)
+    constant, values = _constant_and_values(path, others, codes, first, members, fixed)
     if identity in fixed:
-        beside[identity] = columns[identity][first]
+        constant[identity] = columns[identity][first]
     if not values:
         raise InputError(
-            f"{path}: expected a column of numbers, such as 'value', beside '{identity}' and '{time}'; got "
+            f"{path}: expected a column of numbers, such as 'value', next to '{identity}' and '{time}'; got "
             f"{', '.join(columns)}. Add the values."
         )
     if channel is not None and channel not in fixed and len(values) == 1:
@@ -218,12 +215,12 @@ def _long(
     else:
         channel_codes, channel_names = np.zeros(len(codes), dtype=np.int64), [""]
     steps = _steps(path, columns[time], codes, time=time)
-    place = (codes * len(channel_names) + channel_codes) * (int(steps.max()) + 1) + steps
-    found, again = np.unique(place, return_counts=True)
-    if np.any(again > 1):
-        row = int(np.argmax(place == found[np.argmax(again > 1)]))
+    cell = (codes * len(channel_names) + channel_codes) * (int(steps.max()) + 1) + steps
+    cells, rows = np.unique(cell, return_counts=True)
+    if np.any(rows > 1):
+        row = int(np.argmax(cell == cells[np.argmax(rows > 1)]))
         raise InputError(
-            f"{path}: expected one row for each '{identity}' and '{time}'; {int(np.sum(again > 1))} have several, the "
+            f"{path}: expected one row per '{identity}' and '{time}'; {int(np.sum(rows > 1))} have several, the "
             f"first is '{members[codes[row]]}' at {columns[time][row]}. Keep one, or add a column 'channel'."
         )
     x = np.full((len(members), len(values) * len(channel_names), int(steps.max()) + 1), np.nan)
@@ -232,19 +229,19 @@ def _long(
     x = stack_series(list(x), members, where=str(path))
     called = channel_names if len(channel_names) > 1 else values
     notes = [
-        f"{path.name}: one row a step; series by '{identity}', steps by '{time}', channels: {', '.join(called[:8])}."
+        f"{path.name}: one row per step; series by '{identity}', steps by '{time}', channels: {', '.join(called[:8])}."
     ]
-    return _collection(x, members, beside, label, list(split[first]), parts, notes)
+    return _series_collection(x, members, constant, label, list(split[first]), parts, notes)
 
 
-def _sort_columns(
+def _constant_and_values(
     path: Path, columns: dict[str, Array], codes: Array, first: Array, members: Sequence[str], fixed: set[str]
 ) -> tuple[dict[str, Array], list[str]]:
-    """Give what is known once a series, and the names of the columns that hold its values.
+    """Return the columns that are constant per series, and the names of the columns of values.
 
-    Numbers that never change inside a series are no measurement, unless nothing else is one.
+    Numbers that are constant in every series are not values, unless there are no others.
     """
-    beside: dict[str, Array] = {}
+    constant: dict[str, Array] = {}
     numbers = []
     for name, column in columns.items():
         codes_of_values, _ = number_members(column)
@@ -252,21 +249,21 @@ def _sort_columns(
         if name in fixed and changed.any():
             row = int(np.argmax(changed))
             raise InputError(
-                f"{path}: expected one '{name}' a series; series '{members[codes[row]]}' has "
+                f"{path}: expected one '{name}' per series; series '{members[codes[row]]}' has "
                 f"'{column[first][codes[row]]}' and '{column[row]}'. Make it the same in all rows of a series."
             )
         is_number = column.dtype.kind != "U" and name not in fixed
-        if not changed.any() and name.lower() not in VALUE_WORDS:
-            beside[name] = column[first]
+        if not changed.any() and name.lower() not in VALUE_NAMES:
+            constant[name] = column[first]
         elif is_number:
             numbers.append(name)
     if not numbers:
-        numbers = [name for name in beside if beside[name].dtype.kind != "U" and name not in fixed]
-    return {name: column for name, column in beside.items() if name not in numbers}, numbers
+        numbers = [name for name in constant if constant[name].dtype.kind != "U" and name not in fixed]
+    return {name: column for name, column in constant.items() if name not in numbers}, numbers
 
 
 def _steps(path: Path, times: Array, codes: Array, *, time: str) -> Array:
-    """Give each row's step inside its series; whole-numbered times keep their gaps, others only their order."""
+    """Return each row's step in its series; integer times include their gaps, for others only the order matters."""
     if times.dtype.kind == "U":
         import pandas
 
@@ -275,7 +272,7 @@ def _steps(path: Path, times: Array, codes: Array, *, time: str) -> Array:
         except ValueError as error:
             raise InputError(
                 f"{path}: expected numbers or dates such as 2024-01-31T12:00 in the column '{time}'; "
-                f"{str(error).splitlines()[0].rstrip('.')}. Rewrite them so."
+                f"{str(error).splitlines()[0].rstrip('.')}. Rewrite them."
             ) from error
     elif np.any(np.isnan(times.astype(np.float64))):
         row = int(np.argmax(np.isnan(times.astype(np.float64))))
@@ -296,7 +293,7 @@ def _steps(path: Path, times: Array, codes: Array, *, time: str) -> Array:
     return steps
 
 
-def _collection(
+def _series_collection(
     x: Array,
     names: list[str],
     columns: dict[str, Array],
@@ -312,8 +309,8 @@ def _collection(
     return Collection("series", ArrayItems(x), x.shape[1:], names, columns, label, split=official, notes=notes)
 
 
-def _from_ts(labels: Sequence[object]) -> Array:
-    """Give labels of a .ts file, numbers where all are."""
+def _ts_labels(labels: Sequence[object]) -> Array:
+    """Return labels of a .ts file, as numbers if all are numbers."""
     text = as_text("" if str(label).strip() in ("?", "") else label for label in labels)
     try:
         return np.array([float(label) if label else np.nan for label in text])
@@ -321,13 +318,13 @@ def _from_ts(labels: Sequence[object]) -> Array:
         return text
 
 
-def _join(columns: Sequence[Array]) -> Array:
+def _concatenate(columns: Sequence[Array]) -> Array:
     if len({column.dtype.kind == "U" for column in columns}) == 2:
         return np.concatenate([as_text(column) for column in columns])
     return np.concatenate(columns)
 
 
-def _named(columns: dict[str, Array], words: Sequence[str]) -> str | None:
+def _column_named(columns: dict[str, Array], words: Sequence[str]) -> str | None:
     lowered = {name.lower(): name for name in reversed(list(columns))}
     return next((lowered[word] for word in words if word in lowered), None)
 
@@ -336,8 +333,8 @@ def _is_index(column: Array) -> bool:
     return column.dtype.kind == "i" and np.array_equal(column, np.arange(len(column)))
 
 
-def _one_run(names: list[str]) -> list[str]:
-    """Give the columns that are numbered alike (t0, t1, ...; 0, 1, ...), where most are; else all."""
+def _numbered_columns(names: list[str]) -> list[str]:
+    """Return the columns of one numbering (t0, t1, ...; 0, 1, ...) if most columns are, else all."""
     stems: dict[str, list[str]] = {}
     for name in names:
         if (found := _NUMBERED.fullmatch(name)) is not None:
@@ -347,34 +344,40 @@ def _one_run(names: list[str]) -> list[str]:
 
 
 def _guess_label(
-    path: Path, columns: dict[str, Array], words: Sequence[str], others: set[str | None], *, header: bool, needed: bool
+    path: Path,
+    columns: dict[str, Array],
+    text_columns: Sequence[str],
+    others: set[str | None],
+    *,
+    header: bool,
+    needed: bool,
 ) -> str | None:
-    """Give the column that must hold the labels: the only one of words, or the first or last of few whole numbers."""
-    if len(words) == 1:
-        return words[0]
-    if words and not needed:
+    """Return the likely label column: the only one of text, or the first or last if it has few distinct integers."""
+    if len(text_columns) == 1:
+        return text_columns[0]
+    if text_columns and not needed:
         return None
-    if words:
+    if text_columns:
         raise InputError(
-            f"{path}: expected one column of labels beside the numbers; got {len(words)} columns of words: "
-            f"{', '.join(words[:8])}. Name the one that holds the labels: data.target=COLUMN, or data.target=none."
+            f"{path}: expected one column of labels next to the numbers; got {len(text_columns)} columns of words: "
+            f"{', '.join(text_columns[:8])}. Name the label column: data.target=COLUMN, or data.target=none."
         )
     names = [name for name in columns if name not in others]
-    if header and len(_one_run(names)) == len(names):
+    if header and len(_numbered_columns(names)) == len(names):
         return None
     ends = [names[0], names[-1]] if path.suffix.lower() in (".tsv", ".txt", "") else [names[-1], names[0]]
     rest = [columns[name] for name in names[1:-1]]
-    usual = float(np.median([len(np.unique(column)) for column in rest])) if rest else 0.0
-    fractional = sum(not _whole(column) for column in rest) * 2 > len(rest)
+    median_distinct = float(np.median([len(np.unique(column)) for column in rest])) if rest else 0.0
+    fractional = sum(not _is_integer(column) for column in rest) * 2 > len(rest)
     for name in ends:
         column, distinct = columns[name], len(np.unique(columns[name]))
-        few = distinct <= max(2, len(column) // 2)
-        if _whole(column) and few and (fractional or 4 * distinct <= usual):
+        repeats = distinct <= max(2, len(column) // 2)
+        if _is_integer(column) and repeats and (fractional or 4 * distinct <= median_distinct):
             return name
     return None
 
 
-def _whole(column: Array) -> bool:
+def _is_integer(column: Array) -> bool:
     numbers = column.astype(np.float64)
     return bool(np.all(np.isfinite(numbers)) and np.all(numbers == np.floor(numbers)))
 

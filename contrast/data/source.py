@@ -1,4 +1,4 @@
-"""`open_data`: from what a person types to a checked, split data set."""
+"""`open_data`: from a path or a name to a checked and split data set."""
 
 from __future__ import annotations
 
@@ -20,12 +20,13 @@ SOURCES = {
     "digits": "scikit-learn's 1,797 handwritten digits",
     "aeon:NAME": "a set of the UCR or UEA archive; some ship with aeon, others are downloaded",
     "torchvision:NAME": "a set of torchvision, from ./data or $CONTRAST_DATA, else downloaded",
-    "FOLDER": "images in class folders, beside a table labels.csv, or without labels; train/ and test/ are a split",
+    "FOLDER": "images in class folders, next to a table labels.csv, or without labels; train/ and test/ are a split",
     "FILE.npz": "arrays x and y, or x_train, y_train, x_test, y_test; further arrays are columns",
     "FILE.npy": "one array, without labels",
-    "FILE.csv": "series, one row a series or one row a step; or a label table of images beside it; .tsv and .txt too",
+    "FILE.csv": "series, one row per series or per step; or a label table of the images next to it; also .tsv and .txt",
     "FILE.ts": "series; X_TRAIN.ts finds X_TEST.ts",
 }
+"""The forms of a data source, and what each is."""
 
 _TABLES, _ARRAYS = (".csv", ".tsv", ".txt"), (".npz", ".npy")
 
@@ -42,48 +43,53 @@ def open_data(
     channels: int | None = None,
     seed: int = 0,
 ) -> Data:
-    """Give the data set behind a path or a name, every item checked.
+    """Return the data set of a path or a name, every item checked.
 
     Args:
         source: one of the forms in `SOURCES`.
-        labels: the label table of an image folder; elsewhere the same as `target`.
-        target: the column or array that holds the labels; "none" = go without.
-        split_by: a column (slide, patient, recording) whose members never lie on two sides of a split.
-        positives: "sample", "label" or a column: whose members are positives of each other.
-        splits: shares of the labelled items where the source has no split of its own, {"test": 0.2, "validation": 0.2};
+        labels: the label table of an image folder; for other sources the same as `target`.
+        target: the column or array with the labels; "none" = without labels.
+        split_by: a column (slide, patient, recording) whose members are never in two splits.
+        positives: "sample", "label" or a column: items of equal value are positives of each other.
+        splits: shares of the labelled items, if the source has no split of its own, {"test": 0.2, "validation": 0.2};
             validation is a share of the labelled train items.
-        size: side of the square that images are resized and cropped to, in pixels; None = chosen from the images.
-        channels: 1, 3 or 4, the channels that images are converted to; None = chosen from the images.
-        seed: of the splits that are drawn.
+        size: height and width to which images are resized and cropped, in pixels; None = chosen from the images.
+        channels: 1, 3 or 4, the channels to which images are converted; None = chosen from the images.
+        seed: of the random splits.
 
     Raises:
-        InputError: for everything about the source or the arguments that is not as expected.
+        InputError: for a source or argument that cannot be used.
+
+    Example:
+        >>> data = open_data("digits", splits={"test": 0.5})
+        >>> len(data.train), len(data.test), data.train.x().shape
+        (899, 898, torch.Size([899, 1, 8, 8]))
     """
     for key, value in (("size", size), ("channels", channels)):
         if value is not None and (isinstance(value, bool) or value < 1):
             raise InputError(f"data.{key} must be a whole number of 1 or more; got {value!r}.")
-    path = _find(source)
-    if path is not None and path.is_dir() and (inside := _set_in(path)) is not None:
-        path = inside
+    path = _path_of(source)
+    if path is not None and path.is_dir() and (file := _data_file(path)) is not None:
+        path = file
     if path is not None and path.suffix.lower() in _TABLES and labels is None and _names_images(path):
         path, labels = path.parent, path.name
     if path is None or not path.is_dir():
         if labels is not None and target not in (None, labels):
             raise InputError(f"data.labels and data.target name two columns of {source}: {labels}, {target}. Keep one.")
         target, labels = target or labels, None
-    collection = _read(
+    collection = _read_source(
         source, path, labels=labels, target=target, reserved=(split_by, positives), size=size, channels=channels
     )
     if collection.kind == "series" and (size is not None or channels is not None):
         key = "size" if size is not None else "channels"
-        raise InputError(f"data.{key} is for images; {source} holds series. Leave it out.")
+        raise InputError(f"data.{key} is for images; {source} contains series. Remove the key.")
     return assemble(
         collection, source=source, target=target, split_by=split_by, positives=positives, splits=splits, seed=seed
     )
 
 
-def _find(source: str) -> Path | None:
-    """Give the path that `source` is, or None where it is a name."""
+def _path_of(source: str) -> Path | None:
+    """Return `source` as an existing path, or None for a name."""
     path = Path(source).expanduser()
     if path.exists():
         return path
@@ -95,15 +101,15 @@ def _find(source: str) -> Path | None:
             f"{did_you_mean(scheme[1], ('aeon', 'torchvision'))} "
             f"Known: {', '.join(SOURCES)}."
         )
-    near = did_you_mean(source, ["digits"])
-    if not near and path.parent.is_dir():
-        near = did_you_mean(path.name, [other.name for other in path.parent.iterdir()])
+    suggestion = did_you_mean(source, ["digits"])
+    if not suggestion and path.parent.is_dir():
+        suggestion = did_you_mean(path.name, [other.name for other in path.parent.iterdir()])
     raise InputError(
-        f"data.source: there is no file or folder '{source}'.{near} Give a path that exists, or a set's name."
+        f"data.source: there is no file or folder '{source}'.{suggestion} Name a path that exists, or a set."
     )
 
 
-def _read(
+def _read_source(
     source: str,
     path: Path | None,
     *,
@@ -130,13 +136,13 @@ def _read(
     if ending in _TABLES:
         return read_csv(path, target=target, reserved=reserved)
     if ending in IMAGE_ENDINGS:
-        raise InputError(f"{path}: expected many images; this is one. Give the folder that holds them.")
+        raise InputError(f"{path}: expected many images; this is one. Name the folder that contains them.")
     known = ", ".join((*_ARRAYS, *_TABLES, ".ts"))
     raise InputError(f"{path}: files of the type '{ending}' are not read; expected {known} or a folder of images.")
 
 
-def _set_in(folder: Path) -> Path | None:
-    """Give the data file (the first of its parts) of a folder without images; None where there is none."""
+def _data_file(folder: Path) -> Path | None:
+    """Return the data file (the first of its parts) of a folder without images; None if there is none."""
     names, others, _ = list_images(folder)
     if names:
         return None
@@ -155,7 +161,7 @@ def _set_in(folder: Path) -> Path | None:
 
 
 def _names_images(table: Path) -> bool:
-    """Tell whether the first row below a table's header names an image file."""
+    """True if the first row below a table's header names an image file."""
     with table.open(encoding="utf-8-sig", errors="replace") as file:
         file.readline()
         cells = re.split(r"[,;\t|]", file.readline().strip())

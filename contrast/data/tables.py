@@ -1,4 +1,4 @@
-"""Tables: how a text file of rows and columns is read, and how a label table meets the files it names."""
+"""Tables: reading text files of rows and columns, and matching a label table to the files that it names."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from contrast.core.registry import InputError, did_you_mean
-from contrast.data.collection import LABEL_WORDS, as_text
+from contrast.data.collection import LABEL_NAMES, as_text
 from contrast.data.dataset import Array
 
-MISSING_WORDS = ("", "nan", "NaN", "NAN", "NA", "N/A", "null", "NULL", "?", "-nan")
-ITEM_WORDS = (
+MISSING_VALUES = ("", "nan", "NaN", "NAN", "NA", "N/A", "null", "NULL", "?", "-nan")
+ITEM_NAMES = (
     "item",
     "file",
     "filename",
@@ -41,22 +41,23 @@ class _Dialect(NamedTuple):
 
 
 def read_labels(path: Path) -> dict[str, Array]:
-    """Give the columns of a table with a header row, all as text, "" where a cell is empty."""
-    dialect = _look(path)._replace(header=True, decimal=".")
-    return {name: as_text(column) for name, column in _read(path, dialect, text=True).items()}
+    """Return the columns of a table with a header row, all as text, "" for empty cells."""
+    dialect = _detect_dialect(path)._replace(header=True, decimal=".")
+    return {name: as_text(column) for name, column in _read_columns(path, dialect, text=True).items()}
 
 
 def read_values(path: Path) -> tuple[dict[str, Array], bool]:
-    """Give the columns of a table, numbers as numbers and the rest as text, and whether it has a header.
+    """Return the columns of a table, numbers as numbers and the rest as text, and True if it has a header.
 
     Without a header the columns are called "0", "1" and so on.
     """
-    dialect = _look(path)
-    return {name: _plain(column) for name, column in _read(path, dialect, text=False).items()}, dialect.header
+    dialect = _detect_dialect(path)
+    columns = _read_columns(path, dialect, text=False)
+    return {name: _column_values(column) for name, column in columns.items()}, dialect.header
 
 
-def _look(path: Path) -> _Dialect:
-    """Find out from the first rows how a table is written."""
+def _detect_dialect(path: Path) -> _Dialect:
+    """Return the separator, the decimal mark and the header of a table, from its first rows."""
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             lines = list(islice((line for line in file if line.strip()), 50))
@@ -71,21 +72,21 @@ def _look(path: Path) -> _Dialect:
     if counts[separator] == 0:
         separator = r"\s+" if len(lines[0].split()) > 1 and path.suffix.lower() != ".csv" else ","
     rows = [line.split() for line in lines] if separator == r"\s+" else list(csv.reader(lines, delimiter=separator))
-    # A semicolon between cells is the mark of a locale that writes 0,5 for a half.
+    # Locales that write 0,5 for a half separate cells by semicolons.
     comma = separator == ";" and any(_DECIMAL_COMMA.fullmatch(cell.strip()) for row in rows[1:] for cell in row)
     return _Dialect(separator, "," if comma else ".", _has_header(rows))
 
 
 def _has_header(rows: Sequence[Sequence[str]]) -> bool:
-    """Tell whether the first row names columns: words where numbers follow, a label's name, or 0, 1, 2, ..."""
+    """True if the first row names columns: words above numbers, a label's name, or 0, 1, 2, ..."""
     first, below = [cell.strip() for cell in rows[0]], rows[1:]
-    numbers = [_is_number(cell) for cell in first]
+    numbers = [_is_numeric(cell) for cell in first]
     if not any(numbers):
         return True
-    if any(cell.lower() in LABEL_WORDS for cell in first):
+    if any(cell.lower() in LABEL_NAMES for cell in first):
         return True
     if not all(numbers) and any(
-        not number and below and all(_is_number(row[index]) for row in below if index < len(row))
+        not number and below and all(_is_numeric(row[index]) for row in below if index < len(row))
         for index, number in enumerate(numbers)
         if first[index]
     ):
@@ -94,9 +95,9 @@ def _has_header(rows: Sequence[Sequence[str]]) -> bool:
     return len(counted) > 2 and counted == [str(int(float(counted[0])) + step) for step in range(len(counted))]
 
 
-def _is_number(cell: str) -> bool:
+def _is_numeric(cell: str) -> bool:
     cell = cell.strip()
-    if cell in MISSING_WORDS:
+    if cell in MISSING_VALUES:
         return True
     try:
         float(cell.replace(",", "."))
@@ -105,7 +106,7 @@ def _is_number(cell: str) -> bool:
     return True
 
 
-def _read(path: Path, dialect: _Dialect, *, text: bool) -> dict[str, Any]:
+def _read_columns(path: Path, dialect: _Dialect, *, text: bool) -> dict[str, Any]:
     import pandas
 
     if dialect.header:
@@ -117,7 +118,7 @@ def _read(path: Path, dialect: _Dialect, *, text: bool) -> dict[str, Any]:
     options: dict[str, Any] = (
         {"dtype": str, "na_filter": False}
         if text
-        else {"keep_default_na": False, "na_values": list(MISSING_WORDS), "low_memory": False}
+        else {"keep_default_na": False, "na_values": list(MISSING_VALUES), "low_memory": False}
     )
     if dialect.separator != r"\s+":
         options["skipinitialspace"] = True
@@ -146,14 +147,14 @@ def _read(path: Path, dialect: _Dialect, *, text: bool) -> dict[str, Any]:
 
 
 def check_header(header: Sequence[str], path: Path) -> None:
-    """Raise an InputError where two columns have one name."""
-    twice = next((name for name, count in Counter(header).items() if count > 1 and name), None)
-    if twice is not None:
-        raise InputError(f"{path}: expected columns of different names; two are called '{twice}'. Rename one.")
+    """Check that no two columns have the same name, else raise an InputError."""
+    repeated = next((name for name, count in Counter(header).items() if count > 1 and name), None)
+    if repeated is not None:
+        raise InputError(f"{path}: expected columns of different names; two are called '{repeated}'. Rename one.")
 
 
-def _plain(column: Any) -> Array:
-    """Give a pandas column as whole numbers, floats or text."""
+def _column_values(column: Any) -> Array:
+    """Return a pandas column as integers, floats or text."""
     if column.dtype.kind in "iu":
         return np.asarray(column, dtype=np.int64)
     if column.dtype.kind == "f":
@@ -163,74 +164,77 @@ def _plain(column: Any) -> Array:
     return as_text(column)
 
 
-def attach(table: Path, files: Sequence[str], *, target: str | None) -> tuple[dict[str, Array], str | None, list[str]]:
-    """Give the columns of a label table for each file, "" where it has no row, the label column, and notes.
+def match_table(
+    table: Path, files: Sequence[str], *, target: str | None
+) -> tuple[dict[str, Array], str | None, list[str]]:
+    """Return the columns of a label table per file ("" for files without a row), the label column, and notes.
 
-    An item is the file's path below the folder, or any end of that path that only one file has, with or without its
-    ending.
+    An item is the file's path relative to the folder, or any end of that path that is unique among the files, with or
+    without the file's ending.
 
     Args:
         table: a table with a header; its column `item` (or path, file, ..., else the first) names files.
-        files: paths below the folder, "/" between the parts.
-        target: the label column, where the person names it.
+        files: paths relative to the folder, "/" between the parts.
+        target: the label column, if the user names it.
     """
     columns = read_labels(table)
-    item = next((name for name in columns if name.lower() in ITEM_WORDS), next(iter(columns)))
-    rows = _match(columns.pop(item), files, table=table, item=item)
+    item = next((name for name in columns if name.lower() in ITEM_NAMES), next(iter(columns)))
+    rows = _match_files(columns.pop(item), files, table=table, item=item)
     if not columns:
         raise InputError(
-            f"{table}: expected a column '{item}' and others such as 'target'; got '{item}' alone. Add the labels."
+            f"{table}: expected a column '{item}' and others such as 'target'; got '{item}' only. Add the labels."
         )
-    placed = {}
+    by_file = {}
     for name, column in columns.items():
         cells = np.full(len(files), "", dtype=column.dtype)
         cells[rows] = column
-        placed[name] = cells
+        by_file[name] = cells
     notes = []
-    if (bare := len(files) - len(rows)) > 0:
-        notes.append(f"{table.name} says nothing about {bare} of {len(files)} files; they count as unlabelled.")
-    label = target if target in placed else next((name for name in placed if name.lower() in LABEL_WORDS), None)
-    return placed, label, notes
+    if (unlisted := len(files) - len(rows)) > 0:
+        notes.append(f"{table.name} does not list {unlisted} of {len(files)} files; they are unlabelled.")
+    label = target if target in by_file else next((name for name in by_file if name.lower() in LABEL_NAMES), None)
+    return by_file, label, notes
 
 
-def _match(items: Array, files: Sequence[str], *, table: Path, item: str) -> Array:
-    wanted = [PurePosixPath(str(name).replace("\\", "/").removeprefix("./")) for name in items]
-    lengths = {len(path.parts) for path in wanted}
-    places: dict[tuple[str, ...], int] = {}
-    twice: set[tuple[str, ...]] = set()
+def _match_files(items: Array, files: Sequence[str], *, table: Path, item: str) -> Array:
+    """Return the file index of each item."""
+    paths = [PurePosixPath(str(name).replace("\\", "/").removeprefix("./")) for name in items]
+    lengths = {len(path.parts) for path in paths}
+    by_end: dict[tuple[str, ...], int] = {}
+    ambiguous: set[tuple[str, ...]] = set()
 
-    def enter(key: tuple[str, ...], place: int) -> None:
-        if places.setdefault(key, place) != place:
-            twice.add(key)
+    def enter(key: tuple[str, ...], index: int) -> None:
+        if by_end.setdefault(key, index) != index:
+            ambiguous.add(key)
 
-    for place, name in enumerate(files):
+    for index, name in enumerate(files):
         path = PurePosixPath(name)
         for length in lengths:
             if length <= len(path.parts):
-                enter(path.parts[-length:], place)
-                enter((*path.parts[-length:-1], path.stem), place)
-    # A whole path below the folder is never in doubt, whatever other paths end like it.
-    whole = {PurePosixPath(name).parts: place for place, name in enumerate(files)}
-    keys = [path.parts for path in wanted]
-    absent = [str(path) for path, key in zip(wanted, keys, strict=True) if key not in places]
+                enter(path.parts[-length:], index)
+                enter((*path.parts[-length:-1], path.stem), index)
+    # A complete path is never ambiguous, even if other paths end with it.
+    by_path = {PurePosixPath(name).parts: index for index, name in enumerate(files)}
+    keys = [path.parts for path in paths]
+    absent = [str(path) for path, key in zip(paths, keys, strict=True) if key not in by_end]
     if absent:
-        near = did_you_mean(absent[0], [PurePosixPath(name).name for name in files[:10_000]])
+        similar = did_you_mean(absent[0], [PurePosixPath(name).name for name in files[:10_000]])
         raise InputError(
             f"{table}: every '{item}' must be a file of the folder; {len(absent)} of {len(keys)} are not there, "
-            f"the first '{absent[0]}'.{near} Correct or remove those rows."
+            f"the first '{absent[0]}'.{similar} Correct or remove those rows."
         )
-    doubtful = next((key for key in keys if key in twice and key not in whole), None)
-    if doubtful is not None:
+    several = next((key for key in keys if key in ambiguous and key not in by_path), None)
+    if several is not None:
         raise InputError(
-            f"{table}: '{'/'.join(doubtful)}' in the column '{item}' is the end of several paths; write the path "
-            "below the folder, with its ending."
+            f"{table}: '{'/'.join(several)}' in the column '{item}' is the end of several paths; write the path "
+            "relative to the folder, with its ending."
         )
-    rows = np.array([whole.get(key, places[key]) for key in keys], dtype=np.int64)
+    rows = np.array([by_path.get(key, by_end[key]) for key in keys], dtype=np.int64)
     _, first, counts = np.unique(rows, return_index=True, return_counts=True)
     if np.any(counts > 1):
-        again = int(np.sum(counts > 1))
+        repeated = int(np.sum(counts > 1))
         name = items[first[counts > 1][0]]
         raise InputError(
-            f"{table}: expected one row an item; {again} items have several, the first '{name}'. Keep one."
+            f"{table}: expected one row per item; {repeated} items have several, the first '{name}'. Keep one."
         )
     return rows

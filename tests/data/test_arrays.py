@@ -32,7 +32,7 @@ Y = np.arange(20) % 2
         (pixels(20, 7), "series", (1, 7)),
     ],
 )
-def test_shape_and_type_say_what_an_array_holds(tmp_path, x, kind, shape):
+def test_the_kind_of_an_array_follows_from_shape_and_dtype(tmp_path, x, kind, shape):
     data = open_data(save(tmp_path, x=x, y=Y))
     assert (data.kind, data.shape) == (kind, shape)
     assert torch.equal(data.train.x().flatten(1).double(), torch.from_numpy(flat(x, kind)[data.train.sample]))
@@ -44,7 +44,7 @@ def flat(x, kind):
 
 
 @pytest.mark.parametrize("name", ["{base}_{split}", "{split}_{base}"])
-def test_names_with_a_split_are_the_official_split_and_further_arrays_are_columns(tmp_path, name):
+def test_arrays_named_by_split_are_the_official_split_and_further_arrays_are_columns(tmp_path, name):
     arrays = {}
     for split, count in (("train", 6), ("val", 4), ("test", 5)):
         for base, array in (
@@ -68,14 +68,14 @@ def test_another_array_can_be_the_label(tmp_path):
     assert open_data(path, labels="beat").classes == ("F", "N", "S", "V")
 
 
-def test_minus_one_is_no_label_where_two_classes_remain(tmp_path):
+def test_minus_one_is_no_label_if_two_other_classes_exist(tmp_path):
     data = open_data(save(tmp_path, x=waves(20), y=np.array([-1, 0, 1, 2] * 5)))
     assert data.classes == ("0", "1", "2")
     assert (data.train.target == -1).sum() == 5
     assert open_data(save(tmp_path, x=waves(20), y=np.array([-1, 1] * 10))).classes == ("-1", "1")
 
 
-def test_one_hot_labels_are_understood(tmp_path):
+def test_one_hot_labels_are_converted_to_classes(tmp_path):
     data = open_data(save(tmp_path, x=waves(20), y=np.eye(4)[np.arange(20) % 4]))
     assert data.classes == ("0", "1", "2", "3")
 
@@ -98,7 +98,7 @@ def test_series_of_unequal_length_are_padded_over_the_splits(tmp_path):
     assert any("9 to 12 steps long" in note for note in data.notes)
 
 
-def test_floats_outside_zero_to_one_give_their_own_range(tmp_path):
+def test_the_range_of_floats_outside_zero_to_one_is_that_of_the_values(tmp_path):
     x = np.linspace(-2, 6, 20 * 16).reshape(20, 1, 4, 4)
     assert open_data(save(tmp_path, x=x)).value_range == (-2, 6)
     assert open_data(save(tmp_path, x=(x + 2) / 8)).value_range == (0, 1)
@@ -123,7 +123,7 @@ def objects():
     return x
 
 
-def spoilt(value, row=3):
+def waves_with(value, row=3):
     x = waves(20)
     x[row] = value
     return x
@@ -132,20 +132,20 @@ def spoilt(value, row=3):
 @pytest.mark.parametrize(
     ("arrays", "options", "message"),
     [
-        ({"x": waves(20), "y": Y[:19]}, {}, r"expected 20 labels in y, one for each item of x; got \(19,\)"),
-        ({"x": objects()}, {}, "it holds Python objects"),
+        ({"x": waves(20), "y": Y[:19]}, {}, r"expected 20 labels in y, one per item of x; got \(19,\)"),
+        ({"x": objects()}, {}, "it contains Python objects"),
         ({"a": waves(3), "b": waves(3)}, {}, r"expected an array x .* got a \(3, 1, 12\) float32, b"),
         ({"y": Y}, {}, "expected an array x"),
-        ({}, {}, "the file holds none"),
+        ({}, {}, "the file contains none"),
         ({"x": np.array(["a", "b"])}, {}, "expected numbers in x; got <U1"),
         ({"x": np.zeros((4, 3), dtype=complex)}, {}, "expected numbers in x; got complex128"),
         ({"x": np.zeros(4)}, {}, "got 1 axes"),
         ({"x": np.zeros((0, 4))}, {}, "expected items in x"),
-        ({"x": spoilt(np.nan)}, {}, r"1 hold NaN only, the first is x\[3\]"),
-        ({"x": spoilt(np.inf)}, {}, r"1 series hold infinite values .* the first is x\[3\]"),
+        ({"x": waves_with(np.nan)}, {}, r"1 contain NaN only, the first is x\[3\]"),
+        ({"x": waves_with(np.inf)}, {}, r"1 series contain infinite values .* the first is x\[3\]"),
         ({"x": waves(20, length=1)}, {}, "series of two steps or more; got 1"),
         ({"x": waves(20), "y": Y * 0}, {}, "expected two or more classes in 'y'; every label is '0'"),
-        ({"x": waves(20), "y": Y + 0.5}, {}, "must hold classes.* got the number 0.5"),
+        ({"x": waves(20), "y": Y + 0.5}, {}, "must be classes.* got the number 0.5"),
         ({"x": waves(20), "y": Y * 5, "classes": np.array(["a", "b"])}, {}, "'classes' names 2 classes.* got 5"),
         (
             {"x_train": waves(9), "x_test": waves(9, 2)},
@@ -159,7 +159,7 @@ def spoilt(value, row=3):
         (
             {"x_train": waves(4), "x_test": waves(4), "rec_train": Y[:4], "rec_test": Y[1:5] + 1},
             {"split_by": "rec"},
-            r"has 1 on both \(train and test\), the first '1'",
+            r"has 1 in both \(train and test\), the first '1'",
         ),
         (
             {"x_train": waves(4), "y_train": Y[:4], "x_test": waves(4), "y_test": Y[:4]},
@@ -168,20 +168,20 @@ def spoilt(value, row=3):
         ),
     ],
 )
-def test_arrays_that_cannot_be_used_are_one_sentence(tmp_path, arrays, options, message):
+def test_arrays_that_cannot_be_used_are_an_error_that_says_why(tmp_path, arrays, options, message):
     path = save(tmp_path, **arrays)
     with pytest.raises(InputError, match=message):
         open_data(path, **options)
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04 cut", b"text"])
-def test_a_file_that_is_no_archive_is_named(tmp_path, content):
+def test_a_broken_archive_is_an_error_with_its_name(tmp_path, content):
     (tmp_path / "x.npz").write_bytes(content)
     with pytest.raises(InputError, match=r"x\.npz"):
         open_data(str(tmp_path / "x.npz"))
 
 
-def test_a_text_file_called_npz_is_told_apart_from_arrays_with_code(tmp_path):
+def test_a_text_file_called_npz_has_its_own_error(tmp_path):
     (tmp_path / "notes.npz").write_text("hello")
     with pytest.raises(InputError, match=r"notes\.npz: expected arrays that numpy saved"):
         open_data(str(tmp_path / "notes.npz"))

@@ -32,7 +32,7 @@ def test_class_folders_name_the_classes_and_the_pixels_are_the_files(tmp_path):
             assert np.array_equal(pixels[0], np.asarray(Image.open(tmp_path / name)))
 
 
-def test_a_table_beside_flat_images_may_cover_a_part_and_carries_columns(tmp_path):
+def test_a_label_table_may_list_a_part_of_the_images_and_has_further_columns(tmp_path):
     write_flat(tmp_path, 12)
     rows = [f"{index:02},{'ab'[index % 2]},s{index // 4}" for index in range(8)]
     write_lines(tmp_path / "labels.csv", "item,target,slide", *rows)
@@ -44,7 +44,7 @@ def test_a_table_beside_flat_images_may_cover_a_part_and_carries_columns(tmp_pat
     slide, group = data.train.columns["slide"], data.train.group
     assert len(set(group[slide == "s0"])) == 1
     assert len(set(group[slide == ""])) == 4
-    assert any("nothing about 4 of 12 files" in note for note in data.notes)
+    assert any("does not list 4 of 12 files" in note for note in data.notes)
 
 
 def test_a_flat_folder_without_a_table_has_no_labels(tmp_path):
@@ -67,7 +67,7 @@ def test_train_val_and_test_folders_are_the_split(tmp_path):
     assert data.classes == ("cat", "dog")
 
 
-def test_unlabelled_images_beside_class_folders_stay_in_train(tmp_path):
+def test_unlabelled_images_next_to_class_folders_are_in_train(tmp_path):
     class_folders(tmp_path)
     write_flat(tmp_path / "unlabelled", 3)
     data = open_data(str(tmp_path))
@@ -76,27 +76,27 @@ def test_unlabelled_images_beside_class_folders_stay_in_train(tmp_path):
     assert (data.test.target >= 0).all()
 
 
-def test_a_table_gives_labels_to_nested_folders_and_folders_are_a_column(tmp_path):
+def test_a_table_labels_nested_folders_and_folders_are_a_column(tmp_path):
     for slide in range(6):
         write_flat(tmp_path / f"slide{slide}", 4)
     rows = [f"slide{slide}/{index:02}.png\t{index % 2}" for slide in range(6) for index in range(4)]
     write_lines(tmp_path / "labels.tsv", "file\tdiagnosis", *rows)
     data = open_data(str(tmp_path), split_by="folder")
     assert data.classes == ("0", "1")
-    sides = [set(side.columns["folder"]) for side in (data.train.subset(~data.validation), data.test)]
-    sides.append(set(data.train.subset(data.validation).columns["folder"]))
-    assert all(sides)
-    assert sum(map(len, sides)) == 6
+    splits = [set(part.columns["folder"]) for part in (data.train.subset(~data.validation), data.test)]
+    splits.append(set(data.train.subset(data.validation).columns["folder"]))
+    assert all(splits)
+    assert sum(map(len, splits)) == 6
 
 
-def test_the_table_that_lists_images_is_a_source_too(tmp_path):
+def test_a_table_that_lists_images_is_a_source_too(tmp_path):
     write_flat(tmp_path, 10)
     table = write_lines(tmp_path / "mine.csv", "path,y", *(f"{index:02}.png,{index % 2}" for index in range(10)))
     assert open_data(str(table)).classes == ("0", "1")
     assert open_data(str(tmp_path), labels="mine.csv").fingerprint == open_data(str(table)).fingerprint
 
 
-def test_a_column_beside_class_folders_leaves_the_folders_as_labels(tmp_path):
+def test_with_a_table_of_other_columns_the_class_folders_are_the_labels(tmp_path):
     class_folders(tmp_path)
     rows = [f"{name}/{index}.png,p{index}" for name in ("cat", "dog") for index in range(5)]
     write_lines(tmp_path / "labels.csv", "item,patient", *rows)
@@ -105,25 +105,25 @@ def test_a_column_beside_class_folders_leaves_the_folders_as_labels(tmp_path):
     assert not set(data.train.columns["patient"]) & set(data.test.columns["patient"])
 
 
-def test_target_none_leaves_the_labels_out(tmp_path):
+def test_target_none_reads_without_labels(tmp_path):
     class_folders(tmp_path)
     assert open_data(str(tmp_path), target="none").classes == ()
 
 
 def test_broken_images_are_counted_and_the_first_is_named(tmp_path):
     class_folders(tmp_path)
-    whole = (tmp_path / "dog" / "1.png").read_bytes()
-    (tmp_path / "dog" / "1.png").write_bytes(whole[: len(whole) // 2])
+    content = (tmp_path / "dog" / "1.png").read_bytes()
+    (tmp_path / "dog" / "1.png").write_bytes(content[: len(content) // 2])
     (tmp_path / "dog" / "3.png").write_bytes(b"no image")
-    message = r"expected 10 whole images; 2 files are broken, the first 'dog/1.png' \(.+\). Replace or remove"
+    message = r"expected 10 complete images; 2 files are broken, the first 'dog/1.png' \(.+\). Replace or remove"
     with pytest.raises(InputError, match=message):
         open_data(str(tmp_path))
 
 
 def test_a_truncated_image_among_good_ones_is_named(tmp_path):
     write_flat(tmp_path, 3, width=32, height=32)
-    whole = (tmp_path / "01.png").read_bytes()
-    (tmp_path / "01.png").write_bytes(whole[: len(whole) - 400])
+    content = (tmp_path / "01.png").read_bytes()
+    (tmp_path / "01.png").write_bytes(content[: len(content) - 400])
     with pytest.raises(InputError, match=r"1 file is broken, '01.png'"):
         open_data(str(tmp_path))
 
@@ -140,9 +140,9 @@ def several_columns(root):
 @pytest.mark.parametrize(
     ("write", "options", "message"),
     [
-        (lambda root: None, {}, "expected image files .* the folder holds nothing"),
-        (lambda root: (root / "a.pdf").write_text(""), {}, "the folder holds 1 other files, the first 'a.pdf'"),
-        (one_class, {}, "expected two or more class folders; all 3 images lie in the one folder 'cat'"),
+        (lambda root: None, {}, "expected image files .* the folder contains nothing"),
+        (lambda root: (root / "a.pdf").write_text(""), {}, "the folder contains 1 other files, the first 'a.pdf'"),
+        (one_class, {}, "expected two or more class folders; all 3 images are in the one folder 'cat'"),
         (several_columns, {}, "expected a column 'target' for the labels; got age, sex"),
         (several_columns, {"target": "ages"}, "data.target: .* has no column 'ages'. Did you mean 'age'?"),
         (several_columns, {"labels": "label.csv"}, "there is no 'label.csv'. Did you mean 'labels.csv'?"),
@@ -154,7 +154,7 @@ def several_columns(root):
         (class_folders, {"splits": {"test": 20}}, "data.splits.test must be a share .*; got 20"),
     ],
 )
-def test_what_cannot_be_used_is_one_sentence(tmp_path, write, options, message):
+def test_a_folder_that_cannot_be_used_is_an_error_that_says_why(tmp_path, write, options, message):
     write(tmp_path)
     with pytest.raises(InputError, match=message):
         open_data(str(tmp_path), **options)

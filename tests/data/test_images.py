@@ -12,7 +12,7 @@ from tests.data.writing import write_flat, write_image
     ("mode", "channels", "dtype"),
     [("L", 1, torch.uint8), ("RGB", 3, torch.uint8), ("RGBA", 4, torch.uint8), ("I;16", 1, torch.uint16)],
 )
-def test_pixels_arrive_as_they_are_in_the_file(tmp_path, mode, channels, dtype):
+def test_pixels_are_read_unchanged(tmp_path, mode, channels, dtype):
     written = [write_image(tmp_path / f"{index}.png", index, mode=mode) for index in range(3)]
     x = open_data(str(tmp_path)).train.x()
     assert (x.dtype, x.shape) == (dtype, (3, channels, 8, 8))
@@ -20,7 +20,7 @@ def test_pixels_arrive_as_they_are_in_the_file(tmp_path, mode, channels, dtype):
         assert np.array_equal(pixels, expected[None] if expected.ndim == 2 else expected.transpose(2, 0, 1))
 
 
-def test_sixteen_bits_reach_to_the_smallest_power_that_holds_them(tmp_path):
+def test_the_range_of_sixteen_bits_is_the_smallest_power_of_two_above_all_values(tmp_path):
     write_flat(tmp_path, 3, mode="I;16")
     data = open_data(str(tmp_path))
     assert data.value_range == (0, 4095)
@@ -35,7 +35,7 @@ def test_pages_of_a_tiff_are_channels(tmp_path):
     assert np.array_equal(open_data(str(tmp_path)).train.x().numpy(), pages)
 
 
-def test_images_of_one_small_size_keep_it_and_others_are_cropped_to_a_square(tmp_path):
+def test_images_of_one_small_size_are_not_resized_and_others_are_cropped_to_a_square(tmp_path):
     write_flat(tmp_path / "same", 2, width=12, height=6)
     assert open_data(str(tmp_path / "same")).shape == (1, 6, 12)
     for index, (width, height) in enumerate([(20, 10), (12, 30), (16, 16)]):
@@ -45,7 +45,7 @@ def test_images_of_one_small_size_keep_it_and_others_are_cropped_to_a_square(tmp
     assert any("shorter side is 12 and cropped in the centre to 12 x 12" in note for note in data.notes)
 
 
-def test_large_images_become_224_pixels_and_size_decides_else(tmp_path):
+def test_large_images_are_read_at_224_pixels_unless_size_is_given(tmp_path):
     write_flat(tmp_path, 2, width=300, height=280)
     assert open_data(str(tmp_path)).shape == (1, 224, 224)
     assert open_data(str(tmp_path), size=10).shape == (1, 10, 10)
@@ -58,7 +58,7 @@ def test_the_crop_is_the_centre(tmp_path):
     assert (open_data(str(tmp_path), size=4).train.x() == 200).all()
 
 
-def test_a_camera_turned_on_its_side_is_turned_back(tmp_path):
+def test_the_exif_orientation_is_applied(tmp_path):
     pixels = np.arange(24, dtype=np.uint8).reshape(4, 6)
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -66,7 +66,7 @@ def test_a_camera_turned_on_its_side_is_turned_back(tmp_path):
     assert np.array_equal(open_data(str(tmp_path)).train.x()[0, 0], np.rot90(pixels, -1))
 
 
-def test_grey_among_colour_becomes_colour(tmp_path):
+def test_grey_images_among_colour_images_are_converted_to_colour(tmp_path):
     write_image(tmp_path / "a.png", 0)
     write_image(tmp_path / "b.png", 1, mode="RGB")
     data = open_data(str(tmp_path))
@@ -75,7 +75,7 @@ def test_grey_among_colour_becomes_colour(tmp_path):
     assert open_data(str(tmp_path), channels=1).shape == (1, 8, 8)
 
 
-def test_depths_are_not_mixed(tmp_path):
+def test_images_of_different_depths_are_refused(tmp_path):
     write_image(tmp_path / "a.png", 0)
     write_image(tmp_path / "b.png", 1, mode="I;16")
     with pytest.raises(InputError, match=r"images of one depth; got uint16 \(b.png\) and uint8 \(a.png\)"):
@@ -100,8 +100,8 @@ def test_a_truncated_image_is_found_before_it_is_read_lazily(tmp_path, monkeypat
     for index in range(2):
         write_image(tmp_path / f"{index}.{ending}", index, width=64, height=64)
     open_data(str(tmp_path))
-    whole = (tmp_path / f"1.{ending}").read_bytes()
-    (tmp_path / f"1.{ending}").write_bytes(whole[: len(whole) - 1000])
+    content = (tmp_path / f"1.{ending}").read_bytes()
+    (tmp_path / f"1.{ending}").write_bytes(content[: len(content) - 1000])
     with pytest.raises(InputError, match=f"1 file is broken, '1.{ending}'"):
         open_data(str(tmp_path))
 
@@ -116,7 +116,7 @@ def test_a_truncated_image_is_found_before_it_is_read_lazily(tmp_path, monkeypat
         ((5, 12, 16, 16), (5, 12, 16, 16)),
     ],
 )
-def test_channels_are_found_first_or_last(shape, arranged):
+def test_the_channel_axis_is_detected_as_first_or_last(shape, arranged):
     x, _ = images.arrange_array(np.zeros(shape, dtype=np.uint8), size=None, channels=None, where="x")
     assert x.shape == arranged
 
@@ -124,15 +124,15 @@ def test_channels_are_found_first_or_last(shape, arranged):
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float32])
 def test_resizing_an_array_agrees_with_pillow(dtype):
     x = np.random.default_rng(0).integers(0, 256, (1, 1, 20, 30)).astype(dtype)
-    ours, _ = images.arrange_array(x, size=10, channels=None, where="x")
-    theirs = Image.fromarray(x[0, 0].astype(np.float32)).resize((15, 10), Image.Resampling.BILINEAR)
-    assert ours.dtype == dtype
-    tolerance = 1e-3 if dtype == np.float32 else 0.51  # whole numbers are rounded
-    assert np.abs(ours[0, 0] - np.asarray(theirs)[:, 2:12]).max() < tolerance
+    resized, _ = images.arrange_array(x, size=10, channels=None, where="x")
+    expected = Image.fromarray(x[0, 0].astype(np.float32)).resize((15, 10), Image.Resampling.BILINEAR)
+    assert resized.dtype == dtype
+    tolerance = 1e-3 if dtype == np.float32 else 0.51  # integers are rounded
+    assert np.abs(resized[0, 0] - np.asarray(expected)[:, 2:12]).max() < tolerance
 
 
 def test_pixels_that_are_not_finite_are_refused():
     x = np.zeros((3, 1, 4, 4), dtype=np.float32)
     x[2, 0, 1, 1] = np.nan
-    with pytest.raises(InputError, match="1 images hold NaN or infinite values, the first is number 2"):
+    with pytest.raises(InputError, match="1 images contain NaN or infinite values, the first is number 2"):
         images.arrange_array(x, size=None, channels=None, where="x")

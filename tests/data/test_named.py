@@ -16,7 +16,7 @@ def test_digits_are_small_grey_images_in_zero_to_one():
     assert len(set(data.train.sample) | set(data.test.sample)) == 1797
 
 
-def test_sets_that_ship_with_aeon_need_no_network():
+def test_sets_that_ship_with_aeon_are_read_without_network():
     leaf = open_data("aeon:OSULeaf")
     assert (leaf.shape, len(leaf.train), len(leaf.test), len(leaf.classes)) == ((1, 427), 200, 242, 6)
     vowels = open_data("aeon:JapaneseVowels")
@@ -25,13 +25,13 @@ def test_sets_that_ship_with_aeon_need_no_network():
     assert "Series are 7 to 29 steps long; the shorter are padded at the end." in vowels.notes
 
 
-def test_an_unknown_archive_name_says_the_nearest():
+def test_the_error_for_an_unknown_archive_name_suggests_a_similar_one():
     with pytest.raises(InputError, match=r"no set 'OSULeav' .* Did you mean 'OSULeaf'?"):
         open_data("aeon:OSULeav")
 
 
-def test_a_measured_quantity_is_no_label():
-    with pytest.raises(InputError, match="must hold classes"):
+def test_a_measured_quantity_is_refused_as_label():
+    with pytest.raises(InputError, match="must be classes"):
         open_data("aeon:Covid3Month")
 
 
@@ -80,20 +80,20 @@ def test_a_torchvision_set_of_files_is_decoded_with_its_labels(tmp_path, monkeyp
     assert data.test.target.tolist() == [0, 1, 0, 1]
 
 
-def test_a_torchvision_set_that_cannot_be_had_leaves_nothing_behind(tmp_path, monkeypatch):
+def test_a_failed_download_of_a_torchvision_set_leaves_no_folder(tmp_path, monkeypatch):
     from torchvision import datasets
 
-    class Far(datasets.VisionDataset):
+    class Unavailable(datasets.VisionDataset):
         def __init__(self, root, train=True, download=False):
             raise OSError("no route to host\nmore") if download else RuntimeError("Dataset not found")
 
-    monkeypatch.setattr(datasets, "MNIST", Far)
-    monkeypatch.setenv("CONTRAST_DATA", str(tmp_path / "far" / "away"))
+    monkeypatch.setattr(datasets, "MNIST", Unavailable)
+    monkeypatch.setenv("CONTRAST_DATA", str(tmp_path / "new" / "folder"))
     with pytest.raises(InputError, match=r"could not be downloaded \(no route to host\)"):
         open_data("torchvision:MNIST")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_unknown_torchvision_name_says_the_nearest():
+def test_the_error_for_an_unknown_torchvision_name_suggests_a_similar_one():
     with pytest.raises(InputError, match=r"no set 'Cifar10'. Did you mean 'CIFAR10'?"):
         open_data("torchvision:Cifar10")

@@ -20,7 +20,7 @@ def write_wide(path, x, *, labels=None, first=False, header=None, separator=",")
 
 
 def everything(data):
-    """Give raw input and class names in the order of the source."""
+    """Return raw inputs and class names in the order of the source."""
     x = torch.cat([data.train.x(), data.test.x()])
     target = np.concatenate([data.train.target, data.test.target])
     order = np.argsort(np.concatenate([data.train.sample, data.test.sample]))
@@ -42,7 +42,7 @@ LABELS = ["cat", "dog"] * 6
         (".txt", {"labels": LABELS, "first": True, "separator": "  "}),
     ],
 )
-def test_a_wide_table_is_one_series_a_row(tmp_path, ending, options):
+def test_a_wide_table_has_one_series_per_row(tmp_path, ending, options):
     data = open_data(str(write_wide(tmp_path / f"x{ending}", X, **options)))
     x, labels = everything(data)
     np.testing.assert_allclose(x, X, rtol=1e-5)
@@ -50,7 +50,7 @@ def test_a_wide_table_is_one_series_a_row(tmp_path, ending, options):
 
 
 @pytest.mark.parametrize(("ending", "first"), [(".tsv", True), (".csv", False), (".csv", True)])
-def test_a_column_of_few_whole_numbers_at_an_end_is_the_label(tmp_path, ending, first):
+def test_a_first_or_last_column_with_few_distinct_integers_is_the_label(tmp_path, ending, first):
     numbers = [1, 2, 3] * 4
     separator = "\t" if ending == ".tsv" else ","
     path = write_wide(tmp_path / f"x{ending}", X, labels=numbers, first=first, separator=separator)
@@ -59,18 +59,18 @@ def test_a_column_of_few_whole_numbers_at_an_end_is_the_label(tmp_path, ending, 
     assert labels == [str(number) for number in numbers]
 
 
-def test_a_wide_table_without_labels_is_all_values(tmp_path):
+def test_a_wide_table_without_labels_has_values_only(tmp_path):
     data = open_data(str(write_wide(tmp_path / "x.csv", X)))
     assert (data.shape, data.classes) == ((1, 6), ())
 
 
-def test_target_none_leaves_the_labels_out_and_never_makes_them_a_step(tmp_path):
+def test_with_target_none_the_label_column_is_not_used_as_a_step(tmp_path):
     path = write_wide(tmp_path / "x.tsv", X, labels=[1, 2] * 6, first=True, separator="\t")
     data = open_data(str(path), target="none")
     assert (data.shape, data.classes) == ((1, 6), ())
 
 
-def test_columns_beside_the_values_are_kept_apart(tmp_path):
+def test_columns_other_than_the_values_are_not_steps(tmp_path):
     header = "id,patient,age,t0,t1,t2,diagnosis"
     rows = [f"s{index},{index // 3},{40 + index // 3},{index},0.5,,{'ab'[index % 2]}" for index in range(30)]
     path = write_lines(tmp_path / "x.csv", header, *rows)
@@ -82,7 +82,7 @@ def test_columns_beside_the_values_are_kept_apart(tmp_path):
     assert not set(data.train.columns["patient"]) & set(data.test.columns["patient"])
 
 
-def test_the_train_file_finds_the_test_file_and_the_reverse(tmp_path):
+def test_a_train_file_is_read_with_its_test_file_and_vice_versa(tmp_path):
     for word, rows in (("TRAIN", slice(0, 8)), ("TEST", slice(8, 12))):
         write_wide(tmp_path / f"Set_{word}.tsv", X[rows], labels=[1, 2] * (4 if word == "TRAIN" else 2), first=True)
     one, other, folder = (open_data(str(tmp_path / name)) for name in ("Set_TRAIN.tsv", "Set_TEST.tsv", ""))
@@ -97,7 +97,7 @@ def test_a_column_called_split_is_the_split(tmp_path):
     assert (len(data.train), len(data.test)) == (6, 3)
 
 
-def test_a_long_table_is_one_step_a_row_with_channels_in_columns(tmp_path):
+def test_a_long_table_has_one_step_per_row_and_channels_in_columns(tmp_path):
     lengths = [4, 6, 5, 6]
     rows = [
         f"s{series},{step},{series + step / 10},{-step},{'ab'[series % 2]},{series // 2}"
@@ -118,7 +118,7 @@ def test_a_long_table_is_one_step_a_row_with_channels_in_columns(tmp_path):
     assert data.train.group.tolist() == [0, 0, 1, 1]
 
 
-def test_a_long_table_with_a_channel_column_keeps_gaps(tmp_path):
+def test_a_long_table_with_a_channel_column_has_gaps_as_nan(tmp_path):
     rows = ["b,1,x,1", "b,1,y,2", "b,3,x,3", "b,2,y,4", "a,1,x,5", "a,2,x,6", "a,3,x,7", "a,3,y,8"]
     data = open_data(str(write_lines(tmp_path / "x.csv", "id,time,channel,value", *rows)))
     nan = np.nan
@@ -126,14 +126,14 @@ def test_a_long_table_with_a_channel_column_keeps_gaps(tmp_path):
     np.testing.assert_array_equal(data.train.x()[1], [[5, 6, 7], [nan, nan, 8]])
 
 
-def test_numbers_that_never_change_inside_a_series_are_no_channel(tmp_path):
+def test_numbers_that_are_constant_per_series_are_no_channel(tmp_path):
     rows = [f"{series},{step},{series * step},{30 + series}" for series in (1, 2, 3) for step in range(4)]
     data = open_data(str(write_lines(tmp_path / "x.csv", "id,time,value,age", *rows)))
     assert data.shape == (1, 4)
     assert data.train.columns["age"].tolist() == [31, 32, 33]
 
 
-def test_dates_order_the_steps_of_a_long_table(tmp_path):
+def test_dates_are_the_order_of_the_steps_of_a_long_table(tmp_path):
     rows = ["a,2024-01-02,2", "a,2024-01-01,1", "a,2024-01-09,3", "b,2024-05-01,1", "b,2024-05-02,2"]
     data = open_data(str(write_lines(tmp_path / "x.csv", "id,date,value", *rows)))
     np.testing.assert_array_equal(data.train.x()[:, 0], [[1, 2, 3], [1, 2, np.nan]])
@@ -145,16 +145,16 @@ def test_dates_order_the_steps_of_a_long_table(tmp_path):
         (
             ["id,time,value,label", "a,1,1,x", "a,2,2,y", "b,1,1,y"],
             {},
-            "one 'label' a series; series 'a' has 'x' and 'y'",
+            "one 'label' per series; series 'a' has 'x' and 'y'",
         ),
         (
             ["id,time,value", "a,1,1", "a,1,2", "b,1,1"],
             {},
-            "one row for each 'id' and 'time'; 1 have several, .* 'a' at 1",
+            "one row per 'id' and 'time'; 1 have several, .* 'a' at 1",
         ),
         (["id,time,kind", "a,1,x", "a,2,y", "b,1,z"], {}, "expected a column of numbers, such as 'value'"),
         (["id,time,value", "a,soon,1", "a,2,2"], {}, "expected numbers or dates"),
-        (["id,time,value", "a,1,", "a,2,", "b,1,1"], {}, "1 hold NaN only, the first is a"),
+        (["id,time,value", "a,1,", "a,2,", "b,1,1"], {}, "1 contain NaN only, the first is a"),
         (["p,q,a0,a1", "x,y,1,2", "z,y,3,4"], {}, "expected one column of labels .* 2 columns of words: p, q"),
         (["a0,a1,kind", "1,2,x", "3,4,y"], {"target": "knid"}, "no column 'knid'. Did you mean 'kind'?"),
         (["name,kind", "a,x", "b,y"], {}, "expected two or more columns of numbers"),
@@ -162,7 +162,7 @@ def test_dates_order_the_steps_of_a_long_table(tmp_path):
         (["a0,a1,kind", "1,2,x", "3,4,x"], {}, "expected two or more classes in 'kind'; every label is 'x'"),
     ],
 )
-def test_tables_that_cannot_be_used_are_one_sentence(tmp_path, lines, options, message):
+def test_tables_that_cannot_be_used_are_an_error_that_says_why(tmp_path, lines, options, message):
     path = write_lines(tmp_path / "x.csv", *lines)
     with pytest.raises(InputError, match=message):
         open_data(str(path), **options)
@@ -185,7 +185,7 @@ TS = """@problemName Two
 """
 
 
-def test_ts_files_are_read_together_with_gaps_and_unequal_lengths(tmp_path):
+def test_ts_files_of_a_set_are_read_with_gaps_and_unequal_lengths(tmp_path):
     (tmp_path / "Two_TRAIN.ts").write_text(TS + "1,2,3:4,?,6:up\n1,2:4,5:down\n1,2:4,7:down\n2,2:4,7:up\n")
     (tmp_path / "Two_TEST.ts").write_text(TS + "1,2,3,4:4,5,6,7:down\n1,2:3,4:up\n")
     for name in ("Two_TRAIN.ts", "Two_TEST.ts"):
@@ -196,7 +196,7 @@ def test_ts_files_are_read_together_with_gaps_and_unequal_lengths(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["", "no header", TS, TS.replace("@data", "")])
-def test_a_broken_ts_file_is_named(tmp_path, text):
+def test_a_broken_ts_file_is_an_error_with_its_name(tmp_path, text):
     (tmp_path / "x.ts").write_text(text)
     with pytest.raises(InputError, match=r"x\.ts: expected series"):
         open_data(str(tmp_path / "x.ts"))

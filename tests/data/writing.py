@@ -1,11 +1,11 @@
-"""Real files for the tests of this room."""
+"""Functions that write small data files for the tests."""
 
 import numpy as np
 from PIL import Image
 
 
 def write_image(path, value=0, *, width=8, height=8, mode="L"):
-    """Write an image whose pixels depend on `value` alone, no two values alike."""
+    """Write an image of random pixels with the seed `value`, and return the pixels."""
     path.parent.mkdir(parents=True, exist_ok=True)
     generator = np.random.default_rng(value)
     bands = {"L": (), "RGB": (3,), "RGBA": (4,)}
