@@ -188,10 +188,10 @@ def _evaluate(parsed: argparse.Namespace) -> None:
     if len(data) > 1:
         raise InputError(f"one DATA at a time: got {data[0]} and {data[1]}.")
     from contrast import api
-    from contrast.evaluation.compare import table
+    from contrast.evaluation.tables import text_table
 
     found = api.evaluate(parsed.model, data[0] if data else None, out=parsed.out, overrides=overrides)
-    print(table(found.results, found.warnings))
+    print(text_table(found.results, found.warnings))
 
 
 def _show(parsed: argparse.Namespace) -> None:

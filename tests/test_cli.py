@@ -224,7 +224,7 @@ def test_two_processes_train_as_one(more_words, tmp_path):
     assert json.loads((tmp_path / "two/results.json").read_text())["run"]["processes"] == 2
 
 
-def test_a_run_with_bad_pairs_shows_whom_it_held_to_be_noisy_and_faulty(tmp_path, contrast_says):
+def test_a_run_with_bad_pairs_shows_the_noisy_and_faulty_samples(tmp_path, contrast_says):
     series(tmp_path / "waves.csv")
     loss = "loss={name: bad_pairs, loss: info_nce, warmup_epochs: 2, noisy_width: 0.5, faulty_width: 0.5}"
     words = ["waves.csv", loss, "budget=12 steps", *QUICK_SERIES, "evaluate.protocols=[]"]
@@ -237,17 +237,22 @@ def test_a_run_with_bad_pairs_shows_whom_it_held_to_be_noisy_and_faulty(tmp_path
     share = (state["loss.kind"] == 1).sum() / (state["loss.counts"] > 0).sum()
     assert epochs[-1]["noisy_samples"] == pytest.approx(float(share))
     assert 0 < share < 1
+    findings = json.loads((tmp_path / "run/results.json").read_text())["findings"]
+    (noisy,) = (rows for title, rows in findings.items() if title.startswith("Noisy"))
+    assert len(noisy) == min(6, int((state["loss.kind"] == 1).sum()))
     page = (tmp_path / "run/report.html").read_text()
-    assert "What was held to be a bad pair" in page
-    assert "weighed from here" in page
-    assert page.count(", held to be noisy") == min(6, int((state["loss.kind"] == 1).sum()))
-    assert (
-        contrast_says("pretrain", "waves.csv", "budget=3 steps", *QUICK_SERIES, "evaluate.protocols=[]", "--out", "b")[
-            0
-        ]
-        == 0
-    )
-    assert "held to be" not in (tmp_path / "b/report.html").read_text()
+    section = page.split('title">Noisy')[1].split("</section>")[0]
+    assert section.count('<img src="data:image/png') == len(noisy)
+    assert all(row["name"] in section for row in noisy)
+    assert all(title.split("'")[0] in page for title in findings)
+    assert all(title in (tmp_path / "run/log.txt").read_text() for title in findings)
+    assert contrast_says("pretrain", *words, "report.samples=false", "--out", "private")[0] == 0
+    text = (tmp_path / "private/results.json").read_text()
+    assert list(json.loads(text)["findings"]) == ["Samples flagged by epoch"]
+    assert not any(row["name"] in text for row in noisy)
+    assert "Noisy" not in (tmp_path / "private/report.html").read_text()
+    assert contrast_says("pretrain", *words[:1], "budget=3 steps", *words[3:], "--out", "plain")[0] == 0
+    assert json.loads((tmp_path / "plain/results.json").read_text())["findings"] == {}
 
 
 PLAIN_LOSS = """

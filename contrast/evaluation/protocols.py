@@ -186,7 +186,7 @@ class FewLabels:
     @property
     def labels(self) -> str:
         """Say how many labels the classifier gets."""
-        return f"{self.labels_per_class} a class"
+        return f"{self.labels_per_class} per class"
 
     def fit(self, train: Labelled, seed: int) -> Fitted:
         """Draw, choose and fit, once a draw."""

@@ -1,4 +1,4 @@
-"""One number with everything that is needed to trust it: a row of results.json."""
+"""One measured number with its protocol, draws and spread: a row of results.json."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ class Result:
     """One number of one model by one protocol.
 
     Args:
-        model: raw | untrained | pretrained | off_the_shelf | supervised, or a name of the user's.
+        model: raw | untrained | pretrained | off_the_shelf | supervised, or another name.
         protocol: knn | linear | few_labels.
-        protocol_version: "v1"; a protocol that gives other numbers gets another version.
-        protocol_hash: of name, version and settings: equal hashes were measured alike.
-        split: whose items were judged.
-        labels: how many labels the classifier was given, "all" or "10 a class".
+        protocol_version: "v1"; it changes with the numbers that the protocol gives.
+        protocol_hash: of name, version and settings: equal hashes are comparable.
+        split: whose items were predicted.
+        labels: how many labels the classifier was given, "all" or "10 per class".
         metric: accuracy | balanced_accuracy | macro_f1 | auroc, in [0, 1].
         value: the mean of `values`.
-        spread: how far another measurement may be off, in the meaning of `spread_kind`; None where nobody knows.
+        spread: the uncertainty of the value, of the kind `spread_kind`; None where it is unknown.
         spread_kind: "standard deviation over draws" | "standard error over test items" | "none".
         n: how many values.
-        values: one a draw.
-        seeds: one a value.
-        selected_on: what the classifier's free choice was made on.
-        saw_test: whether test items took part in any choice.
+        values: one per draw.
+        seeds: one per value.
+        selected_on: what the hyperparameters were selected on.
+        saw_test: True if test items were used for any choice.
         settings: of the protocol, and what was chosen.
-        per_class: class -> recall, precision, f1, support; in the rows of the accuracy, None elsewhere.
+        per_class: class -> recall, precision, f1, support; None for other metrics than accuracy.
         seconds: to fit, predict and score this model by this protocol; its features not included.
     """
 
@@ -54,23 +54,20 @@ class Result:
     seconds: float = 0.0
 
     def row(self) -> dict[str, Any]:
-        """Give the row as plain numbers, texts, lists and dictionaries, for JSON."""
+        """Return the row as numbers, strings, lists and dictionaries, for JSON."""
         return asdict(self)
 
     @classmethod
     def from_row(cls, row: Mapping[str, Any]) -> Result:
-        """Give the result back from its row.
+        """Return the result of a row; keys of a later version are ignored.
 
         Raises:
-            InputError: where the row has other keys.
+            InputError: where the row lacks a key.
         """
-        known = {each.name for each in fields(cls)}
-        if known != set(row):
-            odd = ", ".join(sorted(known.symmetric_difference(row)))
-            raise InputError(
-                f"a row of results.json must have the keys {', '.join(sorted(known))}; these differ: {odd}."
-            )
-        return cls(**row)
+        keys = [each.name for each in fields(cls)]
+        if missing := [key for key in keys if key not in row]:
+            raise InputError(f"a row of results.json must have the keys {', '.join(keys)}; missing: {missing}.")
+        return cls(**{key: row[key] for key in keys})
 
 
 TITLES = {
@@ -80,14 +77,14 @@ TITLES = {
     "off_the_shelf": "off the shelf",
     "supervised": "supervised",
 }
-"""How tables call the models, in the order of their rows; models of other names follow under these."""
+"""The models' titles in the order of the rows; models of other names follow."""
 
 
 def title(model: str) -> str:
-    """Give the name of a model as a table shows it."""
+    """Return a model's title: "off the shelf"."""
     return TITLES.get(model, model)
 
 
 def subject(model: str) -> str:
-    """Give a model as the subject of a sentence: "the pretrained encoder"."""
+    """Return a model as the subject of a sentence: "the pretrained encoder"."""
     return "raw input" if model == "raw" else f"the {title(model)} encoder"

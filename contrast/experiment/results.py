@@ -1,4 +1,4 @@
-"""`results.json` and `evaluations/`: every number of a run with what is needed to trust it."""
+"""`results.json` and `evaluations/`: the numbers of a run with protocol, data, draws and spread."""
 
 from __future__ import annotations
 
@@ -16,16 +16,23 @@ SCHEMA = 1
 
 
 def write_results(
-    run: RunFolder, about: Mapping[str, Any], data: Data, evaluation: Evaluation | None, *, names: bool = True
+    run: RunFolder,
+    about: Mapping[str, Any],
+    data: Data,
+    evaluation: Evaluation | None,
+    *,
+    findings: Mapping[str, Any],
+    names: bool = True,
 ) -> Path:
-    """Write `results.json`, schema 1, and a folder for each protocol with its rows and predictions.
+    """Write `results.json`, schema 1, and a folder per protocol with its rows and predictions.
 
     Args:
         run: where to write.
         about: the run: command, config hash, commit, seed, status, device, seconds and the like.
         data: what was read.
         evaluation: what was measured; None where there was nothing to measure.
-        names: whether the predictions say what each item is called.
+        findings: what the loss found, title -> rows.
+        names: False leaves the items' names out of the predictions.
     """
     rows = [] if evaluation is None else [result.row() for result in evaluation.results]
     if evaluation is not None:
@@ -37,13 +44,14 @@ def write_results(
             "run": dict(about),
             "data": describe(data),
             "results": rows,
+            "findings": dict(findings),
             "warnings": [] if evaluation is None else evaluation.warnings,
         },
     )
 
 
 def describe(data: Data) -> dict[str, Any]:
-    """Give each split's source, fingerprint and number of samples."""
+    """Return each split's source, fingerprint and number of samples."""
     splits = {
         "train": int((~data.validation).sum()),
         "validation": int(data.validation.sum()),
@@ -68,7 +76,7 @@ def write_evaluations(run: RunFolder, data: Data, evaluation: Evaluation, *, nam
         run: where to write.
         data: what was read.
         evaluation: what was measured.
-        names: whether the predictions say what each item is called; its sample index stays either way.
+        names: False leaves the items' names out; their sample indices stay.
     """
     folders = []
     for protocol, models in evaluation.predictions.items():
@@ -86,22 +94,22 @@ def write_evaluations(run: RunFolder, data: Data, evaluation: Evaluation, *, nam
 
 
 def _write_predictions(file: Path, data: Data, models: Mapping[str, Any], *, names: bool) -> None:
-    """Write a row an item and model: what it is, what was said, and how likely each class was held to be."""
+    """Write one row per item and model: its target, the predicted class and the probability of each class."""
     import pandas
 
-    named = dict(zip(data.test.sample.tolist(), data.test.names, strict=True))
+    item_names = dict(zip(data.test.sample.tolist(), data.test.names, strict=True))
     frames = []
-    for model, said in models.items():
+    for model, predictions in models.items():
         frame = {
             "model": model,
-            **({"item": [named[sample] for sample in said.sample.tolist()]} if names else {}),
-            "sample": said.sample,
-            "target": [data.classes[target] for target in said.target],
-            "predicted": [data.classes[predicted] for predicted in said.predicted],
+            **({"item": [item_names[sample] for sample in predictions.sample.tolist()]} if names else {}),
+            "sample": predictions.sample,
+            "target": [data.classes[target] for target in predictions.target],
+            "predicted": [data.classes[predicted] for predicted in predictions.predicted],
         }
         frame |= {
-            f"probability_{label}": np.asarray(said.probabilities[:, place], dtype=np.float32)
-            for place, label in enumerate(data.classes)
+            f"probability_{label}": np.asarray(predictions.probabilities[:, index], dtype=np.float32)
+            for index, label in enumerate(data.classes)
         }
         frames.append(pandas.DataFrame(frame))
     pandas.concat(frames, ignore_index=True).to_parquet(file, index=False)

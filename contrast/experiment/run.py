@@ -20,16 +20,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from contrast.core import distributed
 from contrast.core.registry import InputError
 from contrast.core.text import format_duration
 from contrast.data import Data
 from contrast.data.dataset import Samples
-from contrast.evaluation.compare import table
 from contrast.evaluation.features import extract, raw_input
 from contrast.evaluation.protocols import Evaluation, evaluate
+from contrast.evaluation.tables import text_table
 from contrast.experiment import config as configuration
 from contrast.experiment.build import Experiment, auto_steps, build, build_encoder_for, read_data, resolve_size
 from contrast.experiment.config import Config, Loaded
@@ -46,11 +45,12 @@ from contrast.experiment.folder import (
 )
 from contrast.experiment.named_models import Encode, encode_with, reference_of
 from contrast.experiment.results import write_results
-from contrast.losses import BadPairs
+from contrast.losses.loss import Loss
 from contrast.models import save_backbone
 from contrast.train.budget import Budget
 
 if TYPE_CHECKING:
+    from contrast.report.record import Findings
     from contrast.train.fit import Outcome
 
 log = logging.getLogger("contrast")
@@ -80,7 +80,7 @@ class Run:
 
     def table(self) -> str:
         """Return the table of results as text."""
-        return "" if self.evaluation is None else table(self.evaluation.results, self.evaluation.warnings)
+        return "" if self.evaluation is None else text_table(self.evaluation.results, self.evaluation.warnings)
 
 
 def start(loaded: Loaded, *, out: Path | None = None, name: str | None = None, command: str | None = None) -> Run:
@@ -268,7 +268,8 @@ def _train_and_measure(experiment: Experiment, budget: Budget, folder: RunFolder
 
 def _measure(experiment: Experiment, folder: RunFolder, outcome: Outcome) -> Run:
     """Save the backbone, evaluate it next to raw input and its start, and write results and report."""
-    from contrast.report import save_samples, write_report
+    from contrast.experiment.record import write_report
+    from contrast.report import page_arrays
 
     config, data = experiment.config, experiment.data
     encoder = experiment.encoder.eval()
@@ -294,8 +295,8 @@ def _measure(experiment: Experiment, folder: RunFolder, outcome: Outcome) -> Run
         test_features = evaluation.features["pretrained"]
     elif len(data.test):
         test_features, _ = extract(pretrained, data.test)
-    save_samples(
-        folder.path / SAMPLES,
+    findings, found = _findings(experiment.loss, data.train, samples=config.report.samples)
+    arrays = page_arrays(
         kind=data.kind,
         classes=data.classes,
         test=data.test,
@@ -304,27 +305,31 @@ def _measure(experiment: Experiment, folder: RunFolder, outcome: Outcome) -> Run
         train_features=train_features,
         prepare=lambda raw: encoder.cpu().prepare(raw),
         samples=config.report.samples,
-        held_bad=_held_bad(experiment.loss, data.train),
+        found=found,
     )
+    folder.write_arrays(SAMPLES, arrays)
     facts = _facts(config, folder, outcome, time.monotonic() - start)
-    write_results(folder, facts, data, evaluation, names=config.report.samples)
+    write_results(folder, facts, data, evaluation, findings=findings, names=config.report.samples)
     folder.set_state("done", outcome.step)
     log.info("writing the report")
-    return Run(folder.path, evaluation, write_report(folder.path, samples=config.report.samples))
+    return Run(folder.path, evaluation, write_report(folder, samples=config.report.samples))
 
 
-def _held_bad(loss: torch.nn.Module, train: Samples) -> dict[str, tuple[Samples, NDArray[np.float32]]]:
-    """Give some of the samples that bad-pair mining flagged, those furthest from the mean first, and their losses."""
-    miner = next((part for part in loss.modules() if isinstance(part, BadPairs)), None)
-    if miner is None:
-        return {}
-    history = miner.history.cpu().numpy()[train.sample]
-    found = {}
-    for word, flagged, sign in (("noisy", miner.noisy, 1), ("faulty", miner.faulty, -1)):
-        rows = np.flatnonzero(flagged.cpu().numpy()[train.sample])
-        rows = rows[np.argsort(sign * history[rows], kind="stable")][:6]
-        found[word] = (train.subset(rows), history[rows])
-    return found
+def _findings(loss: Loss, train: Samples, *, samples: bool) -> tuple[Findings, Samples]:
+    """Return what the loss found, and the training items that its rows are about; only with `samples` any item."""
+    from contrast.report import without_items
+
+    names = [""] * (int(train.sample.max()) + 1)
+    if samples:
+        for sample, name in zip(train.sample.tolist(), train.names, strict=True):
+            names[sample] = str(name)
+    found: Findings = loss.findings(names)
+    if not samples:
+        found = without_items(found)
+    for title, rows in found.items():
+        log.info("the loss found: %s (%s rows)", title, f"{len(rows):,}")
+    items = [row["sample"] for rows in found.values() for row in rows if "sample" in row]
+    return found, train.subset(np.flatnonzero(np.isin(train.sample, items)))
 
 
 def _facts(config: Config, folder: RunFolder, outcome: Outcome, evaluation_seconds: float) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """The page of a run, and the pictures on it."""
 
-from contrast.report.page import write_report
+from contrast.report.page import render
 from contrast.report.pictures import views_picture
-from contrast.report.samples import save_samples
+from contrast.report.record import RunRecord, without_items
+from contrast.report.samples import page_arrays
 
-__all__ = ["save_samples", "views_picture", "write_report"]
+__all__ = ["RunRecord", "page_arrays", "render", "views_picture", "without_items"]

@@ -1,141 +1,117 @@
-"""What a run's folder says, read without knowing how it was made."""
+"""What the page of a run is made from."""
 
 from __future__ import annotations
 
-import json
-import zipfile
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 from numpy.typing import NDArray
 
-from contrast.core.registry import InputError
+Findings = Mapping[str, Sequence[Mapping[str, Any]]]
+"""What the loss found: title -> rows; rows with the key "sample" are about single items."""
 
 
 @dataclass(frozen=True)
 class RunRecord:
-    """The files of a run's folder; what is missing is empty.
+    """The content of a run's folder; what is missing is empty.
 
     Args:
-        name: the folder's name.
-        config: the text of config.yaml.
-        command: the text of command.txt.
-        environment: environment.json.
-        state: state.json, {"state": running | stopped | failed | done, "step": ..., "heartbeat": seconds since 1970,
-            "why": what went wrong}.
-        metrics: metrics.jsonl, an object a line.
-        results: results.json, schema 1.
-        views: the bytes of views.png, None where there is none.
-        arrays: report.npz, as `contrast.report.samples.save_samples` describes it.
+        name: the run's name.
+        config: the resolved config, as nested mappings.
+        config_text: the same as it is written.
+        command: the command that repeats the run.
+        environment: versions, device, commit.
+        state: {"state": running | stopped | failed | done, "step": ..., "heartbeat": seconds since 1970, "why": ...}.
+        metrics: one mapping per measurement, with its "step".
+        results: `results.json`, schema 1.
+        views: a PNG of some samples and their views, None where there is none.
+        arrays: as `page_arrays` returns them.
+
+    Example:
+        >>> from contrast.report import RunRecord
+        >>> record = RunRecord("a", metrics=[{"step": 1, "loss": 5.0}, {"step": 2, "loss": 4.0}])
+        >>> record.series("loss")[1].tolist()
+        [5.0, 4.0]
     """
 
     name: str
-    config: str
-    command: str
-    environment: Mapping[str, Any]
-    state: Mapping[str, Any]
-    metrics: list[dict[str, Any]]
-    results: Mapping[str, Any]
-    views: bytes | None
-    arrays: Mapping[str, NDArray[Any]]
+    config: Mapping[str, Any] = field(default_factory=dict)
+    config_text: str = ""
+    command: str = ""
+    environment: Mapping[str, Any] = field(default_factory=dict)
+    state: Mapping[str, Any] = field(default_factory=dict)
+    metrics: Sequence[Mapping[str, Any]] = ()
+    results: Mapping[str, Any] = field(default_factory=dict)
+    views: bytes | None = None
+    arrays: Mapping[str, NDArray[Any]] = field(default_factory=dict)
+
+    @property
+    def run(self) -> Mapping[str, Any]:
+        """The entries of the results about the run: device, precision, steps, seconds."""
+        return self.results.get("run") or {}
+
+    @property
+    def splits(self) -> dict[str, Mapping[str, Any]]:
+        """Each split's source, fingerprint and number of samples."""
+        return dict(self.results.get("data") or {})
+
+    @property
+    def kind(self) -> str:
+        """What the samples are: "image", "series", or "" where it is unknown."""
+        return str(self.arrays.get("kind", ""))
 
     def series(self, key: str) -> tuple[NDArray[Any], NDArray[Any]]:
-        """Give the steps and values (n,) of a measured number, in the order of steps; the latest of a step counts."""
-        found = {
-            float(line["step"]): float(line[key])
-            for line in self.metrics
-            if _is_number(line.get("step")) and _is_number(line.get(key))
+        """Return the steps and values (n,) of a metric, by ascending step; of equal steps the last."""
+        values = {
+            float(row["step"]): float(row[key])
+            for row in self.metrics
+            if is_number(row.get("step")) and is_number(row.get(key))
         }
-        steps = sorted(found)
-        return np.array(steps), np.array([found[step] for step in steps])
+        steps = sorted(values)
+        return np.array(steps), np.array([values[step] for step in steps])
+
+    def findings(self, *, samples: bool) -> Findings:
+        """Return what the loss found, without rows and names of single items where `samples` is False."""
+        found: Findings = self.results.get("findings") or {}
+        return found if samples else without_items(found)
 
 
-def read_run(run: Path) -> RunRecord:
-    """Give what the folder of a run holds.
+def without_items(findings: Findings) -> Findings:
+    """Return the findings without rows about single items, and without names.
 
-    Raises:
-        InputError: where there is no such folder or no file of a run in it, or a file is damaged.
+    Example:
+        >>> from contrast.report import without_items
+        >>> without_items({"noisy": [{"sample": 7, "name": "a.png"}], "shares": [{"epoch": 1, "noisy": 0.1}]})
+        {'shares': [{'epoch': 1, 'noisy': 0.1}]}
     """
-    if not run.is_dir():
-        raise InputError(f"a run's folder was expected at {run}; there is none. Give the folder that pretrain printed.")
-    files = ("config.yaml", "command.txt", "state.json", "metrics.jsonl", "results.json")
-    if not any((run / name).is_file() for name in files):
-        raise InputError(
-            f"{run} is no run's folder: it holds none of {', '.join(files)}. Give the one pretrain printed."
-        )
-    views = run / "views.png"
-    return RunRecord(
-        name=run.resolve().name,
-        config=_text(run / "config.yaml"),
-        command=_text(run / "command.txt").strip(),
-        environment=_mapping(run / "environment.json"),
-        state=_mapping(run / "state.json"),
-        metrics=list(_lines(run / "metrics.jsonl")),
-        results=_mapping(run / "results.json"),
-        views=views.read_bytes() if views.is_file() else None,
-        arrays=_arrays(run / "report.npz"),
-    )
+    remaining = {
+        title: [{key: value for key, value in row.items() if key != "name"} for row in rows if "sample" not in row]
+        for title, rows in findings.items()
+    }
+    return {title: rows for title, rows in remaining.items() if rows}
 
 
-def flat(tree: Mapping[str, Any], above: str = "") -> Iterable[tuple[str, str]]:
-    """Walk over nested mappings as pairs of a dotted key and its value as text."""
+def dotted_texts(tree: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, str]]:
+    """Iterate over nested mappings as pairs of a dotted key and its value as text; None is left out."""
     for key, value in tree.items():
         if isinstance(value, Mapping):
-            yield from flat(value, f"{above}{key}.")
+            yield from dotted_texts(value, f"{above}{key}.")
         elif isinstance(value, list | tuple):
             yield f"{above}{key}", ", ".join(str(item) for item in value)
         elif value is not None:
             yield f"{above}{key}", str(value)
 
 
-def moment(heartbeat: object) -> str:
-    """Say when: seconds since 1970 become a date in UTC, text stays."""
-    if isinstance(heartbeat, int | float) and not isinstance(heartbeat, bool):
-        return datetime.fromtimestamp(heartbeat, UTC).strftime("%Y-%m-%d %H:%M UTC")
-    return str(heartbeat or "")
+def format_time(time: object) -> str:
+    """Return seconds since 1970 as a date and time in UTC, any other value as text, "" for None."""
+    if is_number(time):
+        return datetime.fromtimestamp(time, UTC).strftime("%Y-%m-%d %H:%M UTC")
+    return str(time or "")
 
 
-def _text(path: Path) -> str:
-    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
-
-
-def _mapping(path: Path) -> Mapping[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{path} should be JSON, but cannot be read: {error}. Evaluate the run again.") from error
-    if not isinstance(content, Mapping):
-        raise InputError(f"{path} should hold a JSON object; got {type(content).__name__}. Evaluate the run again.")
-    return content
-
-
-def _lines(path: Path) -> Iterable[dict[str, Any]]:
-    for line in _text(path).splitlines():
-        try:
-            content = json.loads(line)
-        except ValueError:
-            continue  # a run that was killed while it wrote leaves half a line
-        if isinstance(content, dict):
-            yield content
-
-
-def _arrays(path: Path) -> Mapping[str, NDArray[Any]]:
-    if not path.is_file():
-        return {}
-    try:
-        with np.load(path, allow_pickle=False) as content:
-            return {name: content[name] for name in content.files}
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
-        raise InputError(
-            f"{path} should be an .npz without pickled objects; {error}. Remove it or train again."
-        ) from error
-
-
-def _is_number(value: object) -> bool:
+def is_number(value: object) -> TypeGuard[int | float]:
+    """True for int and float, but not for bool."""
     return isinstance(value, int | float) and not isinstance(value, bool)

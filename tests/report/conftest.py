@@ -1,6 +1,7 @@
 import pytest
 
-from contrast.report.page import write_report
+from contrast.experiment.folder import RunFolder
+from contrast.experiment.record import write_report
 from tests.report.fake_runs import image_run, series_run
 
 
@@ -16,5 +17,5 @@ def series_folder(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def pages(image_folder, series_folder):
-    """Give the written page of each kind of run."""
-    return {"image": write_report(image_folder), "series": write_report(series_folder)}
+    """Return the written page of each kind of run."""
+    return {"image": write_report(RunFolder(image_folder)), "series": write_report(RunFolder(series_folder))}

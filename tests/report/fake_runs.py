@@ -1,4 +1,4 @@
-"""Two runs that never were: digits with all files of a finished run, and synthetic series."""
+"""Two simulated runs: digits with all files of a finished run, and synthetic series."""
 
 import json
 from pathlib import Path
@@ -8,14 +8,15 @@ import torch
 from sklearn.datasets import load_digits
 
 from contrast.data.dataset import ArrayItems, Samples
+from contrast.experiment.folder import COMMAND, CONFIG, ENVIRONMENT, METRICS, RESULTS, SAMPLES, STATE, VIEWS, RunFolder
 from contrast.report.pictures import views_picture
-from contrast.report.samples import save_samples
+from contrast.report.samples import page_arrays
 
 DRAWS = 5
 
 
 def split(x, target, name):
-    """Give samples in memory, as `contrast.data` makes them."""
+    """Return samples in memory, as `contrast.data` reads them."""
     number, target = np.arange(len(x)), np.asarray(target, dtype=np.int64)
     names = [f"{name}[{i}]" for i in number]
     return Samples(
@@ -42,8 +43,8 @@ def results(classes, numbers, source):
         rows += [
             row(model, "knn", "all", knn),
             row(model, "linear", "all", linear),
-            row(model, "few_labels", "10 a class", few, spread=0.012, offset=0.008, per_class=per_class),
-            row(model, "few_labels", "10 a class", few - 0.01, metric="macro_f1", spread=0.013, offset=0.008),
+            row(model, "few_labels", "10 per class", few, spread=0.012, offset=0.008, per_class=per_class),
+            row(model, "few_labels", "10 per class", few - 0.01, metric="macro_f1", spread=0.013, offset=0.008),
         ]
     about = {"source": source, "fingerprint": "9f86d081884c7d659a2feaa0c55ad015", "split_by": None}
     return {
@@ -58,25 +59,36 @@ def results(classes, numbers, source):
     }  # fmt: skip
 
 
-def write_run(folder, *, source, classes, numbers, views, **samples):
-    """Write every file that a finished run has."""
-    folder.mkdir(parents=True)
-    random = np.random.default_rng(0)
+FINDINGS = {
+    "Samples flagged by epoch": [
+        {"epoch": epoch, "noisy": 0.01 * epoch, "applied": int(epoch > 2)} for epoch in (1, 2, 3)
+    ],
+    "Noisy samples: small loss": [
+        {"sample": 3, "name": "x_train[3]", "mean loss": 0.25},
+        {"sample": 5, "name": "x_train[5]", "mean loss": 0.5},
+    ],
+    "Clusters": [{"cluster": 0, "size": 1200, "purity": 0.75}, {"cluster": 1, "size": 237, "purity": 0.5}],
+}
+
+
+def write_run(folder, *, source, classes, numbers, views, findings=None, **arrays):
+    """Write every file of a finished run."""
+    run, random = RunFolder(folder), np.random.default_rng(0)
     config = f"version: 1\nseed: 0\nname: simclr\ndata:\n  source: {source}\nbatch_size: 256\nbudget: 100 epochs\n"
-    (folder / "config.yaml").write_text(config + "loss:\n  name: info_nce\n  temperature: 0.2\n")
-    (folder / "command.txt").write_text(f"contrast pretrain simclr {source} --out runs\n")
+    run.write(CONFIG, config + "loss:\n  name: info_nce\n  temperature: 0.2\n")
+    run.write(COMMAND, f"contrast pretrain simclr {source} --out runs\n")
     environment = {"python": "3.11.2", "torch": "2.14.1", "device": "cpu", "libraries": {"timm": "1.0.31"}}
-    (folder / "environment.json").write_text(json.dumps(environment))
-    (folder / "state.json").write_text(json.dumps({"state": "done", "step": 700, "heartbeat": 1790000000.0}))
+    run.write_json(ENVIRONMENT, environment)
+    run.write_json(STATE, {"state": "done", "step": 700, "heartbeat": 1790000000.0})
     lines = [
         {"step": step, "epoch": step // 7, "loss": 5.5 * np.exp(-step / 150) + 3.1 + 0.1 * random.normal()}
         for step in range(700)
     ]
     lines += [{"step": step, "probe_accuracy": 0.95 - 0.6 * np.exp(-step / 90)} for step in range(20, 700, 35)]
-    (folder / "metrics.jsonl").write_text("\n".join(json.dumps(line) for line in lines) + '\n{"step": 700, "lo')
-    (folder / "results.json").write_text(json.dumps(results(classes, numbers, source)))
-    (folder / "views.png").write_bytes(views)
-    save_samples(folder / "report.npz", classes=classes, **samples)
+    run.write(METRICS, "\n".join(json.dumps(line) for line in lines) + '\n{"step": 700, "lo')
+    run.write_json(RESULTS, results(classes, numbers, source) | {"findings": findings or {}})
+    run.write(VIEWS, views)
+    run.write_arrays(SAMPLES, page_arrays(classes=classes, **arrays))
     return folder
 
 
@@ -90,7 +102,7 @@ def image_run(folder: Path) -> Path:
         numbers={"raw": (0.961, 0.952, 0.881), "untrained": (0.958, 0.971, 0.918), "pretrained": (0.986, 0.989, 0.972)},
         views=views_picture(x[:6], changed, "image", train.names[:6]),
         kind="image", test=test, test_features=test.x().flatten(1), train=train, train_features=train.x().flatten(1),
-        prepare=lambda raw: raw,
+        prepare=lambda raw: raw, findings=FINDINGS, found=train.subset(np.array([3, 5])),
     )  # fmt: skip
 
 

@@ -10,10 +10,15 @@ import pytest
 from PIL import Image
 
 from contrast.core.registry import InputError
-from contrast.report.page import render, write_report
-from contrast.report.record import read_run
+from contrast.experiment.folder import CONFIG, RESULTS, SAMPLES, RunFolder
+from contrast.experiment.record import read_record, write_report
+from contrast.report import RunRecord, render
 
-SECTIONS = ["results", "training", "views", "map", "neighbours", "run", "words"]
+FINDINGS = ["finding-1", "finding-2", "finding-3"]
+SECTIONS = {
+    "image": ["results", "training", *FINDINGS, "views", "map", "neighbours", "run", "glossary"],
+    "series": ["results", "training", "views", "map", "neighbours", "run", "glossary"],
+}
 
 
 class Outline(HTMLParser):
@@ -47,8 +52,13 @@ class Outline(HTMLParser):
 
 
 @pytest.fixture(params=["image", "series"])
-def page(request, pages):
-    return pages[request.param]
+def kind(request):
+    return request.param
+
+
+@pytest.fixture
+def page(kind, pages):
+    return pages[kind]
 
 
 def copied(folder, tmp_path, *without):
@@ -57,19 +67,23 @@ def copied(folder, tmp_path, *without):
     return copy
 
 
+def section_ids(text):
+    return re.findall(r'<section id="([\w-]+)"', text)
+
+
 def text_of(folder, **options):
-    return write_report(folder, **options).read_text(encoding="utf-8")
+    return write_report(RunFolder(folder), **options).read_text(encoding="utf-8")
 
 
-def test_a_finished_run_has_every_section_on_a_small_page(page):
+def test_a_finished_run_has_every_section_on_a_small_page(page, kind):
     assert page.name == "report.html"
     assert page.stat().st_size < 3_000_000
     text = page.read_text(encoding="utf-8")
-    assert re.findall(r'<section id="(\w+)"', text) == SECTIONS
+    assert section_ids(text) == SECTIONS[kind]
     assert "contrast pretrain simclr" in text
 
 
-def test_the_page_is_sound_html(page):
+def test_the_page_is_well_formed_html(page):
     outline = Outline(page.read_text(encoding="utf-8"))
     assert outline.headings[0] == 1
     assert outline.headings.count(1) == 1
@@ -79,7 +93,7 @@ def test_the_page_is_sound_html(page):
     assert {link.removeprefix("#") for link in outline.links} <= set(outline.ids)
 
 
-def test_nothing_comes_from_elsewhere(page):
+def test_nothing_is_loaded_from_elsewhere(page):
     text = page.read_text(encoding="utf-8")
     outline = Outline(text)
     assert all(link.startswith("#") for link in outline.links)
@@ -87,9 +101,9 @@ def test_nothing_comes_from_elsewhere(page):
     assert not re.search(r"https?:|//\w|@import|<script|<link", re.sub(r"base64,[\w+/=]+", "", text))
 
 
-def test_every_picture_can_be_decoded(page):
+def test_every_picture_can_be_decoded(page, kind):
     sources = Outline(page.read_text(encoding="utf-8")).sources
-    assert len(sources) == 1 + 6 * 6
+    assert len(sources) == 1 + 6 * 6 + (2 if kind == "image" else 0)
     for source in sources:
         Image.open(io.BytesIO(base64.b64decode(source.split(",")[1]))).load()
 
@@ -108,20 +122,21 @@ def test_every_linked_word_is_explained_once(page):
     assert re.findall(r'<div id="(word-[\w-]+)"><dt>', text) == sorted({*linked, "word-temperature", "word-batch-size"})
 
 
-def test_without_samples_no_picture_and_no_name_is_left(page):
+def test_without_samples_no_picture_and_no_name_is_left(page, kind):
     with np.load(page.parent / "report.npz") as content:
-        names = [str(name) for name in content["x_name"]]
+        names = [str(name) for name in content["x_name"]] + ["x_train[3]", "x_train[5]"] * (kind == "image")
     whole = page.read_text(encoding="utf-8")
     assert all(name in whole for name in names)
-    text = render(read_run(page.parent), samples=False)
+    text = render(read_record(RunFolder(page.parent)), samples=False)
     assert "data:image/" not in text.split("<body>")[1]
     assert "<img" not in text
+    assert "Noisy samples" not in text
     assert not any(name in text for name in names)
-    assert re.findall(r'<section id="(\w+)"', text) == ["results", "training", "map", "run", "words"]
+    assert section_ids(text) == [name for name in SECTIONS[kind] if name not in ("views", "neighbours", "finding-3")]
 
 
 def test_the_same_folder_gives_the_same_page(pages):
-    assert render(read_run(pages["series"].parent)) == pages["series"].read_text(encoding="utf-8")
+    assert render(read_record(RunFolder(pages["series"].parent))) == pages["series"].read_text(encoding="utf-8")
 
 
 def test_data_without_labels_have_a_page_without_results(image_folder, tmp_path):
@@ -133,9 +148,31 @@ def test_data_without_labels_have_a_page_without_results(image_folder, tmp_path)
     assert '<section id="training"' in text
 
 
-def test_a_run_that_just_began_has_a_page(tmp_path):
-    (tmp_path / "config.yaml").write_text("version: 1\n")
-    assert "No training step" in text_of(tmp_path)
+def test_a_run_that_has_only_a_config_has_a_page(tmp_path):
+    (tmp_path / "config.yaml").write_text("version: 1\nname: mine\ndata: {source: digits}\n")
+    text = text_of(tmp_path)
+    assert "No training step" in text
+    assert "mine · digits" in text
+
+
+def test_findings_are_items_curves_and_tables(pages):
+    text = pages["image"].read_text(encoding="utf-8")
+    course, items, table = (text.split(f'<section id="{name}"')[1].split("</section>")[0] for name in FINDINGS)
+    assert "Samples flagged by epoch" in course
+    assert re.findall(r'aria-label="Samples flagged by epoch: (\w+) over', course) == ["noisy", "applied"]
+    assert "<table" not in course and "<img" not in course
+    assert re.findall(r"<li>.*?mean loss <b>([\d.]+)</b>.*?>(x_train\[\d\])</span>", items) == [
+        ("0.25", "x_train[3]"), ("0.5", "x_train[5]"),
+    ]  # fmt: skip
+    assert items.count("<img") == 2
+    assert re.findall(r"<td>(.*?)</td>", table) == ["0", "1,200", "0.75", "1", "237", "0.5"]
+    assert re.findall(r'<th scope="col">(.*?)</th>', table) == ["cluster", "size", "purity"]
+
+
+def test_an_item_of_the_findings_without_a_picture_has_its_name():
+    findings = {"title": [{"sample": 7, "name": "a.png", "loss": 1.0}, {"sample": 8}]}
+    text = render(RunRecord("a", results={"findings": findings}))
+    assert "a.png" in text and "sample 8" in text and "<img" not in text
 
 
 @pytest.mark.parametrize(
@@ -143,13 +180,13 @@ def test_a_run_that_just_began_has_a_page(tmp_path):
     [
         (
             {"state": "stopped", "step": 1400},
-            "stopped at step 1,400 and saved. To go on: contrast resume digits-simclr-001",
+            "stopped at step 1,400 and saved. To continue: contrast resume digits-simclr-001",
         ),
         ({"state": "failed", "step": 3, "why": "Memory is full."}, "failed at step 3. Memory is full."),
         ({"state": "running", "step": 3, "heartbeat": 0}, "not finished at step 3"),
     ],
 )
-def test_a_run_that_is_not_done_says_so(image_folder, tmp_path, state, said):
+def test_the_page_of_an_unfinished_run_has_a_note(image_folder, tmp_path, state, said):
     folder = copied(image_folder, tmp_path, "report.npz")
     assert 'role="note"' not in text_of(folder)
     (folder / "state.json").write_text(json.dumps(state))
@@ -157,7 +194,7 @@ def test_a_run_that_is_not_done_says_so(image_folder, tmp_path, state, said):
 
 
 @pytest.mark.parametrize(("value", "said"), [(1.0, "has collapsed"), (np.nan, "NaN or infinite features")])
-def test_a_sick_encoder_is_named(image_folder, tmp_path, value, said):
+def test_a_broken_encoder_is_named(image_folder, tmp_path, value, said):
     folder = copied(image_folder, tmp_path)
     with np.load(folder / "report.npz") as content:
         arrays = dict(content)
@@ -175,20 +212,20 @@ def test_warnings_of_the_evaluation_are_shown(image_folder, tmp_path):
     assert "No labelled test item for: cat." in text_of(folder)
 
 
-def test_what_went_wrong_is_left_out_with_the_samples(image_folder, tmp_path):
+def test_the_reason_of_a_failure_is_left_out_with_the_samples(image_folder, tmp_path):
     folder = copied(image_folder, tmp_path, "report.npz")
     (folder / "state.json").write_text(json.dumps({"state": "failed", "step": 3, "why": "patient_7.png is truncated."}))
     assert "patient_7.png" in text_of(folder)
     assert "patient_7.png" not in text_of(folder, samples=False)
 
 
-def test_a_loss_that_is_no_number_is_named(image_folder, tmp_path):
+def test_a_loss_that_is_not_finite_is_named(image_folder, tmp_path):
     folder = copied(image_folder, tmp_path, "report.npz")
     (folder / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "loss": NaN}\n')
     assert "from step 2 on" in text_of(folder)
 
 
-def test_huge_views_are_made_smaller(image_folder, tmp_path):
+def test_a_large_picture_of_views_is_reduced(image_folder, tmp_path):
     folder = copied(image_folder, tmp_path, "report.npz")
     noise = np.random.default_rng(0).integers(0, 256, (1500, 1500, 3), dtype=np.uint8)
     Image.fromarray(noise).save(folder / "views.png")
@@ -196,17 +233,11 @@ def test_huge_views_are_made_smaller(image_folder, tmp_path):
     assert len(text_of(folder)) < 3_000_000
 
 
-@pytest.mark.parametrize("name", ["results.json", "report.npz"])
+@pytest.mark.parametrize("name", [RESULTS, SAMPLES, CONFIG])
 def test_a_damaged_file_is_named(image_folder, tmp_path, name):
     folder = copied(image_folder, tmp_path)
-    (folder / name).write_bytes((folder / name).read_bytes()[:-100])
-    with pytest.raises(InputError, match=name):
-        write_report(folder)
+    content = (folder / name).read_bytes()
+    (folder / name).write_bytes(content + b": {" if name == CONFIG else content[:-100])
+    with pytest.raises(InputError, match=f"{name} should be .*, but cannot be read: .* Restore or remove it"):
+        write_report(RunFolder(folder))
     assert not (folder / "report.html").exists()
-
-
-def test_a_folder_that_is_no_run_is_refused(tmp_path):
-    with pytest.raises(InputError, match="no run's folder"):
-        write_report(tmp_path)
-    with pytest.raises(InputError, match="there is none"):
-        write_report(tmp_path / "missing")

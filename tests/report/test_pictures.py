@@ -7,7 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from contrast.report.pictures import channels_remark, curve, feature_map, sample_picture, thinned, views_picture
+from contrast.report.feature_map import feature_map
+from contrast.report.pictures import channels_remark, curve, sample_picture, thinned, views_picture
 
 
 def opened(png):
@@ -23,7 +24,7 @@ def test_views_of_images_are_drawn_with_any_number_of_channels(channels):
     assert opened(png).width > 300
 
 
-def test_the_original_and_its_views_stand_in_one_row():
+def test_the_original_and_its_views_are_in_one_row():
     colours = torch.eye(3).view(3, 3, 1, 1).expand(3, 3, 8, 8)  # red, green, blue
     picture = np.asarray(opened(views_picture(colours[:1], [colours[1:2], colours[2:]], "image")))
     place = {}
@@ -45,13 +46,13 @@ def test_a_gap_in_a_series_is_left_blank():
     assert 0.3 < inked[1] / inked[0] < 0.5
 
 
-def test_a_lonely_observation_between_gaps_is_seen():
+def test_an_isolated_observation_between_gaps_is_drawn():
     series = np.full((1, 50), np.nan)
     series[0, 25] = 1.0
     assert (np.asarray(Image.open(io.BytesIO(sample_picture(series, "series"))))[..., 3] > 128).any()
 
 
-def test_a_series_of_nothing_but_gaps_is_drawn():
+def test_a_series_of_only_gaps_is_drawn():
     assert sample_picture(np.full((2, 50), np.nan), "series").startswith(b"\x89PNG")
 
 
@@ -88,7 +89,7 @@ def test_a_curve_is_well_formed_and_small(count):
     assert "http" not in svg
 
 
-def test_a_map_separates_what_is_apart_and_names_its_method():
+def test_a_map_separates_the_classes_and_names_its_method():
     random = np.random.default_rng(0)
     target = np.arange(60) % 3
     target[:2] = -1
@@ -97,7 +98,7 @@ def test_a_map_separates_what_is_apart_and_names_its_method():
     drawn = feature_map(features, target, ["a<b", "c & d", "$e$"])
     ElementTree.fromstring(drawn.svg)
     assert drawn.points == 59
-    assert [(name, count) for name, _, _, count in drawn.legend] == [
+    assert [(entry.name, entry.count) for entry in drawn.legend] == [
         ("no label", 2), ("a<b", 19), ("c & d", 19), ("$e$", 19),
     ]  # fmt: skip
     assert "PCA to 50" in drawn.method
@@ -107,10 +108,10 @@ def test_a_map_separates_what_is_apart_and_names_its_method():
     assert drawn == feature_map(features, target, ["a<b", "c & d", "$e$"])
 
 
-def test_a_map_draws_at_most_so_many_points():
+def test_a_map_has_a_largest_number_of_points():
     assert feature_map(np.random.default_rng(0).normal(size=(90, 4)), np.zeros(90, int), ["a"], points=30).points == 30
 
 
 @pytest.mark.parametrize("features", [np.ones((40, 8)), np.zeros((40, 8)), np.full((40, 8), np.nan), np.ones((2, 3))])
-def test_features_without_a_shape_have_no_map(features):
+def test_equal_or_too_few_features_have_no_map(features):
     assert feature_map(features, np.zeros(len(features), dtype=int), ["a"]) is None
