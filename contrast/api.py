@@ -44,9 +44,9 @@ def pretrain(
         Stopped: where a signal ended training.
 
     Example:
-        >>> run = contrast.pretrain("digits", budget="20 steps", evaluate={"protocols": ["knn"]}, out=folder / "run")
-        >>> run.evaluation.results[0].protocol
-        'knn'
+        >>> run = contrast.pretrain("digits", loss="cacr", budget="2 steps", evaluate={"protocols": []})
+        >>> run.path.name
+        'digits-cacr-001'
     """
     overrides = _overrides(settings)
     if data is not None:

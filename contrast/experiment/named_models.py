@@ -31,7 +31,7 @@ class Model(torch.nn.Module):
     Example:
         >>> model = contrast.load(run.path)
         >>> model.features(torch.rand(5, 1, 8, 8)).shape
-        torch.Size([5, 512])
+        torch.Size([5, 256])
     """
 
     def __init__(self, encoder: Encoder, about: Mapping[str, Any]) -> None:

@@ -61,7 +61,14 @@ _MAY_CHANGE = ("budget", "data.workers", "trainer")
 
 
 class Stopped(RuntimeError):
-    """A signal stopped the run; everything is saved."""
+    """A signal stopped the run; everything is saved, and the message says how to continue.
+
+    Example:
+        >>> try:
+        ...     run = contrast.pretrain("digits", budget="2 steps", evaluate={"protocols": []})
+        ... except contrast.api.Stopped as stopped:  # Ctrl-C, or SIGTERM of a cluster
+        ...     print(stopped)
+    """
 
 
 @dataclass(frozen=True)
@@ -72,6 +79,12 @@ class Run:
         path: its folder.
         evaluation: what was measured; None without labels or protocols.
         report: the page.
+
+    Example:
+        >>> run.report.name
+        'report.html'
+        >>> run.table().split()[:2]
+        ['features', 'k-NN']
     """
 
     path: Path
