@@ -119,4 +119,4 @@ def _dotted(settings: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
         if isinstance(value, Mapping) and "name" not in value:
             yield from ((f"{key}.{inner}", one) for inner, one in _dotted(value))
         else:
-            yield key, str(value) if isinstance(value, Path) else value
+            yield key, value

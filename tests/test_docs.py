@@ -56,3 +56,9 @@ def test_the_readme_names_every_loss_and_only_keys_that_exist():
         assert key in known
     for config in ("simclr", "supcon", "cacr", "moco_v3", "simsiam"):
         assert config in configuration.shipped()
+
+
+def test_the_page_of_the_config_is_up_to_date():
+    command = [sys.executable, "-c", "from tools.config_page import page; print(page(), end='')"]
+    written = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert (ROOT / "docs" / "config.md").read_text() == written, "run: python tools/config_page.py"

@@ -292,7 +292,7 @@ def describe(annotation: Any) -> str:
     if origin in (Union, UnionType):
         return " or ".join(dict.fromkeys(describe(option) for option in inner))
     if origin is Literal:
-        return "one of " + ", ".join(str(option) for option in inner)
+        return ("one of " if len(inner) > 1 else "") + ", ".join(str(option) for option in inner)
     words = {
         int: "a whole number",
         float: "a number",

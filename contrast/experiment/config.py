@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -226,7 +227,7 @@ def load(config: str | None = None, overrides: Sequence[Override] = (), *, by: s
             raise InputError(with_origin(str(error), origins)) from None
     for override in overrides:
         key, value = _parsed(override, by) if isinstance(override, str) else override
-        _override(tree, key.split("."), value, origins, by)
+        _override(tree, key.split("."), _plain_values(value), origins, by)
     try:
         return Loaded(check(tree), origins)
     except InputError as error:
@@ -518,21 +519,23 @@ def with_origin(message: str, origins: Mapping[str, str]) -> str:
 
 def to_yaml(config: Config) -> str:
     """Return the complete config as YAML that `load` reads back."""
-    return OmegaConf.to_yaml(OmegaConf.create(_containers(dataclasses.asdict(config))))
+    return OmegaConf.to_yaml(OmegaConf.create(_plain_values(dataclasses.asdict(config))))
 
 
 def to_text(value: Any) -> str:
     """Return a value as YAML on one line, which an override reads back; a part without arguments as its name."""
-    value = _containers(value)
+    value = _plain_values(value)
     if isinstance(value, dict) and set(value) == {"name"}:
         value = value["name"]
+    if not isinstance(value, str | int | float | dict | list | None):
+        return str(value)
     text: str = yaml.safe_dump(value, default_flow_style=True, width=float("inf"), sort_keys=False, allow_unicode=True)
     return text.removesuffix("...\n").strip()
 
 
 def flat(config: Config) -> dict[str, Any]:
     """Return every value by its dotted key."""
-    return dict(_flatten(_containers(dataclasses.asdict(config))))
+    return dict(_flatten(_plain_values(dataclasses.asdict(config))))
 
 
 def resolved(config: Config) -> dict[str, Any]:
@@ -578,10 +581,12 @@ def _flatten(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
         yield key, value
 
 
-def _containers(value: Any) -> Any:
-    """Return a value with its mappings as dictionaries, its sequences as lists and its paths as text."""
+def _plain_values(value: Any) -> Any:
+    """Return a value with dictionaries, lists, text and Python's numbers in place of similar types."""
     if isinstance(value, Mapping):
-        return {str(key): _containers(inner) for key, inner in value.items()}
+        return {str(key): _plain_values(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
-        return [_containers(inner) for inner in value]
+        return [_plain_values(inner) for inner in value]
+    if isinstance(value, np.generic):
+        return value.item()
     return str(value) if isinstance(value, Path) else value

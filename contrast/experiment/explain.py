@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import inspect
 import re
+import typing
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from types import NoneType
 from typing import Any
 
 from contrast.core.registry import InputError, describe, did_you_mean, schema
@@ -91,6 +93,16 @@ def fields_of(owner: Callable[..., Any]) -> dict[str, str]:
     return sentences
 
 
+def type_of(key: str, annotation: Any) -> str:
+    """Return in words what may be written at a key of the config."""
+    if key in SECTIONS:
+        return "a section"
+    if key in KINDS:
+        expected = "a list of parts" if KINDS[key].many else "a part"
+        return f"{expected} or nothing (null)" if NoneType in typing.get_args(annotation) else expected
+    return describe(annotation)
+
+
 def _arguments_in(docstring: str) -> dict[str, str]:
     """Parse the section `Args:`, whose entries are indented once and whose further lines are indented twice."""
     section = docstring.partition("\nArgs:\n")[2]
@@ -160,5 +172,4 @@ def _of_argument(
     factory = not isinstance(default, str | int | float | bool | list | tuple | dict | None)
     sentence = fields_of(build).get(name, "")
     text = "" if default is inspect.Parameter.empty or factory else to_text(default)
-    words = "a section" if key in SECTIONS else describe(annotation)
-    return Explanation(key, words, text, sentence[:1].upper() + sentence[1:], owner, choices)
+    return Explanation(key, type_of(key, annotation), text, sentence[:1].upper() + sentence[1:], owner, choices)

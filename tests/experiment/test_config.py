@@ -1,5 +1,8 @@
 """Configs: what is read, where it came from, and one sentence for every mistake."""
 
+from pathlib import Path
+
+import numpy as np
 import pytest
 
 from contrast.core.registry import InputError, Registry
@@ -185,6 +188,13 @@ def test_a_value_from_python_is_taken_as_it_is_and_its_text_is_read_back(key, va
     assert (list(found) if isinstance(found, tuple) else found) == value
 
 
+def test_numbers_of_numpy_and_paths_are_taken_from_python():
+    values = [("batch_size", np.int64(64)), ("optimizer.lr", np.float32(0.5)), ("data.source", Path("a") / "b")]
+    config = configuration.load(None, values, by="call").config
+    assert (config.batch_size, config.optimizer["lr"], config.data.source) == (64, 0.5, str(Path("a/b")))
+    assert [type(value) for value in (config.batch_size, config.optimizer["lr"])] == [int, float]
+
+
 def test_plugins_from_python_may_have_any_name(tmp_path):
     file = tmp_path / "my, plugin: [1].py"
     file.write_text("LOADED = True\n")
@@ -243,7 +253,7 @@ MISTAKES = {
     "labels a class": (["evaluate.labels_per_class=-1"], "evaluate.labels_per_class must be 1 or more", "-1"),
     "probe": (["probe.items=-1"], "probe.items must be 0 or more", "-1"),
     "workers": (["data.workers=-1"], "data.workers must be 0 or more", "-1"),
-    "version": (["version=2"], "version must be one of 1", "2"),
+    "version": (["version=2"], "version must be 1; got 2", "2"),
 }
 
 
