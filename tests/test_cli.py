@@ -121,6 +121,7 @@ MEMORIES = {
     "mutual neighbours": ["memory=[{name: nearest_positives, mutual: 5}]"],
     "batches of neighbours": ["neighbour_batches"],
     "two that share a bank": ["memory=[bank, {name: hard_negatives, neighbours: 3, refresh: 2 steps}]"],
+    "one of a plugin": ["plugins=[tests.memory.plugin]", "memory=[{name: running_means, means: 5}]"],
 }
 
 

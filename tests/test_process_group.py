@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 import contrast
 from contrast.core import distributed
 from contrast.losses import InfoNCE
-from contrast.memory import HardNegatives, Queue, room
+from contrast.memory import HardNegatives, Queue, sharding
 from tests.gloo import Processes
 from tests.losses import shares
 from tests.losses.cases import DIMS, Case
@@ -187,7 +187,7 @@ def steps_with_memories(rank, world):
         value.backward()
         queue.update(z[1], sample=sample)
         found.append((value.detach(), z.grad))
-    return found, queue.held["sample"], queue.held["z"]
+    return found, queue.tensors["sample"], queue.tensors["z"]
 
 
 def steps_in_the_set_group(rank, world):
@@ -221,7 +221,7 @@ def sharded(rank, world):
         hard = HardNegatives(contrast.memory.Bank(9, DIMS, bytes_per_process=1), neighbours=3)
         rows = torch.arange(9)[position::2]
         hard.update(z[rows], sample=rows)
-        hard.find()
+        hard.refresh()
     return hard.bank.shard, hard.table, z
 
 
@@ -235,12 +235,12 @@ def test_a_bank_is_shared_out_within_the_group(four):
 def check_of_memory(rank, world):
     """Give the refusal of a bank of 8 bytes of which each process would hold half, where 3 are free."""
     with (
-        mock.patch.object(room, "free_bytes", return_value=3),
+        mock.patch.object(sharding, "free_bytes", return_value=3),
         mock.patch.dict(os.environ, {"WORLD_SIZE": "4"}),
         contrast.process_group(place()[0]),
         pytest.raises(ValueError) as refused,
     ):
-        room.check_free_memory(8, 1, 0)
+        sharding.check_free_memory(8, 1, 0)
     return str(refused.value)
 
 

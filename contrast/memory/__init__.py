@@ -1,11 +1,10 @@
-"""Where more candidates come from; needs torch and numpy alone."""
+"""Memories: sources of further candidates and of other positives; needs torch and numpy only."""
 
 from contrast.memory.bank import Bank
-from contrast.memory.hard_negatives import HardNegatives
+from contrast.memory.hard_negatives import HardNegatives, NeighbourTables
 from contrast.memory.memory import MEMORIES, Memory
 from contrast.memory.nearest_positives import NearestPositives, nearest_views
 from contrast.memory.queue import Queue
-from contrast.memory.tables import NeighbourTables
 
 __all__ = [
     "MEMORIES",

@@ -1,11 +1,10 @@
-"""Hard negatives: each anchor's nearest strangers, found in the bank now and then."""
+"""Hard negatives: the nearest samples of other groups, searched in a bank at intervals."""
 
 from __future__ import annotations
 
 import re
 import time
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,46 +13,50 @@ from contrast.core import distributed
 from contrast.core.embeddings import PADDING, Embeddings
 from contrast.core.registry import InputError
 from contrast.memory.bank import Bank
-from contrast.memory.door import refuse_other, refuse_unknown
-from contrast.memory.memory import MEMORIES, Memory
+from contrast.memory.memory import MEMORIES, Memory, check_anchors
 from contrast.retrieval import least_vectors
 
-QUERIES = 65536
+QUERIES_AT_ONCE = 65536
 """Samples whose neighbours are searched at a time."""
 
 
 @MEMORIES.register("hard_negatives", aliases=("mined_negatives", "retrieved_negatives"))
 class HardNegatives(Memory):
-    """The nearest strangers of the batch's samples, one part of candidates that all anchors share.
+    """The nearest samples of other groups, of every sample of the batch: one part of candidates for all anchors.
 
-    At every refresh the nearest samples of every sample are searched in the bank, without itself and its group, and
-    written into a table; a step looks its samples up, brings together what all processes found, each once and in order,
-    and takes their newest embeddings from the bank. Until the first refresh there are none. A refresh by steps counts
-    the bank's updates. What a step looks up decides the size of its part, for which a GPU is waited for.
-
-        bank = Bank(len(dataset), dim=128)
-        hard = HardNegatives(bank, neighbours=16)
-        loss = criterion(z_a, z_b, sample=index, extra=[hard])
-        ...
-        hard.update(z_b, sample=index)      # writes to the bank, after the backward pass
-        hard.end_epoch()
+    At every refresh the nearest samples of each sample are searched in the bank, without itself and its group, and
+    written into a table. A step looks up its samples in the table, gathers what all processes found, each sample once
+    and sorted, and reads their newest embeddings from the bank. Until the first refresh there are none. Refreshes by
+    steps count the updates of the bank. The number of candidates depends on what is looked up, so a GPU is waited for.
 
     Args:
-        bank: where the embeddings are.
-        neighbours: how many each anchor brings, below the number of samples.
+        bank: the bank that is searched; `update` writes to it.
+        neighbours: how many are searched per sample, fewer than there are samples.
         refresh: how often they are searched: "1 epochs", "200 steps".
         index: of `contrast.retrieval`: "auto", "exact", or a factory string of FAISS; the search is exact as long as
-            fewer samples are known than it trains on.
-        seed: of what an index trains.
+            fewer samples have an embedding than the index trains on.
+        seed: of the training of an index.
 
     Attributes:
         table: (samples, neighbours) int64, nearest first, -1 for none.
-        seconds: spent searching, in this process.
+        search_seconds: spent searching, in this process.
 
     Raises:
-        ValueError: for as many neighbours as samples or more, a refresh that is none, and an index that faiss refuses
-            or that trains on more vectors than there are samples.
+        ValueError: for a number of neighbours or a refresh that does not fit, and for an index that faiss refuses or
+            that trains on more vectors than there are samples.
+
+    Example:
+        >>> from contrast.memory import Bank
+        >>> hard, index = HardNegatives(Bank(samples=4, dim=8), neighbours=2), torch.arange(4)
+        >>> value = loss(z_a, z_b, sample=index, extra=[hard])  # in every step; then backward() and step()
+        >>> hard.update(z_b, sample=index)  # after backward()
+        >>> hard.end_epoch()
+        >>> hard.table.shape
+        torch.Size([4, 2])
     """
+
+    counters = ("epochs", "refreshed_at")
+    fixed = ("neighbours",)
 
     def __init__(
         self, bank: Bank, neighbours: int = 16, refresh: str = "1 epochs", index: str = "auto", seed: int = 0
@@ -65,9 +68,9 @@ class HardNegatives(Memory):
                 f"got {neighbours}."
             )
         try:
-            self._least = least_vectors(index, bank.width.dim * (bank.width.heads or 1))
+            self._least = least_vectors(index, bank.dim * (bank.heads or 1))
         except InputError as error:
-            raise ValueError(str(error)) from None  # so that a config's key comes before it
+            raise ValueError(str(error)) from None  # so that the key of a config precedes the message
         if self._least > bank.samples:
             raise ValueError(
                 f"the index {index!r} trains on {self._least:,} vectors or more, and the bank has {bank.samples:,} "
@@ -75,94 +78,137 @@ class HardNegatives(Memory):
             )
         self.bank = bank
         self.neighbours = neighbours
-        self.every, self.period = parse_refresh(refresh)
+        self.interval, self.unit = parse_refresh(refresh)
         self.index = index
         self.seed = seed
-        self.held = {"table": torch.full((bank.samples, neighbours), -1)}
+        self.tensors["table"] = torch.full((bank.samples, neighbours), -1)
         self.epochs = 0
-        self.found_at = 0
-        self.seconds = 0.0
+        self.refreshed_at = 0
+        self.search_seconds = 0.0
         self._mined = 0
 
     @property
     def table(self) -> Tensor:
-        """(samples, neighbours) int64, each sample's nearest strangers, nearest first; -1 for none."""
-        return self.held["table"]
+        """(samples, neighbours) int64, the nearest samples of other groups, nearest first; -1 for none."""
+        return self.tensors["table"]
 
     def candidates(self, anchor: Embeddings) -> Embeddings:
-        """Give the neighbours of all processes' anchors, each once, by sample."""
-        refuse_unknown(anchor, first=self.bank.updates == 0)
-        self.follow(anchor.z.device)
-        self.bank.follow(anchor.z.device)
+        """Return the neighbours of all processes' anchors, each once, sorted by sample."""
+        check_anchors(anchor, first=self.bank.updates == 0)
+        self.move_to(anchor.z.device)
+        self.bank.move_to(anchor.z.device)
         if not distributed.is_local():
-            self._find_if_due()
+            self._refresh_if_due()
         sample = torch.unique(anchor.sample[anchor.view != PADDING])
         if sample.device.type == "cpu" and len(sample) and sample[-1] >= self.bank.samples:
             raise ValueError(
-                f"sample indices must lie in [0, {self.bank.samples}), the bank's samples; got {int(sample[-1])}."
+                f"sample indices must be in [0, {self.bank.samples}), the bank's samples; got {int(sample[-1])}."
             )
-        wanted = self.table[sample].flatten()
-        wanted = torch.unique(wanted[wanted >= 0])
+        neighbours = self.table[sample].flatten()
+        neighbours = torch.unique(neighbours[neighbours >= 0])
         if distributed.world_size() > 1:
-            wanted = torch.unique(distributed.gather_rows(wanted))
-        self._mined = len(wanted)
-        return self.bank.at(wanted)
+            neighbours = torch.unique(distributed.gather_rows(neighbours))
+        self._mined = len(neighbours)
+        return self.bank.at(neighbours)
 
     def end_epoch(self) -> None:
-        """Search anew where it is time."""
+        """Refresh the table where it is due."""
         self.epochs += 1
-        self._find_if_due()
+        self._refresh_if_due()
 
     def stores(self) -> Sequence[Memory]:
-        """Give the bank."""
+        """Return the bank."""
         return [self.bank]
 
     @property
     def metrics(self) -> dict[str, Tensor | float]:
-        """How many candidates the last step was given, and the seconds spent searching so far."""
-        return {"mined": float(self._mined), "mining_seconds": self.seconds}
+        """The number of candidates in the last step, and the seconds spent searching so far."""
+        return {"mined": float(self._mined), "mining_seconds": self.search_seconds}
 
     @torch.no_grad()
-    def find(self) -> None:
+    def refresh(self) -> None:
         """Search the neighbours of every sample that has an embedding; all processes call it together."""
         start = time.perf_counter()
         world, rank = distributed.world_size(), distributed.rank()
         share = len(self.bank.known) // (world if self.bank.sharded else 1)
-        shelf = self.bank.shelf(self.index if share >= self._least else "exact", seed=self.seed)
-        stored = shelf.stored
-        mine = stored if world == 1 else stored[stored.sample % world == rank]
+        index = self.bank.search_index(self.index if share >= self._least else "exact", seed=self.seed)
+        stored = index.stored
+        own = stored if world == 1 else stored[stored.sample % world == rank]
         counts = torch.bincount(self.bank.known % world, minlength=world).tolist()
-        sample, near = [mine.sample[:0]], [self.table[:0]]
-        for first in range(0, max(counts), QUERIES):
-            queries = mine[first : first + QUERIES]
+        sample, neighbours = [own.sample[:0]], [self.table[:0]]
+        for first in range(0, max(counts), QUERIES_AT_ONCE):
+            queries = own[first : first + QUERIES_AT_ONCE]
             sample.append(queries.sample)
-            near.append(self.bank.nearest(queries, self.neighbours, own_group=False, shelf=shelf).position)
+            neighbours.append(self.bank.search(queries, self.neighbours, own_group=False, index=index).position)
         table = torch.full_like(self.table, -1)
-        table[distributed.gather(torch.cat(sample), counts)] = distributed.gather(torch.cat(near), counts)
-        self.held["table"] = table
-        self.found_at = self.bank.updates
+        table[distributed.gather(torch.cat(sample), counts)] = distributed.gather(torch.cat(neighbours), counts)
+        self.tensors["table"] = table
+        self.refreshed_at = self.bank.updates
         self.epochs = 0
-        self.seconds += time.perf_counter() - start
+        self.search_seconds += time.perf_counter() - start
 
-    def get_extra_state(self) -> dict[str, Any]:
-        """Give the table and when it was found; the bank has a state of its own."""
-        return {"neighbours": self.neighbours, "epochs": self.epochs, "found_at": self.found_at, "table": self.table}
+    def _refresh_if_due(self) -> None:
+        passed = self.epochs if self.unit == "epoch" else self.bank.updates - self.refreshed_at
+        if passed >= self.interval:
+            self.bank.move_to(self.table.device)
+            self.refresh()
 
-    def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Take it up again; a ValueError where there are other neighbours."""
-        refuse_other({"neighbours": self.neighbours}, state, "memory of hard negatives")
-        self.epochs, self.found_at = state["epochs"], state["found_at"]
-        self.held["table"] = state["table"].to(self.table.device, copy=True)
 
-    def _find_if_due(self) -> None:
-        past = self.epochs if self.period == "epoch" else self.bank.updates - self.found_at
-        if past >= self.every:
-            self.bank.follow(self.table.device)
-            self.find()
+class NeighbourTables(Memory):
+    """The nearest samples of other groups, as found at the end of earlier epochs; it gives no candidates.
+
+    Data loaders read ahead over the end of an epoch. A sampler that uses only what was found an epoch earlier draws the
+    same batches however far it reads ahead, and after resuming, since the two newest tables are stored and saved.
+
+    Args:
+        miner: searches the neighbours; only at the end of an epoch, also where its refresh is in steps.
+
+    Example:
+        >>> from contrast.memory import Bank
+        >>> tables = NeighbourTables(HardNegatives(Bank(samples=4, dim=8), neighbours=2))
+        >>> tables.update(z_b, sample=torch.arange(4))  # after backward(), in every step
+        >>> tables.end_epoch()
+        >>> tables.known_before(0), tables.known_before(1).shape
+        (None, torch.Size([4, 2]))
+    """
+
+    counters = ("epochs", "found_in")
+
+    def __init__(self, miner: HardNegatives) -> None:
+        super().__init__()
+        self.miner = miner
+        self.epochs = 0
+        self.found_in: dict[str, int | None] = {"newest": None, "older": None}
+        self.tensors = {name: torch.full_like(miner.table, -1) for name in self.found_in}
+
+    def known_before(self, epoch: int) -> Tensor | None:
+        """Return the newest (samples, K) int64 table that was found at the end of an epoch before this one, from 0."""
+        for name, found_in in self.found_in.items():
+            if found_in is not None and found_in < epoch:
+                return self.tensors[name]
+        return None
+
+    def end_epoch(self) -> None:
+        """Search where it is due, and store what was found."""
+        before = self.miner.refreshed_at
+        self.miner.end_epoch()
+        if self.miner.refreshed_at != before:
+            self.tensors = {"newest": self.miner.table, "older": self.tensors["newest"]}
+            self.found_in = {"newest": self.epochs, "older": self.found_in["newest"]}
+        self.epochs += 1
+
+    def stores(self) -> Sequence[Memory]:
+        """Return the bank."""
+        return self.miner.stores()
+
+    @property
+    def metrics(self) -> dict[str, Tensor | float]:
+        """The seconds spent searching so far."""
+        return {"mining_seconds": self.miner.search_seconds}
 
 
 def parse_refresh(refresh: str) -> tuple[int, str]:
-    """Give number and unit, "epoch" or "step", of "1 epochs", "200 steps"."""
+    """Return number and unit, "epoch" or "step", of "1 epochs", "200 steps"; ValueError for anything else."""
     match = re.fullmatch(r"\s*(\d+)\s+(epoch|step)s?\s*", str(refresh))
     if match is None or not int(match[1]):
         raise ValueError(f"refresh is a number of epochs or steps, '1 epochs' or '200 steps'; got {refresh!r}.")

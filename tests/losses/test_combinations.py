@@ -117,7 +117,7 @@ def hard_negatives(seed, *, labels=False, reference=None):
         random(9, DIMS, seed=seed), sample=sample, group=LABELS.repeat(2)[:9] if labels else sample, reference=reference
     )
     found = HardNegatives(bank, neighbours=2)
-    found.find()
+    found.refresh()
     return found
 
 

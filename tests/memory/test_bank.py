@@ -1,4 +1,4 @@
-"""The bank against a dictionary of the newest, and its errors in a sentence."""
+"""The bank against a dictionary of the newest embeddings, and its errors."""
 
 import copy
 
@@ -9,19 +9,18 @@ from hypothesis import strategies as st
 
 from contrast.core.embeddings import REMEMBERED
 from contrast.losses import InfoNCE
-from contrast.memory import MEMORIES, Bank, room
-from contrast.memory.wrong_samples import AsyncIndexCheck
-from tests.memory.model import DIM, PlainBank, anchor, entries, push, samples_of_pushes
-from tests.memory.test_queue import saved_and_loaded
+from contrast.memory import MEMORIES, Bank, sharding
+from contrast.memory.bank import AsyncIndexCheck
+from tests.memory.model import DIM, PlainBank, anchor, entries, rows_of, samples_of_updates, saved_and_loaded
 
 SAMPLES = 12
 
 
-@given(pushes=samples_of_pushes, heads=st.sampled_from([None, 1, 2]))
-def test_any_pushes_leave_what_a_plain_dictionary_keeps(pushes, heads):
+@given(updates=samples_of_updates, heads=st.sampled_from([None, 1, 2]))
+def test_any_updates_leave_what_a_plain_dictionary_contains(updates, heads):
     bank, plain = Bank(SAMPLES, DIM, heads), PlainBank()
-    for seed, sample in enumerate(pushes):
-        rows = push(sample, seed, heads=heads, labels=2 + seed)
+    for seed, sample in enumerate(updates):
+        rows = rows_of(sample, seed, heads=heads, labels=2 + seed)
         bank.update(rows)
         plain.update(rows.z, rows.sample, rows.group)
         found = bank.candidates(anchor(heads=heads))
@@ -35,24 +34,24 @@ def test_any_pushes_leave_what_a_plain_dictionary_keeps(pushes, heads):
         assert bank.metrics["bank_age"] == pytest.approx(sum(known) / max(len(known), 1))
 
 
-@given(pushes=samples_of_pushes, more=samples_of_pushes)
-def test_a_checkpoint_goes_on_bit_for_bit(pushes, more):
-    whole, resumed = Bank(SAMPLES, DIM, reference_dim=2), Bank(SAMPLES, DIM, reference_dim=2)
-    for seed, sample in enumerate(pushes):
-        whole.update(push(sample, seed, reference=2))
-    resumed.load_state_dict(saved_and_loaded(whole.state_dict()))
+@given(updates=samples_of_updates, more=samples_of_updates)
+def test_a_resumed_bank_equals_one_without_interruption_bit_for_bit(updates, more):
+    unbroken, resumed = Bank(SAMPLES, DIM, reference_dim=2), Bank(SAMPLES, DIM, reference_dim=2)
+    for seed, sample in enumerate(updates):
+        unbroken.update(rows_of(sample, seed, reference=2))
+    resumed.load_state_dict(saved_and_loaded(unbroken.state_dict()))
     for seed, sample in enumerate(more):
-        for bank in (whole, resumed):
-            bank.update(push(sample, 50 + seed, reference=2))
-    one, other = whole.candidates(anchor()), resumed.candidates(anchor())
+        for bank in (unbroken, resumed):
+            bank.update(rows_of(sample, 50 + seed, reference=2))
+    one, other = unbroken.candidates(anchor()), resumed.candidates(anchor())
     for name in ("z", "sample", "group", "reference"):
         assert torch.equal(getattr(one, name), getattr(other, name))
-    assert torch.equal(whole.age, resumed.age)
+    assert torch.equal(unbroken.age, resumed.age)
 
 
 def full(seed=0):
     bank = Bank(SAMPLES, DIM)
-    bank.update(push(list(range(SAMPLES)), seed, labels=SAMPLES))
+    bank.update(rows_of(list(range(SAMPLES)), seed, labels=SAMPLES))
     return bank
 
 
@@ -75,54 +74,54 @@ def test_an_update_before_the_backward_pass_is_named(bank, dtype):
 
 def test_a_full_bank_is_not_copied():
     bank = full()
-    assert bank.candidates(anchor()).z.data_ptr() == bank.held["z"].data_ptr()
+    assert bank.candidates(anchor()).z.data_ptr() == bank.tensors["z"].data_ptr()
 
 
 @pytest.mark.parametrize("cast", [lambda x: x.half(), lambda x: x.double()])
-def test_casts_and_copies_leave_it_alone(cast):
+def test_casts_do_not_change_it_and_copies_are_independent(cast):
     bank = full()
     other = cast(copy.deepcopy(bank))
     assert torch.equal(other.candidates(anchor()).z, bank.candidates(anchor()).z)
-    other.update(push([4, 5], 1))
+    other.update(rows_of([4, 5], 1))
     assert bank.age.tolist() == [0] * SAMPLES
 
 
 @pytest.mark.parametrize(
-    ("call", "words"),
+    ("call", "message"),
     [
-        (lambda b: b.update(push([3, 1, 3], 0)), "sample 3 stands twice in this update"),
-        (lambda b: b.update(push([3, 12], 0)), r"must lie in \[0, 12\), as samples=12 says; got 12"),
+        (lambda b: b.update(rows_of([3, 1, 3], 0)), "sample 3 occurs twice in this update"),
+        (lambda b: b.update(rows_of([3, 12], 0)), r"must be in \[0, 12\), since this bank has samples=12; got 12"),
         (lambda b: b.update(torch.randn(1, 3), sample=torch.tensor([-4])), "from 0; got -4"),
-        (lambda b: b.update(torch.randn(1, 4), sample=torch.tensor([4])), r"holds \(N, 3\) embeddings; got \(1, 4\)"),
-        (lambda b: b.load_state_dict(Bank(5, 3).state_dict()), "this bank has samples 12 and the checkpoint's has 5"),
+        (lambda b: b.update(torch.randn(1, 4), sample=torch.tensor([4])), r"stores \(N, 3\) embeddings; got \(1, 4\)"),
+        (lambda b: b.load_state_dict(Bank(5, 3).state_dict()), "this Bank has samples 12 and the checkpoint's has 5"),
         (lambda b: InfoNCE()(*torch.randn(2, 4, 3), extra=[b]), r"call loss\(..., sample=index, extra=\[memory\]\)"),
         (lambda b: Bank(0, 3), "samples must be 1 or more, the size of the data set; got 0"),
     ],
 )
-def test_wrong_calls_are_answered_in_a_sentence(call, words):
+def test_wrong_calls_raise_one_sentence(call, message):
     bank = full()
-    before = bank.held["z"].clone()
-    with pytest.raises(ValueError, match=words) as caught:
+    before = bank.tensors["z"].clone()
+    with pytest.raises(ValueError, match=message) as caught:
         call(bank)
     assert "\n" not in str(caught.value)
-    assert torch.equal(bank.held["z"], before)
+    assert torch.equal(bank.tensors["z"], before)
 
 
 @pytest.mark.parametrize("sample", [[3, 1, 3], [12, 1], [-1, 2]])
-def test_where_looking_would_wait_a_later_update_names_what_was_wrong(sample):
-    watch = AsyncIndexCheck(SAMPLES)
-    for right in ([0, 1], [], [2]):
-        assert watch.look(torch.tensor(right, dtype=torch.int64)).tolist() == right
-    found = watch.look(torch.tensor(sample))
+def test_on_an_accelerator_a_later_update_names_what_was_wrong(sample):
+    check = AsyncIndexCheck(SAMPLES)
+    for correct in ([0, 1], [], [2]):
+        assert check(torch.tensor(correct, dtype=torch.int64)).tolist() == correct
+    found = check(torch.tensor(sample))
     assert found.min() >= 0 and found.max() < SAMPLES
-    watch._seen.zero_()  # as where the device has not come so far
-    watch.look(torch.tensor([5]))
+    check._on_host.zero_()  # as while the device has not computed it yet
+    check(torch.tensor([5]))
     with pytest.raises(ValueError, match=r"an earlier update of this bank had .* one outside \[0, 12\)"):
-        watch.look(torch.tensor([4]))
+        check(torch.tensor([4]))
 
 
-def test_a_bank_that_does_not_fit_says_so_with_figures(monkeypatch):
-    monkeypatch.setattr(room, "free_bytes", lambda: 3 * 2**30)
+def test_a_bank_larger_than_the_free_memory_is_refused_with_figures(monkeypatch):
+    monkeypatch.setattr(sharding, "free_bytes", lambda: 3 * 2**30)
     with pytest.raises(ValueError, match=r"10000000 samples at 512 bytes needs 4.8 GiB, and 3.0 GiB of memory"):
         Bank(10_000_000, 128)
     monkeypatch.setenv("WORLD_SIZE", "8")
@@ -133,12 +132,12 @@ def test_a_bank_that_does_not_fit_says_so_with_figures(monkeypatch):
         Bank(10_000_000, 128, bytes_per_process=2**40)
 
 
-def test_the_machine_tells_its_free_memory():
-    free = room.free_bytes()
+def test_the_free_memory_is_plausible():
+    free = sharding.free_bytes()
     assert free is None or 2**20 < free < 2**50
 
 
 @pytest.mark.parametrize("alias", ["memory_bank", "instance_discrimination"])
-def test_aliases_point_to_it(alias):
+def test_an_alias_is_answered_with_the_name(alias):
     with pytest.raises(ValueError, match=f"the memory '{alias}' is called 'bank' here"):
         MEMORIES[alias]

@@ -1,4 +1,4 @@
-"""Whose negatives and positives remembered embeddings are, whatever was remembered: never their own sample's."""
+"""Remembered embeddings are never negatives or positives of their own sample."""
 
 import torch
 from hypothesis import given
@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from contrast.core.embeddings import REMEMBERED
 from contrast.losses import InfoNCE
 from contrast.memory import Bank, HardNegatives, Queue
-from tests.memory.model import DIM, push
+from tests.memory.model import DIM, rows_of
 
 SAMPLES = 12
 MAKE = {
@@ -19,26 +19,26 @@ MAKE = {
 
 @given(
     kinds=st.lists(st.sampled_from(sorted(MAKE)), min_size=1, max_size=3),
-    pushes=st.lists(st.lists(st.integers(0, SAMPLES - 1), max_size=8, unique=True), max_size=4),
+    updates=st.lists(st.lists(st.integers(0, SAMPLES - 1), max_size=8, unique=True), max_size=4),
     batch=st.lists(st.integers(0, SAMPLES - 1), min_size=1, max_size=5, unique=True),
     labels=st.sampled_from([2, 3, SAMPLES]),
     targets=st.booleans(),
 )
-def test_the_own_sample_is_neither_negative_nor_positive(kinds, pushes, batch, labels, targets):
+def test_an_entry_of_the_own_sample_is_neither_negative_nor_positive(kinds, updates, batch, labels, targets):
     memories = [MAKE[kind]() for kind in kinds]
-    for seed, sample in enumerate(pushes):
+    for seed, sample in enumerate(updates):
         for memory in memories:
-            memory.update(push(sample, seed, labels=labels))
+            memory.update(rows_of(sample, seed, labels=labels))
     index = torch.tensor(batch)
     z_a, z_b = torch.randn(2, len(batch), DIM)
-    given_ = {"targets": (z_b, z_a)} if targets else {}
-    (pairs,) = InfoNCE().pairs(z_a, z_b, sample=index, group=index % labels, extra=memories, **given_)
+    options = {"targets": (z_b, z_a)} if targets else {}
+    (pairs,) = InfoNCE().pairs(z_a, z_b, sample=index, group=index % labels, extra=memories, **options)
     start = 2 * len(batch)
     sample = torch.cat([part.sample for part in pairs.candidates[2:]])
     assert all((part.view == REMEMBERED).all() for part in pairs.candidates[2:])
     relations = {name: pairs.relation(name)[:, start:] for name in ("negative", "positive", "remembered")}
     for row, own in enumerate(pairs.anchor.sample.tolist()):
         for column, other in enumerate(sample.tolist()):
-            alike = own % labels == other % labels
+            same_label = own % labels == other % labels
             found = {name for name, relation in relations.items() if relation[row, column]}
-            assert found == (set() if own == other else {"positive"} if alike else {"negative", "remembered"})
+            assert found == (set() if own == other else {"positive"} if same_label else {"negative", "remembered"})
