@@ -17,6 +17,8 @@ REMEMBERED = -1
 """The view of a candidate that comes from a queue or a bank."""
 PADDING = -2
 """The view of an empty row: never a candidate, never a valid anchor."""
+UNLABELLED = -(2**62)
+"""The group of a row without a label is this minus its sample index, which equals no label."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,10 +10,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from contrast.core.embeddings import REMEMBERED, Embeddings, concatenate, normalise, unknown_samples
-
-UNLABELLED = -(2**62)
-"""The group of an unlabelled row is this minus its sample index, which no label equals."""
+from contrast.core.embeddings import REMEMBERED, UNLABELLED, Embeddings, concatenate, normalise, unknown_samples
 
 LABEL_ARGUMENTS = ("label", "labels", "y", "classes")
 """Names of the labels in other libraries."""

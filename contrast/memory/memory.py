@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from contrast.core.embeddings import REMEMBERED, Embeddings, normalise
+from contrast.core.embeddings import REMEMBERED, UNLABELLED, Embeddings, normalise
 from contrast.core.registry import Registry
 from contrast.retrieval import Found, Index, exact_search
 
@@ -75,7 +75,8 @@ class Memory(nn.Module):
             embeddings: (N, D) or (H, N, D), which are scaled to unit length, as losses do; or `Embeddings`, which are
                 stored as they are. N may differ between processes and may be 0.
             sample: (N,) int64 >= 0, indices in the data set; with plain tensors only.
-            group: (N,) int64, labels; the sample if None.
+            group: (N,) int64, labels; negative = unlabelled. Unlabelled rows, and all rows without `group`, are each of
+                their sample's own group, which equals no label.
             reference: (N, R), a frozen tower's embeddings.
 
         Raises:
@@ -260,7 +261,8 @@ class EmbeddingStore(Memory):
             if not torch.isfinite(z).all():
                 raise ValueError("embeddings to store contain values that are not finite (NaN or inf).")
         reference = None if reference is None or self.reference_dim is None else reference.detach().float()
-        return self.remembered(z.float(), rows.sample, rows.group, reference)
+        group = torch.where(rows.group < 0, UNLABELLED - rows.sample.long(), rows.group)
+        return self.remembered(z.float(), rows.sample, group, reference)
 
 
 @dataclass(frozen=True)
@@ -330,7 +332,7 @@ def _with_identities(z: Tensor, sample: Tensor | None, group: Tensor | None, ref
             "set."
         )
     sample = sample.to(z.device)
-    group = sample if group is None else group.to(z.device)
+    group = torch.full_like(sample, -1, dtype=torch.int64) if group is None else group.to(z.device)
     reference = None if reference is None else normalise(reference.detach())
     return Embeddings(normalise(z.detach()), sample, group, torch.full_like(sample, REMEMBERED), reference)
 

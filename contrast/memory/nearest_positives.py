@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from contrast.core.embeddings import Embeddings, normalise
+from contrast.core.embeddings import UNLABELLED, Embeddings, normalise
 from contrast.memory.bank import Bank
 from contrast.memory.memory import MEMORIES, Memory, check_anchors
 from contrast.memory.queue import Queue
@@ -89,7 +89,7 @@ def nearest_views(
         memory: what gives positives.
         views: (N, D) or (H, N, D) each, any floating type; scaled to unit length first.
         sample: (N,) int64, indices in the data set.
-        group: (N,) int64, labels; the sample if None.
+        group: (N,) int64, labels; None for unlabelled rows.
 
     Example:
         >>> from contrast.memory import Queue
@@ -101,7 +101,7 @@ def nearest_views(
     found = []
     for view, z in enumerate(views):
         own = sample.to(z.device)
-        labels = own if group is None else group.to(z.device)
+        labels = UNLABELLED - own.long() if group is None else group.to(z.device)
         anchor = Embeddings(normalise(z.detach()), own, labels, torch.full_like(own, view))
         found.append(memory.positives(anchor))
     return None if any(one is None for one in found) else [one.z for one in found if one is not None]

@@ -50,15 +50,16 @@ def test_a_checkpoint_is_a_copy():
     assert torch.equal(state["_extra_state"]["tensors"]["z"], before["_extra_state"]["tensors"]["z"])
 
 
-def test_plain_tensors_are_scaled_to_unit_length_and_have_their_sample_as_group():
+def test_plain_tensors_are_scaled_to_unit_length_and_are_unlabelled_without_a_group():
     queue, z, index = Queue(4, DIM), torch.randn(2, DIM), torch.tensor([5, 3])
     queue.update(z.requires_grad_(), sample=index)
     found = queue.candidates(anchor())
     assert torch.equal(found.z, normalise(z.detach()))
     assert not found.z.requires_grad
-    assert found.sample.tolist() == found.group.tolist() == [5, 3]
-    queue.update(z, sample=index, group=torch.tensor([0, 1]))
-    assert queue.candidates(anchor()).group.tolist() == [5, 3, 0, 1]
+    assert found.sample.tolist() == [5, 3]
+    assert found.group.tolist() == [-(2**62) - 5, -(2**62) - 3]
+    queue.update(z, sample=index, group=torch.tensor([0, -1]))
+    assert queue.candidates(anchor()).group[2:].tolist() == [0, -(2**62) - 3]
 
 
 def test_the_own_sample_in_the_queue_is_neither_negative_nor_positive():
