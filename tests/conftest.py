@@ -1,16 +1,16 @@
-"""Options of the whole suite: long tests run with --all only."""
+"""Options of the test suite: long tests run with --all only."""
 
 import os
 
 import pytest
 from hypothesis import settings
 
-# One core a process, also in the processes that the tests start.
+# One core per process, also in the processes that the tests start.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def pytest_addoption(parser):
-    parser.addoption("--all", action="store_true", help="also run what is marked long, and more examples of properties")
+    parser.addoption("--all", action="store_true", help="also run long tests, and more examples of properties")
 
 
 def pytest_configure(config):
@@ -29,7 +29,7 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture(scope="session", params=[2, pytest.param(4, marks=pytest.mark.long)], ids=lambda world: f"{world}ranks")
 def processes(request):
-    """Two gloo processes that stand ready for the whole session; four with --all."""
+    """Two gloo processes for the session; four with --all."""
     from tests.gloo import Processes
 
     started = Processes(request.param)

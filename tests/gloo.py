@@ -1,4 +1,4 @@
-"""W gloo processes on the CPU that stand ready to run functions together; a start costs seconds, a call does not."""
+"""W gloo processes on the CPU that run functions together; they are started once, since a start costs seconds."""
 
 import contextlib
 import datetime
@@ -12,44 +12,44 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-PATIENCE = 60
-"""Seconds until a process that waits for another one in vain gives up."""
+TIMEOUT = 60
+"""Seconds that a process waits for another one."""
 
 
 class Processes:
     """W processes in one gloo group.
 
     Args:
-        world: W, how many.
+        world: W, the number of processes.
     """
 
     def __init__(self, world):
         self.world = world
         self._folder = tempfile.TemporaryDirectory()
-        meeting = (Path(self._folder.name) / "meeting").as_uri()
+        init_method = (Path(self._folder.name) / "init").as_uri()
         context = multiprocessing.get_context("spawn")
         self._pipes, self._workers = [], []
         for rank in range(world):
             ours, theirs = context.Pipe()
-            worker = context.Process(target=_serve, args=(rank, world, meeting, theirs), daemon=True)
+            worker = context.Process(target=_serve, args=(rank, world, init_method, theirs), daemon=True)
             worker.start()
             theirs.close()
             self._pipes.append(ours)
             self._workers.append(worker)
 
     def run(self, function, *arguments):
-        """Call `function(rank, world, *arguments)` in every process; give what each returned, in rank order.
+        """Call `function(rank, world, *arguments)` in every process; return the results in rank order.
 
-        `function` stands at the top of a module that the processes can import.
+        `function` is defined at the top level of a module that the processes can import.
         """
         for pipe in self._pipes:
             pipe.send_bytes(pickle.dumps((function, arguments)))
         answers = []
         for rank, pipe in enumerate(self._pipes):
-            assert pipe.poll(2 * PATIENCE), f"process {rank} did not answer"
+            assert pipe.poll(2 * TIMEOUT), f"process {rank} did not answer"
             answers.append(pickle.loads(pipe.recv_bytes()))
-        for rank, (fine, answer) in enumerate(answers):
-            assert fine, f"process {rank} failed:\n{answer}"
+        for rank, (succeeded, answer) in enumerate(answers):
+            assert succeeded, f"process {rank} failed:\n{answer}"
         return [answer for _, answer in answers]
 
     def close(self):
@@ -64,18 +64,18 @@ class Processes:
         self._folder.cleanup()
 
 
-def _serve(rank, world, meeting, pipe):
+def _serve(rank, world, init_method, pipe):
     os.environ["GLOO_SOCKET_IFNAME"] = os.environ.get("GLOO_SOCKET_IFNAME", "lo")
     torch.set_num_threads(1)
     dist.init_process_group(
-        "gloo", init_method=meeting, rank=rank, world_size=world, timeout=datetime.timedelta(seconds=PATIENCE)
+        "gloo", init_method=init_method, rank=rank, world_size=world, timeout=datetime.timedelta(seconds=TIMEOUT)
     )
-    while (asked := pickle.loads(pipe.recv_bytes())) is not None:
-        function, arguments = asked
+    while (call := pickle.loads(pipe.recv_bytes())) is not None:
+        function, arguments = call
         try:
             answer = (True, function(rank, world, *arguments))
         except Exception:
             answer = (False, traceback.format_exc())
         pipe.send_bytes(pickle.dumps(answer))
     dist.destroy_process_group()
-    os._exit(0)  # without the interpreter's slow farewell
+    os._exit(0)  # without the slow shutdown of the interpreter

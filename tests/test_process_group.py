@@ -1,7 +1,8 @@
 """Losses and memories in a process group of their own, on a 2 x 2 mesh of four gloo processes.
 
-Processes 0 and 2 are one data-parallel group, 1 and 3 the other. Under tensor parallelism 0 and 1 hold the same
-samples, and so do 2 and 3; most tests give the two groups different samples, which shows that nothing crosses.
+Processes 0 and 2 are one data-parallel group, 1 and 3 the other. Under tensor parallelism 0 and 1 have the same
+samples, and so have 2 and 3; in most tests the two groups have different samples, so that any exchange between groups
+changes a result.
 """
 
 import functools
@@ -19,9 +20,9 @@ from contrast.core import distributed
 from contrast.losses import InfoNCE
 from contrast.memory import HardNegatives, Queue, sharding
 from tests.gloo import Processes
-from tests.losses import shares
+from tests.losses import split_batches
 from tests.losses.cases import DIMS, Case
-from tests.losses.shares import Scene
+from tests.losses.split_batches import SplitBatch
 
 CASES = [
     Case("info_nce", {"learn_temperature": True}, extra=True),
@@ -46,35 +47,34 @@ def mesh():
     return init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
 
 
-def place():
-    """Give this process's data-parallel group, its rank there, and which of the two groups that is."""
+def data_group():
+    """Return this process's data-parallel group, its rank there, and the number of the group, 0 or 1."""
     return mesh().get_group("data"), mesh().get_local_rank("data"), mesh().get_local_rank("tensor")
 
 
-def outcomes(rank, world, scenes):
-    """Give each scene's outcome, from a batch of each group's own; `backward()` is called after the block."""
-    group, position, column = place()
-    return [shares.outcome(replace(scene, seed=scene.seed + column), position, group) for scene in scenes]
+def outcomes(rank, world, batches):
+    """Return the outcome of each batch, with another seed per group; `backward()` is called after the block."""
+    group, position, column = data_group()
+    return [split_batches.outcome(replace(batch, seed=batch.seed + column), position, group) for batch in batches]
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_each_group_equals_one_process_on_its_own_batch(four, case):
     labelled = frozenset(["labels"] if case.pairs else [])
-    scenes = [Scene(case, sizes, asked=labelled) for sizes in ((3, 3), (5, 2), (4, 0))]
-    answers = four.run(outcomes, scenes)
-    for number, scene in enumerate(scenes):
-        expected = [shares.outcome(replace(scene, seed=scene.seed + column)) for column in range(2)]
+    batches = [SplitBatch(case, sizes, given=labelled) for sizes in ((3, 3), (5, 2), (4, 0))]
+    answers = four.run(outcomes, batches)
+    for number, batch in enumerate(batches):
+        expected = [split_batches.outcome(replace(batch, seed=batch.seed + column)) for column in range(2)]
         assert not torch.allclose(expected[0][0], expected[1][0], rtol=1e-3)
         for rank, answer in enumerate(answers):
-            torch.testing.assert_close(answer[number], expected[rank % 2], rtol=1e-10, atol=1e-12, msg=str(scene))
+            torch.testing.assert_close(answer[number], expected[rank % 2], rtol=1e-10, atol=1e-12, msg=str(batch))
 
 
-def replicas(rank, world, scene):
-    """Give the outcome where both groups hold the same batch, as under tensor parallelism; the group is a mesh."""
-    _, position, _ = place()
-    encoder, loss = shares.Linear(), scene.case.make().double()
-    start = sum(scene.sizes[:position])
-    views, given = shares.part(scene, *shares.whole(scene), slice(start, start + scene.sizes[position]))
+def replicas(rank, world, batch):
+    """Return the outcome if both groups have the same batch, as under tensor parallelism; the group is a mesh."""
+    _, position, _ = data_group()
+    encoder, loss = split_batches.Linear(), batch.case.make().double()
+    views, given = split_batches.local_batch(batch, position)
     with contrast.process_group(mesh()["data"]):
         value = loss(*encoder(views), **given)
     value.backward()
@@ -82,9 +82,9 @@ def replicas(rank, world, scene):
 
 
 def test_tensor_parallel_ranks_have_the_same_gradient(four):
-    scene = Scene(CASES[0], (4, 2))
-    answers = four.run(replicas, scene)
-    value, gradient, _ = shares.outcome(scene)
+    batch = SplitBatch(CASES[0], (4, 2))
+    answers = four.run(replicas, batch)
+    value, gradient, _ = split_batches.outcome(batch)
     for rank in (0, 2):
         torch.testing.assert_close(answers[rank], answers[rank + 1], rtol=0, atol=0)
         torch.testing.assert_close(answers[rank][0], value)
@@ -92,21 +92,21 @@ def test_tensor_parallel_ranks_have_the_same_gradient(four):
 
 
 def primitives(rank, world):
-    """Give rank, world size, and what each way of communicating gives, forward and after the block backward."""
+    """Return rank, world size, and the result of each function that communicates; backward is after the block."""
     x = torch.tensor([1.0 + rank], requires_grad=True)
     parameter = torch.tensor(0.0, requires_grad=True)
-    with contrast.process_group(place()[0]):
+    with contrast.process_group(data_group()[0]):
         everyone, total = distributed.gather_rows(x), distributed.total(x)
         loss = (everyone * torch.tensor([1.0, 10.0])).sum() + total.sum() * 100 + distributed.shared(parameter)
         sizes = distributed.exchange_sizes([rank], x.device)
         named = distributed.rank(), distributed.world_size()
         if rank in (0, 2):
-            distributed.barrier()  # the other group does not come
+            distributed.barrier()  # not called by the other group
     (loss * (rank + 1)).backward()
     return named, everyone.tolist(), total.item(), sizes, x.grad.item(), parameter.grad.item()
 
 
-def test_everything_that_communicates_stays_in_the_group(four):
+def test_all_communication_is_within_the_group(four):
     answers = four.run(primitives)
     for rank, answer in enumerate(answers):
         members = (0, 2) if rank % 2 == 0 else (1, 3)
@@ -122,8 +122,8 @@ def test_everything_that_communicates_stays_in_the_group(four):
 
 
 def choices(rank, world):
-    """Give (rank, world size) under every way of choosing."""
-    named, (data, _, _), found = lambda: (distributed.rank(), distributed.world_size()), place(), {}
+    """Return (rank, world size) for every choice of a group."""
+    named, (data, _, _), found = lambda: (distributed.rank(), distributed.world_size()), data_group(), {}
     found["none"] = named()
     contrast.set_process_group(data)
     try:
@@ -143,7 +143,7 @@ def choices(rank, world):
     return found
 
 
-def test_a_block_goes_before_the_set_group_and_local_before_both(four):
+def test_a_block_overrides_the_set_group_and_local_overrides_both(four):
     for rank, found in enumerate(four.run(choices)):
         everyone, data, tensor = (rank, 4), (rank // 2, 2), (rank % 2, 2)
         assert found == {
@@ -160,11 +160,11 @@ def test_a_block_goes_before_the_set_group_and_local_before_both(four):
 
 def local_on_one_process(rank, world, case):
     """Call the loss inside `local()` inside a group, on process 0 only."""
-    with contrast.process_group(place()[0]):
-        return shares.alone_on_one_process(rank, world, case)
+    with contrast.process_group(data_group()[0]):
+        return split_batches.local_on_one_process(rank, world, case)
 
 
-def test_local_inside_the_group_needs_nobody_else(four):
+def test_local_inside_the_group_communicates_with_no_process(four):
     case = CASES[0]
     value, _ = four.run(local_on_one_process, case)[0]
     views, given = case.inputs(seed=0)
@@ -172,15 +172,15 @@ def test_local_inside_the_group_needs_nobody_else(four):
 
 
 def steps_with_memories(rank, world):
-    """Give two steps' values and gradients and what the queue holds then; with `rank` None on the given column."""
-    column = world if rank is None else place()[2]
+    """Return values and gradients of two steps, then the queue's entries; with `rank` None for group number `world`."""
+    column = world if rank is None else data_group()[2]
     generator = torch.Generator().manual_seed(column)
     queue, loss, found = Queue(8, DIMS), InfoNCE(), []
     for step in range(2):
         z = torch.randn(2, 5, DIMS, dtype=torch.float64, generator=generator).float()
         sample = torch.arange(5) + 5 * step + 100 * column
         if rank is not None:
-            rows = slice(0, 3) if place()[1] == 0 else slice(3, 5)
+            rows = slice(0, 3) if data_group()[1] == 0 else slice(3, 5)
             z, sample = z[:, rows], sample[rows]
         z.requires_grad_()
         value = loss(*z, sample=sample, extra=[queue])
@@ -191,14 +191,14 @@ def steps_with_memories(rank, world):
 
 
 def steps_in_the_set_group(rank, world):
-    contrast.set_process_group(place()[0])
+    contrast.set_process_group(data_group()[0])
     try:
         return steps_with_memories(rank, world)
     finally:
         contrast.set_process_group(None)
 
 
-def test_a_queue_holds_the_rows_of_its_group_only(four):
+def test_a_queue_contains_the_rows_of_its_group_only(four):
     answers = four.run(steps_in_the_set_group)
     for column in range(2):
         expected, sample, z = steps_with_memories(None, column)
@@ -214,8 +214,8 @@ def test_a_queue_holds_the_rows_of_its_group_only(four):
 
 
 def sharded(rank, world):
-    """Give the neighbours that a bank finds whose vectors the two processes of a group share."""
-    group, position, column = place()
+    """Return the neighbours that a bank finds whose vectors are sharded over the two processes of a group."""
+    group, position, column = data_group()
     z = torch.randn(9, DIMS, generator=torch.Generator().manual_seed(column))
     with contrast.process_group(group):
         hard = HardNegatives(contrast.memory.Bank(9, DIMS, bytes_per_process=1), neighbours=3)
@@ -225,7 +225,7 @@ def sharded(rank, world):
     return hard.bank.shard, hard.table, z
 
 
-def test_a_bank_is_shared_out_within_the_group(four):
+def test_a_bank_is_sharded_within_the_group(four):
     for rank, (shard, table, z) in enumerate(four.run(sharded)):
         assert shard == (rank // 2, 2)
         similarity = torch.nn.functional.normalize(z) @ torch.nn.functional.normalize(z).T
@@ -233,11 +233,11 @@ def test_a_bank_is_shared_out_within_the_group(four):
 
 
 def check_of_memory(rank, world):
-    """Give the refusal of a bank of 8 bytes of which each process would hold half, where 3 are free."""
+    """Return the error for a bank of 8 bytes, half of them per process, with 3 bytes free."""
     with (
         mock.patch.object(sharding, "free_bytes", return_value=3),
         mock.patch.dict(os.environ, {"WORLD_SIZE": "4"}),
-        contrast.process_group(place()[0]),
+        contrast.process_group(data_group()[0]),
         pytest.raises(ValueError) as refused,
     ):
         sharding.check_free_memory(8, 1, 0)
@@ -249,7 +249,7 @@ def test_the_free_memory_is_compared_with_the_group_s_share(four):
 
 
 def refusals(rank, world):
-    """Give the sentence for every group that cannot be chosen."""
+    """Return the error for every group that cannot be chosen."""
     first = dist.new_group([0, 1])
     first_mesh = DeviceMesh("cpu", [0, 1])
     found = []
@@ -265,7 +265,7 @@ def refusals(rank, world):
     return found, (distributed._group_of_block.get(), distributed._default_group)
 
 
-def test_other_groups_are_refused_in_a_sentence(four):
+def test_wrong_groups_raise_errors(four):
     for rank, (found, left) in enumerate(four.run(refusals)):
         several, _, group, _, of_mesh, _, text, _, number, _ = found
         assert found[::2] == found[1::2]
@@ -288,7 +288,7 @@ def test_a_group_needs_initialised_processes():
 
 
 def compiled(rank, world):
-    """Give a loss in three groups after one another, eager and compiled."""
+    """Return a loss in three groups one after the other, eager and compiled."""
     z = torch.randn(2, 5, DIMS, generator=torch.Generator().manual_seed(rank))
     loss, found = InfoNCE(), []
     step = torch.compile(loss, backend="eager")

@@ -1,4 +1,4 @@
-"""Small real files and settings with which a whole run takes a second."""
+"""Small files and settings with which a full run takes a second."""
 
 import numpy as np
 
@@ -10,12 +10,12 @@ QUICK = [
     "evaluate.labels_per_class=3",
     "logger=none",
 ]
-"""Settings for images; for series put `encoder.backbone={name: resnet1d, ...}` behind them."""
+"""Settings for images."""
 QUICK_SERIES = [*QUICK, "encoder.backbone={name: resnet1d, width: 4, blocks: [1]}"]
 
 
 def images(path, items=60, side=8, classes=3, seed=0, dtype=np.uint8):
-    """Write an .npz of grey images whose class is where the bright bar stands."""
+    """Write an .npz of grey images whose class is the position of a bright bar."""
     random = np.random.default_rng(seed)
     y = np.arange(items) % classes
     x = random.integers(0, 80, (items, side, side))

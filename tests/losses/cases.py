@@ -1,4 +1,4 @@
-"""Every registered loss in the forms that matter, with inputs that fit; a new loss gets a case without being named."""
+"""Every registered loss in its main forms, with inputs for it; a loss without an explicit case gets a default one."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -13,19 +13,19 @@ DIMS = 4
 
 @dataclass(frozen=True)
 class Case:
-    """A loss, its arguments, and what its inputs must hold.
+    """A loss, the arguments of its constructor, and the inputs that it needs.
 
     Args:
         name: the loss in the registry.
-        arguments: its constructor's.
-        targets: whether it asks for targets.
-        extra: whether it asks for extra candidates.
-        sample: whether it asks for indices in the data set.
-        derivative: whether its gradient is the derivative of its value, which detached weights are not.
-        pairs: whether it is about pairs at all; without, it has neither anchors nor labels, targets, extras or rows.
-        rows: whether each anchor has a loss of its own.
-        two_views: whether it takes two views only.
-        plain_extra: whether extra candidates may be plain tensors.
+        arguments: of its constructor.
+        targets: True if it needs targets.
+        extra: True if it needs extra candidates.
+        sample: True if it needs indices in the data set.
+        derivative: True if its gradient is the derivative of its value, as it is not with detached weights.
+        pairs: True if it is defined on pairs; otherwise it has no anchors, labels, targets, extras or rows.
+        rows: True if each anchor has a loss of its own.
+        two_views: True if it takes exactly two views.
+        plain_extra: True if extra candidates may be plain tensors.
     """
 
     name: str
@@ -46,7 +46,7 @@ class Case:
         return LOSSES.build({"name": self.name, **self.arguments})
 
     def inputs(self, samples=5, views=2, *, seed=0, dtype=torch.float64, heads=None, **given):
-        """Give `views` random tensors (two, where the loss takes no more) and the keywords that it asks for."""
+        """Return `views` random tensors (two, if the loss takes no more) and the keyword arguments that it needs."""
         views = 2 if self.two_views else views
         generator = torch.Generator().manual_seed(seed)
         shape = (samples, DIMS) if heads is None else (heads, samples, DIMS)
@@ -64,7 +64,7 @@ class Case:
         return tensors, given
 
 
-_KNOWN = [
+_EXPLICIT = [
     Case("info_nce"),
     Case("info_nce", {"temperature": 0.5, "positives": "inside"}),
     Case("info_nce", {"temperature": 0.5, "positives": "alone"}),
@@ -129,5 +129,5 @@ _KNOWN = [
     Case("false_negatives", {"loss": {"name": "siglip"}, "margin": 0.2}),
     Case("negative_cosine", targets=True),
 ]
-_named = {case.name for case in _KNOWN}
-CASES = [*_KNOWN, *(Case(name) for name in LOSSES if name not in _named)]
+_explicit_names = {case.name for case in _EXPLICIT}
+CASES = [*_EXPLICIT, *(Case(name) for name in LOSSES if name not in _explicit_names)]
