@@ -38,7 +38,7 @@ MAY_IMPORT = {
     # `import contrast` is as light as `import contrast.losses`: all else is imported when it is first used.
     "__init__": FOUNDATION | {"losses", "memory"},
 }
-"""Of each file or folder of the package, which others it may import; itself always."""
+"""For each file or folder of the package, which others it may import besides itself."""
 
 ONLY_IN = {
     "torch.distributed": {"core.distributed"},
@@ -49,14 +49,14 @@ ONLY_IN = {
 """Where a library may be imported."""
 
 LIGHT = FOUNDATION | {"core", "losses", "memory", "__init__"}
-"""What needs torch and numpy alone."""
+"""What needs only torch and numpy."""
 
 MAY_LACK = {"core.reductions": {"triton"}, "retrieval.indices": {"faiss"}}
-"""What a light part uses where it is installed, and does without where it is not."""
+"""Libraries that a light part uses where they are installed, and works without."""
 
 
 def part_of(path):
-    """Give the file or folder of the package that the path lies in."""
+    """Return the file or folder of the package that contains the path."""
     return module_of([part.removesuffix(".py") for part in path.relative_to(PACKAGE).parts])
 
 
@@ -70,10 +70,10 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 
 def imported(source):
-    """Give every module that a source imports, with the names it takes from it, except for the type checker alone."""
+    """Return every module that a source imports, with the imported names, except for imports for type checking only."""
     found = []
 
-    def walk(node):
+    def visit(node):
         if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
             children = node.orelse
         else:
@@ -84,14 +84,14 @@ def imported(source):
             assert node.level == 0, "imports are absolute"
             found.extend(f"{node.module}.{alias.name}" for alias in node.names)
         for child in children:
-            walk(child)
+            visit(child)
 
-    walk(ast.parse(source))
+    visit(ast.parse(source))
     return found
 
 
 def wrong_imports(part, source):
-    """Give a sentence for every import that the layers forbid."""
+    """Return a sentence for every import that the layers forbid."""
     wrong = []
     for module in imported(source):
         first, *rest = module.split(".")
@@ -105,14 +105,14 @@ def wrong_imports(part, source):
         if part in LIGHT and first not in (
             {"contrast", "torch", "numpy", *sys.stdlib_module_names} | MAY_LACK.get(part, set())
         ):
-            wrong.append(f"{part} needs torch and numpy alone, not {module}")
+            wrong.append(f"{part} needs only torch and numpy, not {module}")
     return wrong
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_a_file_imports_only_what_stands_above_it(path):
+def test_a_file_imports_only_what_its_layer_allows(path):
     part = part_of(path)
-    assert part in MAY_IMPORT, f"say in MAY_IMPORT where contrast/{part} stands"
+    assert part in MAY_IMPORT, f"add contrast/{part} to MAY_IMPORT"
     assert wrong_imports(part, path.read_text()) == []
 
 
@@ -172,6 +172,31 @@ def test_a_forbidden_import_is_found(part, source):
 )
 def test_an_allowed_import_passes(part, source):
     assert wrong_imports(part, source) == []
+
+
+def drawing():
+    """Return the layers as lines: number, part, and the parts that it imports, as they are in the source today."""
+    imports = {}
+    for path in FILES:
+        names = [module.split(".")[1] for module in imported(path.read_text()) if module.startswith("contrast.")]
+        part = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+        imports.setdefault(part, set()).update({name for name in names if (PACKAGE / name).is_dir() or name == "api"})
+    layers = {}
+
+    def layer_of(part):
+        if part not in layers:
+            layers[part] = 1 + max((layer_of(other) for other in imports[part] - {part}), default=-1)
+        return layers[part]
+
+    parts = sorted(imports.keys() - {"__init__", "__main__"}, key=lambda part: (layer_of(part), part))
+    return "".join(f"{layers[part]}  {part:<10}  {' '.join(sorted(imports[part] - {part}))}\n" for part in parts)
+
+
+def test_the_page_draws_the_layers_as_they_are(capsys):
+    with capsys.disabled():
+        print(f"\n{drawing()}", end="")
+    page = (PACKAGE.parent / "docs" / "layout.md").read_text()
+    assert f"```\n{drawing()}```" in page
 
 
 def test_the_files_of_the_core_import_each_other_in_one_direction():
