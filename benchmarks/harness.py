@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
+os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}  # read when torch and FAISS are imported, after this
 MIB = 2**20
 PACKAGES = (
     *("contrast-learning", "torch", "torchvision", "lightning", "timm", "numpy", "scikit-learn", "aeon", "faiss-cpu"),
@@ -67,7 +68,7 @@ def machine() -> dict[str, Any]:
     return {
         "processor": model[1] if model else platform.machine(),
         "cores": os.cpu_count(),
-        "threads": int(os.environ.get("OMP_NUM_THREADS", 0)) or os.cpu_count(),
+        "threads": 1,
         "system": f"{platform.system()} {platform.machine()}",
     }
 
@@ -299,9 +300,7 @@ class Worker:
     """
 
     def __init__(self, *words: str, **environment: str) -> None:
-        threads = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-        self.command, self.environment = [sys.executable, "-W", "ignore", *words], {**os.environ, **threads}
-        self.environment |= environment
+        self.command, self.environment = [sys.executable, "-W", "ignore", *words], {**os.environ, **environment}
         self.start()
 
     def start(self) -> None:
