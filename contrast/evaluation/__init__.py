@@ -1,1 +1,1 @@
-"""Frozen features, measured by named protocols that never choose anything on test items."""
+"""Evaluation of frozen features by named protocols, which choose nothing on test items."""

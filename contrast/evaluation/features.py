@@ -1,4 +1,4 @@
-"""Frozen features, once, in sample order; what is wrong with them has a name."""
+"""Frozen features in sample order, and whether they can be evaluated."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ if TYPE_CHECKING:
 Encode = Callable[[Tensor], Tensor]
 
 WIDEST = 4096
-"""Raw inputs with more numbers than this are averaged over neighbouring pixels or steps until they have fewer."""
+"""Raw inputs with more numbers than this are averaged over neighbouring pixels or steps."""
 
 RANKED = 2000
-"""The effective rank is taken over at most so many items, evenly spaced: it needs a decomposition."""
+"""The most items, evenly spaced, of which the effective rank is computed: it needs a decomposition."""
 
 
 @contextmanager
 def frozen(module: nn.Module) -> Iterator[nn.Module]:
-    """Set evaluation mode for a while; afterwards every submodule has its own training flag back."""
+    """Set evaluation mode inside the block; then restore the training flag of every submodule."""
     flags = [(part, part.training) for part in module.modules()]
     module.eval()
     try:
@@ -41,24 +41,24 @@ def frozen(module: nn.Module) -> Iterator[nn.Module]:
 
 @torch.no_grad()
 def extract(encode: Encode, samples: Samples, batch_size: int = 256) -> tuple[Tensor, Tensor]:
-    """Give every item's features and target, in the order of `samples`, without gradient.
+    """Return every item's features and target, in the order of `samples`, without gradient.
 
-    A module, or a module's method, is set to evaluation mode meanwhile; any other callable must see to that itself
-    (`frozen`), since batch norm in training mode would let items look at each other.
+    A module, or a module's method, is in evaluation mode meanwhile; any other callable must ensure that itself
+    (`frozen`), since with batch norm in training mode an item's features depend on the other items.
 
     Args:
-        encode: raw batch (N, C, H, W) or (N, C, L) -> (N, F), on the device it likes.
+        encode: raw batch (N, C, H, W) or (N, C, L) -> (N, F), on any device.
         samples: one split.
-        batch_size: items.
+        batch_size: items per batch.
 
     Returns:
         features (N, F) float32 on the CPU, and targets (N,) int64 (-1 = no label).
 
     Raises:
-        InputError: where `samples` is empty, or `encode` gives anything but one vector an item.
+        InputError: where `samples` is empty, or `encode` does not return one vector per item.
     """
     if len(samples) == 0:
-        raise InputError("features were asked of a split without items; evaluation needs train and test items.")
+        raise InputError("the split has no items to compute features of; evaluation needs train and test items.")
     owner = encode if isinstance(encode, nn.Module) else getattr(encode, "__self__", None)
     features, targets = [], []
     with frozen(owner) if isinstance(owner, nn.Module) else nullcontext():
@@ -73,24 +73,24 @@ def extract(encode: Encode, samples: Samples, batch_size: int = 256) -> tuple[Te
 
 def _check_vectors(vectors: Any, items: int) -> None:
     if not isinstance(vectors, Tensor):
-        raise InputError(f"an encoder must give a tensor (items, features); got {type(vectors).__name__}.")
+        raise InputError(f"an encoder must return a tensor (items, features); got {type(vectors).__name__}.")
     if vectors.ndim != 2 or len(vectors) != items:
         raise InputError(
-            f"an encoder must give one vector an item, ({items}, features); got {tuple(vectors.shape)}. "
-            "Pool over space or time before the features leave it."
+            f"an encoder must return one vector per item, ({items}, features); got {tuple(vectors.shape)}. "
+            "Pool over space or time inside the encoder."
         )
 
 
 @dataclass(frozen=True)
 class Health:
-    """Whether features can be probed at all.
+    """Whether features can be evaluated.
 
     Args:
-        name: whose features, as a sentence calls them ("the pretrained encoder").
-        items: how many vectors were looked at.
+        name: whose features, as the subject of a sentence ("the pretrained encoder").
+        items: how many vectors there are.
         width: features of each.
         broken: items with NaN or infinity among their features.
-        collapsed: every feature is the same for all items, up to float noise.
+        collapsed: True if every feature is equal for all items, up to rounding.
         rank: the effective rank, exp of the entropy of the normalised singular values, from 1 to `width`
             (RankMe, Garrido et al. 2023, arXiv:2210.02885, over at most 2,000 items); NaN where not finite.
     """
@@ -104,46 +104,46 @@ class Health:
 
     @property
     def finite(self) -> bool:
-        """Tell whether every feature is a number."""
+        """True if every feature is finite."""
         return self.broken == 0
 
     @property
-    def well(self) -> bool:
-        """Tell whether nothing is wrong."""
+    def usable(self) -> bool:
+        """True if the features are finite and not collapsed."""
         return self.finite and not self.collapsed
 
     @property
     def sentence(self) -> str:
-        """Say it to a person."""
+        """The verdict as a sentence."""
         if not self.finite:
             return (
                 f"{self.name} gives NaN or infinite features for {self.broken:,} of {self.items:,} items: "
-                "it gets no numbers. Look at its training loss, its learning rate and the values of the data."
+                "it has no results. Check its training loss, its learning rate and the values of the data."
             )
         if self.collapsed:
             return (
                 f"{self.name} has collapsed: all {self.items:,} items have the same {self.width:,} features, "
-                "up to rounding; its numbers are those of guessing."
+                "up to rounding; its results are those of chance."
             )
         return f"{self.name}: {self.width:,} features of effective rank {self.rank:.1f} over {self.items:,} items."
 
 
 def health(features: Tensor, name: str = "the encoder") -> Health:
-    """Give the verdict on features (N, F)."""
+    """Check features (N, F)."""
     items, width = features.shape
     broken = int((~features.isfinite()).any(1).sum())
     if broken:
         return Health(name, items, width, broken, collapsed=False, rank=math.nan)
     wide = features.double()
-    # Rounding errors are as large as the largest intermediate value allows, so the whole layer's magnitude is the
-    # yardstick, not each feature's own; 100 units in the last place is more than the noise of a deep network.
+    # Rounding errors scale with the largest intermediate values, so the reference is the magnitude of all features, not
+    # each feature's own; 100 units in the last place is more than the noise of a deep network.
     noise = 100 * torch.finfo(torch.float32).eps * wide.square().mean().sqrt()
     collapsed = items > 1 and bool((wide.std(0, correction=0) <= noise).all())
     return Health(name, items, width, 0, collapsed, effective_rank(wide))
 
 
 def effective_rank(features: Tensor) -> float:
-    """Give exp(entropy of the singular values of (N, F), normalised to sum 1); 1 for features that are all zero."""
+    """Return exp(entropy of the singular values of (N, F), normalised to sum 1); 1 where all features are zero."""
     some = features[torch.linspace(0, len(features) - 1, min(len(features), RANKED)).long()].double()
     gram = some @ some.T if len(some) < some.shape[1] else some.T @ some
     with threads_for(len(gram) ** 3 // 10):
@@ -156,15 +156,14 @@ def effective_rank(features: Tensor) -> float:
 
 @torch.no_grad()
 def raw_features(x: Tensor) -> Tensor:
-    """Give the input itself as features, (N, F) float32 with F of at most 4,096: what every encoder must beat.
+    """Return the input itself as features, (N, F) float32 with F of at most 4,096: the baseline of every encoder.
 
-    Images (N, C, H, W) are flattened, whole-number types after division by the type's largest value. Series
-    (N, C, L), standardised, are flattened with 0, the mean, where nothing was observed. Inputs with more than 4,096
-    numbers are first averaged over neighbouring pixels or observed steps, each channel for itself, to the finest
-    even grid that fits.
+    Images (N, C, H, W) are flattened, integer types after division by the type's largest value. Standardised series
+    (N, C, L) are flattened with 0, the mean, where nothing was observed. Inputs with more than 4,096 numbers are first
+    averaged over neighbouring pixels or observed steps, per channel, to the finest even grid that fits.
 
     Raises:
-        InputError: for a batch that is neither.
+        InputError: for a batch of another shape.
     """
     if x.ndim not in (3, 4):
         raise InputError(f"raw input must be images (N, C, H, W) or series (N, C, L); got shape {tuple(x.shape)}.")
@@ -188,7 +187,7 @@ def _image_grid(shape: torch.Size) -> tuple[int, int]:
 
 
 def raw_input(data: Data) -> Encode:
-    """Give raw input as a model: images scaled by the value range of `data`, series standardised by its train items."""
+    """Return raw input as a model: images scaled by the value range of `data`, series standardised by train items."""
     low, high = data.value_range
     mean = torch.as_tensor(data.mean, dtype=torch.float32).view(1, -1, 1)
     std = torch.as_tensor(data.std, dtype=torch.float32).view(1, -1, 1)

@@ -13,11 +13,11 @@ from contrast.retrieval import exact_search
 
 @dataclass(frozen=True)
 class Neighbours:
-    r"""A fitted k-NN classifier: the protocol of InstDisc, as lightly and others report it.
+    r"""A fitted k-NN classifier: the weighted vote of InstDisc.
 
     .. math:: p(c) \propto \sum_{i \in \text{k nearest}} e^{s_i / \tau} \, [y_i = c]
 
-    with s the cosine similarity. Of equally similar items the one that stands first in the train split counts.
+    with s the cosine similarity. Of equally similar items the first in the train split counts.
 
     Args:
         stored: (M, F) float32, unit length (a zero vector stays zero).
@@ -37,7 +37,7 @@ class Neighbours:
     temperature: float
 
     def probabilities(self, features: Tensor) -> Tensor:
-        """Give each class's share of the votes, (N, C) float64, for features (N, F)."""
+        """Return each class's share of the votes, (N, C) float64, for features (N, F)."""
         similarity, index = exact_search(F.normalize(features.float()), self.stored, self.neighbours)
         vote = (similarity.double() / self.temperature).softmax(1)
         votes = torch.zeros(len(features), self.classes, dtype=torch.float64)
@@ -47,9 +47,9 @@ class Neighbours:
 def fit_neighbours(
     features: Tensor, target: Tensor, classes: int, neighbours: int, temperature: float = 0.1
 ) -> Neighbours:
-    """Give the classifier of labelled features (M, F); k is at most the mean number of labels a class.
+    """Return the classifier of labelled features (M, F); k is at most the mean number of labels per class.
 
-    With fewer labels than k a class, most of the k nearest must be of wrong classes, however good the features are.
+    With fewer than k labels per class, most of the k nearest items are of wrong classes, however good the features are.
     """
     k = max(1, min(neighbours, len(target) // len(torch.unique(target))))
     return Neighbours(F.normalize(features.float()), target, classes, k, temperature)

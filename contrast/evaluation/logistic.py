@@ -1,4 +1,4 @@
-"""Multinomial logistic regression, many problems at once, each run to convergence."""
+"""Multinomial logistic regression: many problems at once, each solved to convergence."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from contrast.evaluation.threads import threads_for
 FINE, LARGE_FINE, ROUGH = 1e-7, 3e-5, 1e-4
 """Gradient tolerances: of a fit, of a large fit, and for comparing strengths (scikit-learn's own default is 1e-4)."""
 LARGE = 20_000_000
-"""A fit is large from so many multiplications a pass; it goes most of the way in float32, the rest in float64."""
+"""A fit with this many multiplications per pass is large: it runs in float32 first, then in float64."""
 STEPS = 1000
 HISTORY = 20
 FLOOR = 1e-5
-"""Of the doubt: where it is nearly 0, a step in the bias, which no penalty restrains, would explode."""
+"""The smallest uncertainty: near 0, a step in the bias, which has no penalty, would explode."""
 ELEMENTS = 30_000_000
-"""So many logits, over all items, problems and classes, are held at a time."""
+"""The most logits, over all items, problems and classes, that are in memory at a time."""
 
 Evaluate = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
 Precondition = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -27,7 +27,7 @@ Precondition = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Solution:
-    """What `solve` found: weight (B, D, C) and bias (B, C) in float64, converged (B,)."""
+    """The result of `solve`: weight (B, D, C) and bias (B, C) in float64, converged (B,)."""
 
     weight: Tensor
     bias: Tensor
@@ -36,7 +36,7 @@ class Solution:
 
 @dataclass(frozen=True)
 class Design:
-    """Items made ready for many solutions.
+    """Items prepared for many solutions.
 
     Args:
         x: (N, R + 1) float64, the items, R = min(N, D), and a column of ones for the bias.
@@ -52,13 +52,13 @@ class Design:
 
 
 def prepare(x: Tensor) -> Design:
-    """Give the design of items (N, D), centred; far quicker to solve when standardised."""
+    """Return the design of centred items (N, D); standardised items are solved far faster."""
     x, basis = x.double(), None
     if len(x) < x.shape[1]:
         with threads_for(len(x) ** 2 * x.shape[1] // 10):
             basis, triangle = torch.linalg.qr(x.T)
         x = triangle.T
-    # Whatever its precision, this only decides how quick the road is: float32 and some of the items are enough.
+    # The precision affects only the speed of convergence: float32 and some of the items are enough.
     some = x[torch.linspace(0, len(x) - 1, min(len(x), 20_000)).long()].float()
     with threads_for(x.shape[1] ** 3 // 10):
         values, vectors = torch.linalg.eigh((some.T @ some / len(some)).double())
@@ -70,13 +70,13 @@ def solve(
     target: Tensor,
     classes: int,
     strengths: Tensor,
-    kept: Tensor | None = None,
+    mask: Tensor | None = None,
     *,
     tolerance: float = FINE,
 ) -> Solution:
     r"""Minimise B penalised cross-entropies over the same items, by preconditioned L-BFGS.
 
-    .. math:: \min_{W, b} \sum_{i \in \text{kept}} -\log \mathrm{softmax}(x_i W + b)_{y_i} + \frac{\lambda}{2} \|W\|^2
+    .. math:: \min_{W, b} \sum_{i \in \text{mask}} -\log \mathrm{softmax}(x_i W + b)_{y_i} + \frac{\lambda}{2} \|W\|^2
 
     Each problem has its own strength lambda and its own items; scikit-learn's C is 1 / lambda (but for two classes,
     where it fits one vector instead of two, C is 2 / lambda). Converged means that no entry of the gradient of the
@@ -84,19 +84,19 @@ def solve(
 
     Args:
         design: of the items.
-        target: (N,) int64 in [0, C); each class must occur among the items kept, or its bias has no minimum.
+        target: (N,) int64 in [0, C); each class must occur among a problem's items, or its bias has no minimum.
         classes: C.
         strengths: lambda > 0, (B,).
-        kept: (B, N) bool, the items of each problem; all where it is None.
+        mask: (B, N) bool, the items of each problem; None for all.
         tolerance: of the gradient; for a large problem at least 3e-5.
     """
     x, strengths = design.x, strengths.double()
-    kept = torch.ones(len(strengths), len(x), dtype=torch.bool) if kept is None else kept
+    mask = torch.ones(len(strengths), len(x), dtype=torch.bool) if mask is None else mask
     problems = max(1, ELEMENTS // (len(x) * classes))
     with threads_for(x.numel() * min(problems, len(strengths)) * classes):
         parts = [
-            _solve_together(design, target, classes, some, some_kept, tolerance)
-            for some, some_kept in zip(torch.split(strengths, problems), torch.split(kept, problems), strict=True)
+            _solve_together(design, target, classes, some, some_mask, tolerance)
+            for some, some_mask in zip(torch.split(strengths, problems), torch.split(mask, problems), strict=True)
         ]
     theta = torch.cat([part for part, _ in parts], 1).transpose(0, 1)
     weight = theta[:, :-1] if design.basis is None else design.basis @ theta[:, :-1]
@@ -104,12 +104,12 @@ def solve(
 
 
 def _solve_together(
-    design: Design, target: Tensor, classes: int, strengths: Tensor, kept: Tensor, tolerance: float
+    design: Design, target: Tensor, classes: int, strengths: Tensor, mask: Tensor, tolerance: float
 ) -> tuple[Tensor, Tensor]:
-    """Give theta (R + 1, B, C), the bias last, and which problems converged."""
+    """Return theta (R + 1, B, C), the bias last, and which problems converged."""
     x = design.x
-    share = (kept / kept.sum(1, keepdim=True)).T.double()  # (N, B): a mean over each problem's own items
-    penalty = strengths / kept.sum(1)
+    share = (mask / mask.sum(1, keepdim=True)).T.double()  # (N, B): a mean over each problem's own items
+    penalty = strengths / mask.sum(1)
     theta = x.new_zeros(x.shape[1], len(strengths), classes)
     converged = torch.zeros(len(strengths), dtype=torch.bool)
     stages = [(torch.float64, tolerance)]
@@ -124,10 +124,10 @@ def _solve_together(
 
 
 def _loss(x: Tensor, target: Tensor, share: Tensor, penalty: Tensor) -> Evaluate:
-    """Give theta (R + 1, B', C), problems (B',) -> loss (B',), gradient in theta's shape, and doubt (B',).
+    """Return the function theta (R + 1, B', C), problems (B',) -> loss (B',), gradient like theta, uncertainty (B',).
 
-    The doubt is the mean of 1 - sum_c p_c^2 over C - 1: 1 / C where all classes are equally likely, near 0 where the
-    classifier is sure of everything.
+    The uncertainty is the mean of 1 - sum_c p_c^2 over C - 1: 1 / C where all classes are equally likely, near 0 where
+    every prediction is certain.
     """
     chosen = target.view(-1, 1, 1)
 
@@ -138,48 +138,48 @@ def _loss(x: Tensor, target: Tensor, share: Tensor, penalty: Tensor) -> Evaluate
         cross_entropy = -log_probability.gather(-1, index).squeeze(-1)
         loss = (cross_entropy * weight).sum(0) + (strength * theta[:-1].square()).sum((0, 2)) / 2
         probability = log_probability.exp_()
-        doubt = ((1 - probability.square().sum(-1)) * weight).sum(0) / max(1, theta.shape[-1] - 1)
+        uncertainty = ((1 - probability.square().sum(-1)) * weight).sum(0) / max(1, theta.shape[-1] - 1)
         residual = probability.scatter_add_(-1, index, -torch.ones_like(index, dtype=theta.dtype))
         gradient = (x.T @ residual.mul_(weight[..., None]).flatten(1)).view_as(theta)
         gradient[:-1] += strength * theta[:-1]
-        return loss, gradient, doubt
+        return loss, gradient, uncertainty
 
     return evaluate
 
 
 def _mean_newton(design: Design, penalty: Tensor, dtype: torch.dtype) -> Precondition:
-    """Give gradient (R + 1, B', C), problems and doubt (B',) -> a step, by the inverse of an averaged Hessian.
+    """Return the function gradient (R + 1, B', C), problems and uncertainty (B',) -> step: an averaged inverse Hessian.
 
-    At theta = 0 the Hessian is exactly the items' mean outer product / C plus the penalty. Later on each item has its
-    own factor; the doubt is their mean. Features that go together no longer slow L-BFGS down.
+    At theta = 0 the Hessian is exactly the items' mean outer product / C plus the penalty. Later each item has its own
+    factor; the uncertainty is their mean. With it, correlated features do not slow L-BFGS down.
     """
     values, vectors, penalty = (each.to(dtype) for each in (design.values, design.vectors, penalty))
 
-    def precondition(gradient: Tensor, problems: Tensor, doubt: Tensor) -> Tensor:
-        doubt = doubt.clamp(min=FLOOR)
+    def precondition(gradient: Tensor, problems: Tensor, uncertainty: Tensor) -> Tensor:
+        uncertainty = uncertainty.clamp(min=FLOOR)
         turned = (vectors.T @ gradient[:-1].flatten(1)).view_as(gradient[:-1])
-        turned = turned / (values[:, None] * doubt + penalty[problems])[..., None]
+        turned = turned / (values[:, None] * uncertainty + penalty[problems])[..., None]
         weight = (vectors @ turned.flatten(1)).view_as(turned)
-        return torch.cat([weight, gradient[-1:] / doubt.view(1, -1, 1)])
+        return torch.cat([weight, gradient[-1:] / uncertainty.view(1, -1, 1)])
 
     return precondition
 
 
 def _minimise(evaluate: Evaluate, precondition: Precondition, start: Tensor, tolerance: float) -> tuple[Tensor, Tensor]:
-    """Give the minima (D, B, C) and which problems reached the tolerance; a finished problem costs nothing more."""
+    """Return the minima (D, B, C) and which problems reached the tolerance; a finished problem costs nothing more."""
     minimum, converged = start.clone(), torch.zeros(start.shape[1], dtype=torch.bool)
     active = torch.arange(start.shape[1])
     point, history = start, list[tuple[Tensor, Tensor, Tensor]]()
-    loss, gradient, doubt = evaluate(point, active)
+    loss, gradient, uncertainty = evaluate(point, active)
     slack = torch.finfo(start.dtype).eps
     for _ in range(STEPS):
-        direction = -_two_loops(gradient, history, lambda g: precondition(g, active, doubt))  # noqa: B023 (used at once)
+        direction = -_two_loops(gradient, history, lambda g: precondition(g, active, uncertainty))  # noqa: B023 (used at once)
         slope = _dot(gradient, direction)
         size = torch.ones_like(loss)
         for _ in range(30):
             trial = point + size.view(1, -1, 1) * direction
-            trial_loss, trial_gradient, trial_doubt = evaluate(trial, active)
-            # Close to the minimum the loss cannot tell better from equal: allow its rounding error.
+            trial_loss, trial_gradient, trial_uncertainty = evaluate(trial, active)
+            # Close to the minimum, differences of the loss are rounding errors: allow them.
             short = trial_loss > loss + 1e-4 * size * slope + slack * loss.abs()
             if not short.any():
                 break
@@ -187,14 +187,14 @@ def _minimise(evaluate: Evaluate, precondition: Precondition, start: Tensor, tol
         change, bend = trial - point, trial_gradient - gradient
         product = _dot(change, bend)
         history = [*history[1 - HISTORY :], (change, bend, torch.where(product > 0, 1 / product, 0.0))]
-        point, loss, gradient, doubt = trial, trial_loss, trial_gradient, trial_doubt
+        point, loss, gradient, uncertainty = trial, trial_loss, trial_gradient, trial_uncertainty
         reached = gradient.abs().amax((0, 2)) <= tolerance
-        done = reached | short  # `short`: no step helps any more at this precision
+        done = reached | short  # `short`: no step improves the loss at this precision
         if done.any():
             minimum[:, active[done]] = point[:, done]
             converged[active[reached]] = True
             active, point, loss = active[~done], point[:, ~done], loss[~done]
-            gradient, doubt = gradient[:, ~done], doubt[~done]
+            gradient, uncertainty = gradient[:, ~done], uncertainty[~done]
             history = [(change[:, ~done], bend[:, ~done], inverse[~done]) for change, bend, inverse in history]
         if len(active) == 0:
             break
@@ -205,7 +205,7 @@ def _minimise(evaluate: Evaluate, precondition: Precondition, start: Tensor, tol
 def _two_loops(
     gradient: Tensor, history: list[tuple[Tensor, Tensor, Tensor]], precondition: Callable[[Tensor], Tensor]
 ) -> Tensor:
-    """Give the inverse Hessian of L-BFGS times the gradient (Nocedal and Wright 2006, algorithm 7.4)."""
+    """Return the inverse Hessian of L-BFGS times the gradient (Nocedal and Wright 2006, algorithm 7.4)."""
     steps = []
     for change, bend, inverse in reversed(history):
         step = inverse * _dot(change, gradient)

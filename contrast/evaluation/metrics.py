@@ -1,4 +1,4 @@
-"""Scores of predicted class probabilities: accuracy, balanced accuracy, macro-F1, AUROC, and each class's own."""
+"""Scores of predicted class probabilities: accuracy, balanced accuracy, macro-F1, AUROC, and scores per class."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ METRICS = ("accuracy", "balanced_accuracy", "macro_f1", "auroc")
 
 @dataclass(frozen=True)
 class Scores:
-    """What one set of predictions is worth.
+    """The scores of one set of predictions.
 
     Args:
-        values: metric -> value in [0, 1]; `auroc` is missing where the items judged are all of one class.
-        errors: metric -> standard error from the finite number of items judged, for accuracy and balanced accuracy.
-        per_class: class name -> recall, precision, f1, support (items judged).
-        absent: classes of which no item was judged: left out of every mean over classes.
+        values: metric -> value in [0, 1]; without `auroc` where all items are of one class.
+        errors: metric -> standard error from the finite number of items, for accuracy and balanced accuracy.
+        per_class: class name -> recall, precision, f1, support (number of items).
+        absent: classes without items, which are left out of every mean over classes.
     """
 
     values: dict[str, float]
@@ -30,11 +30,11 @@ class Scores:
 
 
 def score(target: NDArray[np.int64], probability: NDArray[Any], classes: Sequence[str]) -> Scores:
-    """Give the scores of probabilities (N, C) against targets (N,) in [0, C).
+    """Return the scores of probabilities (N, C) for targets (N,) in [0, C).
 
-    The prediction is the largest probability, of equal ones the first class. A class without items is left out of the
-    means and named; whoever predicts it is wrong all the same. A class without predictions has precision 0. AUROC is
-    the mean over classes of one class against the rest (for two classes that is the usual one).
+    The prediction is the class of the largest probability, of equal ones the first. A class without items is left out
+    of the means, but predicting it is an error. A class without predictions has precision 0. AUROC is the mean over
+    classes of one class against the rest; for two classes this is the usual one.
     """
     predicted = probability.argmax(1)
     count = len(classes)
@@ -69,16 +69,16 @@ def score(target: NDArray[np.int64], probability: NDArray[Any], classes: Sequenc
     return Scores(values, errors, per_class, absent)
 
 
-def _auroc(likely: NDArray[Any], positive: NDArray[np.bool_]) -> float:
-    """Give the chance that a positive item is found likelier than a negative one, a tie counting half."""
-    negatives = np.sort(likely[~positive])
-    below = np.searchsorted(negatives, likely[positive], side="left")
-    not_above = np.searchsorted(negatives, likely[positive], side="right")
+def _auroc(scores: NDArray[Any], positive: NDArray[np.bool_]) -> float:
+    """Return the probability that a positive item scores above a negative one; ties count half."""
+    negatives = np.sort(scores[~positive])
+    below = np.searchsorted(negatives, scores[positive], side="left")
+    not_above = np.searchsorted(negatives, scores[positive], side="right")
     return float((below + not_above).mean() / 2 / len(negatives))
 
 
 def mean_per_class(scores: Sequence[Scores]) -> dict[str, dict[str, float]]:
-    """Give each class's numbers averaged over several predictions of the same items."""
+    """Return each class's scores averaged over several predictions of the same items."""
     first = scores[0].per_class
     return {
         name: {key: float(np.mean([one.per_class[name][key] for one in scores])) for key in numbers}

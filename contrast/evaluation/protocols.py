@@ -1,4 +1,4 @@
-"""Named evaluation protocols: everything is chosen on training items, then the test split is looked at, once."""
+"""Named evaluation protocols: all choices are made on training items, then the test split is predicted once."""
 
 from __future__ import annotations
 
@@ -35,16 +35,16 @@ PROTOCOLS = Registry("protocol")
 
 
 class Classifier(Protocol):
-    """What a fit leaves behind: a probe, or stored neighbours."""
+    """A fitted probe, or stored neighbours."""
 
     def probabilities(self, features: Tensor) -> Tensor:
-        """Give (N, C) for features (N, F)."""
+        """Return (N, C) for features (N, F)."""
         ...
 
 
 @dataclass(frozen=True)
 class Labelled:
-    """The labelled training items that a protocol may use, all of them, and nothing else.
+    """The labelled training items, which are all that a protocol may use.
 
     features: (N, F) float32. target: (N,) int64 in [0, C). validation: (N,) bool, for choosing. classes: their C names.
     """
@@ -57,10 +57,10 @@ class Labelled:
 
 @dataclass(frozen=True)
 class Fitted:
-    """What a protocol made of the training items; nothing is left to choose.
+    """The classifiers that a protocol fitted to the training items.
 
-    classifiers: one a draw. seeds: one a classifier. selected_on: what the free choice was made on.
-    chosen: what was chosen, for the result's settings.
+    classifiers: one per draw. seeds: one per classifier. selected_on: what the hyperparameters were selected on.
+    chosen: what was selected, for the result's settings.
     """
 
     classifiers: list[Classifier]
@@ -70,14 +70,14 @@ class Fitted:
 
 
 class ProbeProtocol(Protocol):
-    """A named way to measure features: the fields of the dataclass are its settings."""
+    """A named evaluation of features, as a dataclass whose fields are its settings."""
 
     name: ClassVar[str]
     version: ClassVar[str]
 
     @property
     def labels(self) -> str:
-        """Say how many labels the classifier gets."""
+        """How many labels the classifier is given: "all" or "10 per class"."""
         ...
 
     def fit(self, train: Labelled, seed: int) -> Fitted:
@@ -88,10 +88,10 @@ class ProbeProtocol(Protocol):
 @PROTOCOLS.register("knn", aliases=("nearest_neighbours", "k_nn"))
 @dataclass(frozen=True)
 class NearestNeighbours:
-    """k-nearest neighbours by cosine similarity over all labels, votes weighted by exp(similarity / temperature).
+    """k-nearest neighbours by cosine similarity with all labels, votes weighted by exp(similarity / temperature).
 
     Args:
-        neighbours: k; the mean number of labels a class where that is smaller.
+        neighbours: k; the mean number of labels per class where that is smaller.
         temperature: tau > 0.
     """
 
@@ -109,11 +109,11 @@ class NearestNeighbours:
 
     @property
     def labels(self) -> str:
-        """Say how many labels the classifier gets."""
+        """How many labels the classifier is given: "all" or "10 per class"."""
         return "all"
 
     def fit(self, train: Labelled, seed: int) -> Fitted:
-        """Store the training items; there is nothing to choose."""
+        """Store the training items; nothing is selected."""
         found = fit_neighbours(
             train.features, train.target, len(train.classes), self.neighbours, temperature=self.temperature
         )
@@ -123,9 +123,9 @@ class NearestNeighbours:
 @PROTOCOLS.register("linear", aliases=("linear_probe", "logistic_regression"))
 @dataclass(frozen=True)
 class Linear:
-    """A linear probe on all labels: its strength by log loss on the validation items, then fitted to all of them.
+    """A linear probe on all labels: its strength by log loss on the validation items, then fitted to all items.
 
-    Where the data have no validation items, stratified five-fold cross-validation stands in.
+    Where the data have no validation items, stratified five-fold cross-validation replaces them.
 
     Args:
         strengths: the grid of L2 strengths lambda > 0, as of `contrast.evaluation.logistic.solve`.
@@ -140,11 +140,11 @@ class Linear:
 
     @property
     def labels(self) -> str:
-        """Say how many labels the classifier gets."""
+        """How many labels the classifier is given: "all" or "10 per class"."""
         return "all"
 
     def fit(self, train: Labelled, seed: int) -> Fitted:
-        """Choose the strength, then fit."""
+        """Select the strength, then fit."""
         x, target, held_out = train.features, train.target, train.validation
         if held_out.any() and len(torch.unique(target[~held_out])) > 1:
             strength, losses = choose_on_validation(x, target, held_out, self.strengths, seed)
@@ -160,12 +160,12 @@ class Linear:
 @PROTOCOLS.register("few_labels", aliases=("few_shot", "low_shot"))
 @dataclass(frozen=True)
 class FewLabels:
-    """Linear probes on random draws of a few labels a class; every model gets the same draws.
+    """Linear probes on random draws of a few labels per class; every model gets the same draws.
 
-    Each draw's strength is chosen by cross-validation inside the draw, so that really no further label is used.
+    Each draw's strength is selected by cross-validation inside the draw, so that no further label is used.
 
     Args:
-        labels_per_class: at least 1; a class with fewer gives all it has.
+        labels_per_class: at least 1; of a class with fewer, all labels are used.
         draws: how many, at least 1.
         strengths: the grid of L2 strengths lambda > 0.
     """
@@ -185,13 +185,13 @@ class FewLabels:
 
     @property
     def labels(self) -> str:
-        """Say how many labels the classifier gets."""
+        """How many labels the classifier is given: "all" or "10 per class"."""
         return f"{self.labels_per_class} per class"
 
     def fit(self, train: Labelled, seed: int) -> Fitted:
-        """Draw, choose and fit, once a draw."""
+        """Draw the labels, select the strength and fit, once per draw."""
         target = train.target.numpy()
-        seeds = [int(word) for word in np.random.SeedSequence(seed).generate_state(self.draws)]
+        seeds = [int(value) for value in np.random.SeedSequence(seed).generate_state(self.draws)]
         draws = [torch.from_numpy(draw_labels(target, self.labels_per_class, one)) for one in seeds]
         probes, losses = [], []
         for draw, one in zip(draws, seeds, strict=True):
@@ -205,13 +205,13 @@ class FewLabels:
             "converged": all(probe.converged for probe in probes),
             "items": len(draws[0]),
         }
-        held = np.bincount(target, minlength=len(train.classes))
-        if short := {train.classes[c]: int(n) for c, n in enumerate(held) if 0 < n < self.labels_per_class}:
-            chosen["classes_with_fewer_labels"] = short
+        available = np.bincount(target, minlength=len(train.classes))
+        if fewer := {train.classes[c]: int(n) for c, n in enumerate(available) if 0 < n < self.labels_per_class}:
+            chosen["classes_with_fewer_labels"] = fewer
         selected_on = (
             f"log loss in {FOLDS}-fold cross-validation inside each draw"
             if all(losses)
-            else "nothing: one label a class leaves none to choose on"
+            else "nothing: one label per class leaves none to select on"
         )
         return Fitted(list(probes), seeds, selected_on, chosen)
 
@@ -226,20 +226,20 @@ def _check_strengths(strengths: Sequence[float]) -> None:
 
 
 def settings(protocol: ProbeProtocol) -> dict[str, Any]:
-    """Give a protocol's settings as they stand in results.json."""
+    """Return a protocol's settings as results.json has them."""
     listed: dict[str, Any] = asdict(protocol)  # type: ignore[call-overload]
     return {key: list(value) if isinstance(value, tuple) else value for key, value in listed.items()}
 
 
 def protocol_hash(protocol: ProbeProtocol) -> str:
-    """Give 12 hexadecimal digits of name, version and settings: equal means measured alike."""
+    """Return 12 hexadecimal digits of name, version and settings; results of equal hashes are comparable."""
     text = json.dumps([protocol.name, protocol.version, settings(protocol)], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 @dataclass(frozen=True)
 class Predictions:
-    """What one model's classifier said about the labelled test items; of several draws, the first.
+    """The predictions of one model's classifier for the labelled test items; of several draws, the first.
 
     sample: (N,) int64, index in the data set. target, predicted: (N,) int64. probabilities: (N, C) float64.
     """
@@ -252,15 +252,15 @@ class Predictions:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """All that an evaluation found.
+    """The outcome of an evaluation.
 
     Args:
         results: the rows of results.json.
-        predictions: protocol -> model -> what it said about the test items.
+        predictions: protocol -> model -> predictions for the test items.
         features: model -> features (N, F) of all test items, in order.
-        health: model -> the verdict on its features.
-        fitted: protocol -> model -> the classifiers and what was chosen.
-        notes: sentences for the person about classes and labels.
+        health: model -> the check of its features.
+        fitted: protocol -> model -> the classifiers and what was selected.
+        notes: sentences about classes and labels.
     """
 
     results: list[Result] = field(default_factory=list)
@@ -272,8 +272,8 @@ class Evaluation:
 
     @property
     def warnings(self) -> list[str]:
-        """Give what a person must know beside the table: sick encoders first, then the notes."""
-        return [verdict.sentence for verdict in self.health.values() if not verdict.well] + self.notes
+        """Sentences on encoders with broken features, then the notes."""
+        return [verdict.sentence for verdict in self.health.values() if not verdict.usable] + self.notes
 
 
 def evaluate(
@@ -289,33 +289,33 @@ def evaluate(
 ) -> Evaluation:
     """Measure frozen features by every protocol.
 
-    First everything is chosen and fitted, for all models, on the labelled items of `data.train`; only then each model
-    sees the test items, once.
+    First all classifiers of all models are selected and fitted on the labelled items of `data.train`; then each model
+    encodes the test items, once.
 
     Args:
-        models: name -> encoder, raw batch -> (N, F); a module is set to evaluation mode meanwhile.
+        models: name -> encoder, raw batch -> (N, F); a module is in evaluation mode meanwhile.
         data: with labels, of at least two classes, in train and test.
         protocols: names, or {name: ..., settings}.
-        seed: of the label draws, the folds and the drawing of items for a choice.
-        draws: of `few_labels`, where its own settings do not say.
-        labels_per_class: of `few_labels`, where its own settings do not say.
-        batch_size: items, for the features.
-        progress: is told a line about each step, where it is given.
+        seed: of the label draws, the folds and the items that a selection uses.
+        draws: of `few_labels`, where its own settings lack it.
+        labels_per_class: of `few_labels`, where its own settings lack it.
+        batch_size: items per batch, for the features.
+        progress: called with a line about each step.
 
     Raises:
-        InputError: for an unknown protocol or setting, data without the labels that are needed, an encoder that does
-            not give one vector an item. NaN features or a collapsed encoder are no error but a verdict in `health`.
+        InputError: for an unknown protocol or setting, data without the required labels, an encoder that does not
+            return one vector per item. NaN features and a collapsed encoder are no error, but reported in `health`.
     """
     chosen = _build(protocols, draws, labels_per_class)
     if not models:
         raise InputError("evaluation needs at least one model; none was given.")
     train, validation = _labelled_train(data)
-    judged = _labelled_test(data)
-    tell = progress or (lambda _: None)
+    labelled_test = _labelled_test(data)
+    report = progress or (lambda _: None)
     found = Evaluation()
     seconds: dict[tuple[str, str], float] = {}
     for model, encode in models.items():
-        tell(f"{subject(model)}: {', '.join(each.name for each in chosen)} on {len(train):,} labelled training items")
+        report(f"{subject(model)}: {', '.join(each.name for each in chosen)} on {len(train):,} labelled training items")
         features, target = extract(encode, train, batch_size)
         found.health[model] = health(features, subject(model))
         if not found.health[model].finite:
@@ -328,7 +328,7 @@ def evaluate(
     for model, encode in models.items():
         if not found.health[model].finite:
             continue
-        tell(f"{subject(model)}: {len(judged):,} test items")
+        report(f"{subject(model)}: {len(labelled_test):,} test items")
         features, target = extract(encode, data.test, batch_size)
         verdict = health(features, subject(model))
         if not verdict.finite:
@@ -338,13 +338,13 @@ def evaluate(
         for protocol in chosen:
             fitted = found.fitted[protocol.name][model]
             start = time.perf_counter()
-            probabilities = [each.probabilities(features[judged]).numpy() for each in fitted.classifiers]
-            scores = [score(target[judged].numpy(), each, data.classes) for each in probabilities]
+            probabilities = [each.probabilities(features[labelled_test]).numpy() for each in fitted.classifiers]
+            scores = [score(target[labelled_test].numpy(), each, data.classes) for each in probabilities]
             spent = seconds[protocol.name, model] + time.perf_counter() - start
             found.results.extend(_rows(model, protocol, fitted, scores, spent))
             found.predictions.setdefault(protocol.name, {})[model] = Predictions(
-                data.test.sample[judged.numpy()],
-                target[judged].numpy(),
+                data.test.sample[labelled_test.numpy()],
+                target[labelled_test].numpy(),
                 probabilities[0].argmax(1),
                 probabilities[0],
             )
@@ -364,7 +364,7 @@ def _build(protocols: Sequence[str | Mapping[str, Any]], draws: int, labels_per_
 
 
 def _labelled_train(data: Data) -> tuple[Samples, Tensor]:
-    """Give the labelled training items and which of them are for validation."""
+    """Return the labelled training items and which of them are for validation."""
     has_label = np.flatnonzero(data.train.target >= 0)
     present = np.unique(data.train.target[has_label])
     if len(present) < 2:
@@ -376,14 +376,14 @@ def _labelled_train(data: Data) -> tuple[Samples, Tensor]:
 
 
 def _labelled_test(data: Data) -> Tensor:
-    """Give the positions of the labelled test items; nothing else of the test split is looked at here."""
-    judged = np.flatnonzero(data.test.target >= 0) if len(data.test) else np.zeros(0, dtype=np.int64)
-    if len(judged) == 0:
+    """Return the positions of the labelled test items; nothing else of the test split is read here."""
+    labelled = np.flatnonzero(data.test.target >= 0) if len(data.test) else np.zeros(0, dtype=np.int64)
+    if len(labelled) == 0:
         raise InputError(
             f"evaluation needs labelled test items; {data.source} has {len(data.test):,} test items, "
             "none with a label. Give labels, or splits that leave some labelled items for test."
         )
-    return torch.from_numpy(judged)
+    return torch.from_numpy(labelled)
 
 
 def _notes(data: Data, train: Samples) -> list[str]:
@@ -402,7 +402,7 @@ def _notes(data: Data, train: Samples) -> list[str]:
 def _rows(
     model: str, protocol: ProbeProtocol, fitted: Fitted, scores: Sequence[Scores], seconds: float
 ) -> list[Result]:
-    """Give one row a metric."""
+    """Return one row per metric."""
     listed = {**settings(protocol), **fitted.chosen}
     if scores[0].absent:
         listed["classes_left_out"] = list(scores[0].absent)

@@ -1,4 +1,4 @@
-"""One thread for small work: several would wait for each other, most of all on a busy machine."""
+"""One thread for small operations, on which several threads mostly wait for each other."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from contextlib import contextmanager
 import torch
 
 SMALL = 500_000_000
-"""Up to so many multiplications between two meetings of the threads are work for one of them."""
+"""Below this many multiplications per parallel region, one thread is faster."""
 
 
 @contextmanager
 def threads_for(multiplications: int) -> Iterator[None]:
-    """Let one thread do what is small; afterwards the number of threads is what it was."""
+    """Use one thread inside the block for fewer than SMALL multiplications; then restore the number of threads."""
     before = torch.get_num_threads()
     torch.set_num_threads(1 if multiplications < SMALL else before)
     try:

@@ -192,8 +192,10 @@ class RunFolder:
         return content
 
     def _damaged(self, name: str, expected: str, reason: object) -> InputError:
-        said = " ".join(str(reason).split())
-        return InputError(f"{self.path / name} should be {expected}, but cannot be read: {said}. Restore or remove it.")
+        cause = " ".join(str(reason).split())
+        return InputError(
+            f"{self.path / name} should be {expected}, but cannot be read: {cause}. Restore or remove it."
+        )
 
     def set_state(self, state: State, step: int, **more: Any) -> None:
         """Write how the run is doing, with the time as its heartbeat."""

@@ -136,7 +136,7 @@ def _notes(record: RunRecord, *, samples: bool) -> list[tuple[str, str]]:
     features = record.arrays.get("features")
     if not warnings and features is not None and len(features) > 1:  # without labels no evaluation has checked them
         verdict = health(torch.from_numpy(features), "the pretrained encoder")
-        warnings += [] if verdict.well else [verdict.sentence]
+        warnings += [] if verdict.usable else [verdict.sentence]
     return notes + [("warning", warning[:1].upper() + warning[1:]) for warning in warnings]
 
 

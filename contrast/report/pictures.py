@@ -16,6 +16,7 @@ import matplotlib
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -110,7 +111,7 @@ def curve(step: Array, value: Array, *, name: str, label: str, y_label: str, x_l
         axes.fill_between(step, low, high, color=COLOURS[0], alpha=0.2, linewidth=0)
     axes.plot(step, value, color=COLOURS[0], linewidth=1.6, marker="o" if len(step) <= 40 else None, markersize=3)
     axes.set(xlabel=x_label, ylabel=y_label)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
     axes.grid(color=INK, alpha=0.12, linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
     return svg_text(figure, name=name, label=label)

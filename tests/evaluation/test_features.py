@@ -18,7 +18,7 @@ def test_features_come_in_sample_order_for_any_batch_size(make_data):
     assert whole.dtype == torch.float32 and not whole.requires_grad
 
 
-def test_extraction_freezes_a_module_and_gives_every_part_its_own_flag_back(make_data):
+def test_extraction_freezes_a_module_and_restores_every_flag(make_data):
     encoder = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(16), nn.Dropout(0.5))
     encoder[1].eval()
     before = encoder[1].running_mean.clone()
@@ -44,18 +44,18 @@ def test_frozen_restores_the_flags_after_an_error():
 
 
 @pytest.mark.parametrize("encode", [lambda x: x, lambda x: x.flatten(1)[:2], lambda x: [x]])
-def test_an_encoder_that_gives_no_vectors_is_refused(encode, make_data):
-    with pytest.raises(InputError, match="an encoder must give"):
+def test_an_encoder_without_one_vector_per_item_is_refused(encode, make_data):
+    with pytest.raises(InputError, match="an encoder must return"):
         extract(encode, make_data().train)
 
 
-def test_healthy_features_are_well():
+def test_varied_features_are_usable():
     verdict = health(torch.randn(200, 8, generator=torch.Generator().manual_seed(0)))
-    assert verdict.well and 7 < verdict.rank <= 8
+    assert verdict.usable and 7 < verdict.rank <= 8
     assert "effective rank" in verdict.sentence
 
 
-def test_nan_features_are_named_with_their_number():
+def test_items_with_nan_features_are_counted():
     features = torch.randn(10, 4)
     features[3, 1], features[7, 2] = math.nan, math.inf
     verdict = health(features, "the pretrained encoder")
@@ -64,7 +64,7 @@ def test_nan_features_are_named_with_their_number():
 
 
 @pytest.mark.parametrize("noise", [0.0, 1e-6])
-def test_a_constant_encoder_has_collapsed_also_with_float_noise(noise):
+def test_a_constant_encoder_has_collapsed_also_with_rounding_errors(noise):
     generator = torch.Generator().manual_seed(0)
     constant = torch.randn(1, 16, generator=generator)
     verdict = health(constant + noise * torch.randn(100, 16, generator=generator), "the pretrained encoder")
@@ -72,10 +72,10 @@ def test_a_constant_encoder_has_collapsed_also_with_float_noise(noise):
     assert verdict.rank < 1.01
 
 
-def test_one_living_feature_is_no_collapse():
+def test_one_varied_feature_is_no_collapse():
     features = torch.ones(100, 16)
     features[:, 3] += 0.01 * torch.arange(100)
-    assert health(features).well
+    assert health(features).usable
 
 
 def test_all_zero_features_have_collapsed():
@@ -94,7 +94,7 @@ def test_raw_images_are_scaled_by_their_type(dtype):
     assert raw_features(x).tolist() == [[0.0, 1.0]]
 
 
-def test_wide_raw_input_is_pooled_below_the_limit_in_its_shape():
+def test_wide_raw_input_is_pooled_below_the_limit():
     image = raw_features(torch.ones(2, 3, 100, 200))
     assert image.shape[0] == 2 and 3000 < image.shape[1] <= 4096
     torch.testing.assert_close(image, torch.ones_like(image))
@@ -102,7 +102,7 @@ def test_wide_raw_input_is_pooled_below_the_limit_in_its_shape():
     assert raw_features(torch.ones(2, 1, 64, 64)).shape == (2, 4096)
 
 
-def test_pooling_a_series_averages_what_was_observed_only():
+def test_pooling_a_series_averages_observed_steps_only():
     x = torch.full((1, 1, 8192), torch.nan)
     x[0, 0, :4096] = 2.0
     x[0, 0, 1] = torch.nan

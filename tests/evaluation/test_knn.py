@@ -16,14 +16,14 @@ def test_votes_are_weighted_by_the_exponential_of_the_similarity():
     assert probability.tolist() == pytest.approx([vote / sum(votes) for vote in votes], abs=1e-6)
 
 
-def test_k_is_at_most_the_mean_number_of_labels_a_class():
+def test_k_is_at_most_the_mean_number_of_labels_per_class():
     features = torch.randn(12, 3)
     assert fit_neighbours(features, torch.arange(12) % 3, 3, neighbours=20).neighbours == 4
     assert fit_neighbours(features, torch.arange(12) % 3, 3, neighbours=2).neighbours == 2
     assert fit_neighbours(features[:2], torch.arange(2), 2, neighbours=20).neighbours == 1
 
 
-def test_zero_vectors_are_neighbours_of_nobody_in_particular():
+def test_a_zero_vector_has_no_preferred_neighbours():
     found = fit_neighbours(torch.tensor([[0.0, 0.0], [1.0, 0.0]]), torch.tensor([0, 1]), 2, neighbours=20)
     assert found.probabilities(torch.tensor([[0.0, 0.0], [2.0, 0.0]])).argmax(1).tolist() == [0, 1]
 

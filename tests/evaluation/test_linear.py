@@ -35,7 +35,7 @@ def test_a_probe_is_standardisation_and_logistic_regression():
     assert probe.converged
 
 
-def test_a_feature_that_never_varied_has_no_say():
+def test_a_constant_feature_has_no_influence():
     features, target = clouds(60)
     # Constant up to rounding: without the rule, dividing by that deviation would make a feature of the noise.
     rounding = 1e-8 * torch.arange(60).remainder(2).view(-1, 1)
@@ -56,7 +56,7 @@ def test_a_class_that_was_not_fitted_has_probability_zero():
     torch.testing.assert_close(probability.sum(1), torch.ones(60, dtype=torch.float64))
 
 
-def test_the_strength_has_the_smallest_log_loss_on_the_items_held_out():
+def test_the_strength_has_the_smallest_log_loss_on_held_out_items():
     features, target = clouds(120, noise=8.0)
     held_out = torch.arange(120) % 4 == 0
     strength, losses = choose_on_validation(features, target, held_out, STRENGTHS, seed=0)
@@ -69,7 +69,7 @@ def test_the_strength_has_the_smallest_log_loss_on_the_items_held_out():
     assert sorted(losses)[1] == strength and len(losses) < len(STRENGTHS)
 
 
-def test_folds_choose_by_the_log_loss_of_items_held_out():
+def test_folds_choose_by_the_log_loss_of_held_out_items():
     features, target = clouds(30, noise=3.0)
     strength, losses = choose_by_folds(features, target, STRENGTHS, seed=3)
     fold = stratified_folds(target.numpy(), 5, seed=3)
@@ -84,7 +84,7 @@ def test_folds_choose_by_the_log_loss_of_items_held_out():
     assert losses[strength] == min(losses.values()) == pytest.approx(total / 30, abs=1e-3)
 
 
-def test_one_label_a_class_leaves_nothing_to_choose_on():
+def test_one_label_per_class_leaves_none_to_choose_on():
     features, target = clouds(3)
     assert choose_by_folds(features, target, STRENGTHS, seed=0) == (100.0, {})
 
@@ -98,7 +98,7 @@ def test_folds_are_even_within_every_class():
     assert len(set(fold[18:])) == 2
 
 
-def test_a_draw_has_so_many_labels_a_class_or_all_there_are():
+def test_a_draw_has_a_number_of_labels_per_class_or_all_of_them():
     target = np.array([0] * 20 + [1] * 4 + [-1] * 50 + [2] * 15)
     draw = draw_labels(target, 10, seed=5)
     assert np.bincount(target[draw]).tolist() == [10, 4, 10]
@@ -107,11 +107,11 @@ def test_a_draw_has_so_many_labels_a_class_or_all_there_are():
     assert draw.tolist() != draw_labels(target, 10, seed=6).tolist()
 
 
-def test_a_large_train_split_is_thinned_for_the_choice_only(monkeypatch):
+def test_a_large_train_split_is_subsampled_for_the_choice_only(monkeypatch):
     features, target = clouds(120, noise=3.0)
     seen = []
     whole = linear.prepare
-    monkeypatch.setattr(linear, "FIRST", 40)
+    monkeypatch.setattr(linear, "MOST_FOR_CHOICE", 40)
     monkeypatch.setattr(linear, "prepare", lambda x: seen.append(len(x)) or whole(x))
     choose_on_validation(features, target, torch.arange(120) % 4 == 0, STRENGTHS, seed=0)
     choose_by_folds(features, target, STRENGTHS, seed=0)

@@ -33,7 +33,7 @@ def test_the_minimum_is_that_of_scikit_learn(items, width, classes, strength):
     assert found.converged.all()
 
 
-def test_problems_solved_together_are_those_solved_alone():
+def test_problems_solved_together_have_the_solutions_of_each_problem():
     x, target = problem(120, 8, 3)
     strengths = torch.tensor([0.1, 10.0, 1e4])
     kept = torch.rand(3, 120, generator=torch.Generator().manual_seed(1)) < 0.7
@@ -44,7 +44,7 @@ def test_problems_solved_together_are_those_solved_alone():
         torch.testing.assert_close(together.bias[i], alone.bias[0], atol=1e-4, rtol=1e-4)
 
 
-def test_the_roads_for_large_problems_lead_to_the_same_minimum(monkeypatch):
+def test_large_problems_reach_the_same_minimum(monkeypatch):
     x, target = problem(150, 10, 3)
     strengths = torch.tensor([0.1, 1.0, 10.0])
     expected = solve(prepare(x), target, 3, strengths)
@@ -64,7 +64,7 @@ def test_separable_classes_converge_for_the_weakest_strength():
     assert ((x - x.mean(0)) / x.std(0) @ found.weight[0] + found.bias[0]).argmax(1).equal(target)
 
 
-def test_twice_gives_the_same_bits():
+def test_two_fits_are_equal_bit_for_bit():
     x, target = problem(100, 6, 3)
     first, second = (solve(prepare(x), target, 3, torch.tensor([0.1, 1.0])) for _ in range(2))
     assert torch.equal(first.weight, second.weight)

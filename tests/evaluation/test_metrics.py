@@ -55,12 +55,12 @@ def test_a_class_without_items_is_left_out_and_named():
     assert found.values["auroc"] == pytest.approx(area)
 
 
-def test_one_class_alone_has_no_auroc():
+def test_a_single_class_has_no_auroc():
     found = score(np.zeros(5, dtype=np.int64), np.tile([0.9, 0.1], (5, 1)), ["a", "b"])
     assert found.values == {"accuracy": 1.0, "balanced_accuracy": 1.0, "macro_f1": 1.0}
 
 
-def test_a_class_never_predicted_has_precision_zero():
+def test_a_class_without_predictions_has_precision_zero():
     found = score(np.array([0, 1]), np.array([[0.9, 0.1], [0.8, 0.2]]), ["a", "b"])
     assert found.per_class["b"] == {"recall": 0.0, "precision": 0.0, "f1": 0.0, "support": 1}
 

@@ -25,7 +25,7 @@ def accuracies(found):
     return {(row.model, row.protocol): row for row in found.results if row.metric == "accuracy"}
 
 
-def test_every_model_gets_every_number_with_what_is_needed_to_trust_it(make_data):
+def test_every_model_has_every_metric_with_its_draws_and_spread(make_data):
     data = make_data()
     found = evaluate({"raw": raw_input(data), "pretrained": half}, data, draws=3, labels_per_class=5)
     assert len(found.results) == 2 * 3 * 4
@@ -36,12 +36,12 @@ def test_every_model_gets_every_number_with_what_is_needed_to_trust_it(make_data
         assert (row.per_class is not None) == (row.metric == "accuracy")
         assert Result.from_row(json.loads(json.dumps(row.row(), allow_nan=False))) == row
     few = accuracies(found)["pretrained", "few_labels"]
-    assert few.labels == "5 a class" and few.n == 3
+    assert few.labels == "5 per class" and few.n == 3
     assert few.spread == pytest.approx(np.std(few.values, ddof=1))
     assert few.spread_kind == "standard deviation over draws"
     assert accuracies(found)["raw", "linear"].value > 0.8
     assert found.features["pretrained"].shape == (30, 8)
-    assert found.health["raw"].well and found.warnings == []
+    assert found.health["raw"].usable and found.warnings == []
 
 
 def test_the_accuracy_is_that_of_the_predictions(make_data):
@@ -65,7 +65,7 @@ class SpyItems(ArrayItems):
         return super().read(rows)
 
 
-def test_test_items_are_read_once_a_model_after_everything_was_fitted(make_data, monkeypatch):
+def test_test_items_are_read_once_per_model_after_every_fit(make_data, monkeypatch):
     log = []
     monkeypatch.setattr(SpyItems, "log", log, raising=False)
     for protocol in (NearestNeighbours, Linear, FewLabels):
@@ -82,7 +82,7 @@ def test_test_items_are_read_once_a_model_after_everything_was_fitted(make_data,
 
 
 def parameters(found):
-    """Every number that a fit left behind."""
+    """Return every number of a fit."""
     return [
         (protocol, model, fitted.chosen, fitted.seeds, [vars(classifier) for classifier in fitted.classifiers])
         for protocol, models in found.fitted.items()
@@ -113,7 +113,7 @@ def test_shuffled_test_labels_change_no_fitted_parameter(make_data):
     assert accuracies(honest)["raw", "linear"].value != accuracies(other)["raw", "linear"].value
 
 
-def test_shuffled_training_labels_do_change_the_fit(make_data):
+def test_shuffled_training_labels_change_the_fit(make_data):
     data, shuffled = make_data(), make_data()
     shuffled.train.target[:] = np.random.default_rng(1).permutation(shuffled.train.target)
     honest, other = (evaluate({"raw": flat}, each, protocols=["linear"]) for each in (data, shuffled))
@@ -121,7 +121,7 @@ def test_shuffled_training_labels_do_change_the_fit(make_data):
         assert_same(parameters(honest), parameters(other))
 
 
-def test_twice_gives_the_same_numbers_and_another_seed_other_draws(make_data):
+def test_the_same_seed_gives_equal_numbers_and_another_seed_other_draws(make_data):
     data = make_data(noise=3.0)
     first, again, other = (
         accuracies(evaluate({"raw": flat}, data, protocols=["few_labels"], seed=seed, labels_per_class=3))
@@ -131,7 +131,7 @@ def test_twice_gives_the_same_numbers_and_another_seed_other_draws(make_data):
     assert set(first["raw", "few_labels"].seeds).isdisjoint(other["raw", "few_labels"].seeds)
 
 
-def test_more_draws_continue_the_fewer(make_data):
+def test_more_draws_start_with_the_same_draws(make_data):
     data = make_data(noise=3.0)
     few, many = (
         accuracies(evaluate({"raw": flat}, data, protocols=["few_labels"], draws=draws))["raw", "few_labels"]
@@ -140,7 +140,7 @@ def test_more_draws_continue_the_fewer(make_data):
     assert many.values[:2] == few.values and many.seeds[:2] == few.seeds
 
 
-def test_a_draw_uses_no_label_outside_itself(make_data):
+def test_a_draw_uses_only_its_own_labels(make_data):
     data = make_data()
     found = evaluate({"raw": flat}, data, protocols=["few_labels"], draws=1, labels_per_class=4)
     drawn = draw_labels(data.train.target, 4, found.fitted["few_labels"]["raw"].seeds[0])
@@ -152,7 +152,7 @@ def test_a_draw_uses_no_label_outside_itself(make_data):
     assert_same(parameters(found), parameters(again))
 
 
-def test_items_without_a_label_are_neither_fitted_nor_judged(make_data):
+def test_items_without_a_label_are_neither_fitted_nor_scored(make_data):
     data = make_data()
     data.train.target[::2] = -1
     data.validation[::2] = False
@@ -166,26 +166,26 @@ def test_items_without_a_label_are_neither_fitted_nor_judged(make_data):
     assert len(found.features["raw"]) == 30
 
 
-def test_an_encoder_that_gives_nan_gets_a_sentence_and_no_numbers(make_data):
+def test_an_encoder_with_nan_features_has_a_warning_and_no_results(make_data):
     found = evaluate({"raw": flat, "pretrained": lambda x: flat(x) * torch.nan}, make_data(), protocols=["knn"])
     assert {row.model for row in found.results} == {"raw"}
     assert "the pretrained encoder gives NaN" in found.warnings[0]
 
 
-def test_nan_among_the_test_features_only_is_named_too(make_data):
+def test_nan_among_only_the_test_features_is_a_warning_too(make_data):
     data = make_data()
     data.test.items.array[95, 0, 0, 0] = np.nan
     found = evaluate({"raw": flat}, data, protocols=["knn"])
     assert found.results == [] and "1 of 30 items" in found.warnings[0]
 
 
-def test_a_collapsed_encoder_is_named_and_guesses(make_data):
+def test_a_collapsed_encoder_has_a_warning_and_chance_results(make_data):
     found = evaluate({"pretrained": lambda x: torch.ones(len(x), 4)}, make_data(), draws=2)
     assert "the pretrained encoder has collapsed" in found.warnings[0]
     assert accuracies(found)["pretrained", "linear"].value == pytest.approx(1 / 3)
 
 
-def test_a_class_with_few_labels_gives_all_it_has_and_the_settings_say_so(make_data):
+def test_all_labels_of_a_rare_class_are_used_and_the_settings_name_it(make_data):
     data = make_data()
     data.train.target[np.flatnonzero(data.train.target == 1)[4:]] = -1
     data.validation[data.train.target < 0] = False
@@ -214,7 +214,7 @@ def test_the_hash_names_version_and_settings():
 
 
 @pytest.mark.parametrize("name", PROTOCOLS)
-def test_every_protocol_is_built_by_name_and_knows_it(name):
+def test_every_protocol_is_built_by_its_own_name(name):
     protocol = PROTOCOLS.build(name)
     assert protocol.name == name and protocol.version == "v1"
 
@@ -234,12 +234,12 @@ def test_a_wrong_protocol_is_refused_in_a_sentence(part, sentence, make_data):
         evaluate({"raw": flat}, make_data(), protocols=[part])
 
 
-def test_settings_of_a_protocol_can_be_given(make_data):
+def test_a_protocol_takes_settings(make_data):
     found = evaluate({"raw": flat}, make_data(), protocols=[{"name": "few_labels", "labels_per_class": 2, "draws": 2}])
-    assert found.results[0].labels == "2 a class" and found.results[0].n == 2
+    assert found.results[0].labels == "2 per class" and found.results[0].n == 2
 
 
-def test_missing_labels_are_refused_before_any_work(make_data):
+def test_missing_labels_are_refused_before_any_encoding(make_data):
     data = make_data()
     data.test.target[:] = -1
     with pytest.raises(InputError, match="evaluation needs labelled test items; clouds has 30 test items"):
