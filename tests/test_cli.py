@@ -1,4 +1,4 @@
-"""The command as a person uses it: whole small runs, and one sentence for every wrong input."""
+"""The command as a person uses it: complete small runs, and one sentence for every wrong input."""
 
 import json
 import os
@@ -23,14 +23,14 @@ ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(autouse=True)
-def in_a_folder_of_its_own(tmp_path, monkeypatch):
+def in_an_empty_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("CONTRAST_RUN", raising=False)
 
 
 @pytest.fixture
-def contrast_says(capfd):
-    """Run the command; give its exit status, standard output and standard error."""
+def run_command(capfd):
+    """Run the command; return its exit status, standard output and standard error."""
 
     def run(*words):
         status = cli.main([str(word) for word in words])
@@ -41,7 +41,7 @@ def contrast_says(capfd):
 
 
 def weights(run):
-    """Give all tensors and numbers of the last checkpoint, also those inside the state of a memory."""
+    """Return all tensors and numbers of the last checkpoint, also those inside the state of a memory."""
     return dict(flat(torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]))
 
 
@@ -64,9 +64,9 @@ def assert_same(a, b):
         assert torch.equal(value, b[key]) if isinstance(value, torch.Tensor) else value == b[key], key
 
 
-def test_pretrain_leaves_everything_that_a_run_promises(tmp_path, contrast_says):
+def test_pretrain_leaves_everything_that_a_run_promises(tmp_path, run_command):
     images(tmp_path / "bars.npz")
-    status, out, err = contrast_says("pretrain", "bars.npz", "budget=6 steps", "logger=tensorboard", *QUICK[:-1])
+    status, out, err = run_command("pretrain", "bars.npz", "budget=6 steps", "logger=tensorboard", *QUICK[:-1])
     assert status == 0, err
     run = tmp_path / "runs" / "bars-info_nce-001"
     names = "config.yaml command.txt environment.json state.json metrics.jsonl log.txt views.png results.json"
@@ -85,9 +85,9 @@ def test_pretrain_leaves_everything_that_a_run_promises(tmp_path, contrast_says)
     assert max(steps) == 6
 
 
-def test_results_json_has_the_promised_schema(tmp_path, contrast_says):
+def test_results_json_has_the_promised_schema(tmp_path, run_command):
     images(tmp_path / "bars.npz")
-    assert contrast_says("pretrain", "bars.npz", "budget=2 steps", *QUICK)[0] == 0
+    assert run_command("pretrain", "bars.npz", "budget=2 steps", *QUICK)[0] == 0
     results = json.loads((tmp_path / "runs/bars-info_nce-001/results.json").read_text())
     assert results["schema"] == 1
     about = (
@@ -105,10 +105,10 @@ def test_results_json_has_the_promised_schema(tmp_path, contrast_says):
     assert {result["n"] for result in few} == {5}
 
 
-def test_the_same_seed_gives_the_same_weights_and_numbers_and_another_does_not(tmp_path, contrast_says):
+def test_the_same_seed_gives_the_same_weights_and_numbers_and_another_does_not(tmp_path, run_command):
     images(tmp_path / "bars.npz")
     for out, seed in (("a", 0), ("b", 0), ("c", 1)):
-        assert contrast_says("pretrain", "bars.npz", "budget=4 steps", f"seed={seed}", "--out", out, *QUICK)[0] == 0
+        assert run_command("pretrain", "bars.npz", "budget=4 steps", f"seed={seed}", "--out", out, *QUICK)[0] == 0
     assert_same(weights(tmp_path / "a"), weights(tmp_path / "b"))
     assert numbers(tmp_path / "a") == numbers(tmp_path / "b")
     assert not torch.equal(*(weights(tmp_path / run)["encoder.head.0.weight"] for run in "ac"))
@@ -130,10 +130,10 @@ MEMORIES = {
     [["simclr"], ["moco_v3"], ["cacr"], *MEMORIES.values()],
     ids=["simclr", "moco_v3", "cacr", *MEMORIES],
 )
-def test_a_stopped_and_resumed_run_equals_an_unbroken_one_bit_for_bit(words, tmp_path, contrast_says, monkeypatch):
+def test_a_stopped_and_resumed_run_equals_an_unbroken_one_bit_for_bit(words, tmp_path, run_command, monkeypatch):
     images(tmp_path / "bars.npz")
     settings = ["bars.npz", *words, "budget=9 steps", "probe.every=2", *QUICK]
-    assert contrast_says("pretrain", *settings, "--out", "whole")[0] == 0
+    assert run_command("pretrain", *settings, "--out", "whole")[0] == 0
     record = MetricsLogger.on_train_batch_end
 
     def stop_in_the_middle(self, trainer, module, *rest):
@@ -142,13 +142,13 @@ def test_a_stopped_and_resumed_run_equals_an_unbroken_one_bit_for_bit(words, tmp
             os.kill(os.getpid(), signal.SIGTERM)
 
     monkeypatch.setattr(MetricsLogger, "on_train_batch_end", stop_in_the_middle)
-    status, _, err = contrast_says("pretrain", *settings, "--out", "broken")
+    status, _, err = run_command("pretrain", *settings, "--out", "broken")
     assert status == 130
     assert "contrast resume broken" in err
     assert json.loads((tmp_path / "broken/state.json").read_text())["state"] == "stopped"
     assert not (tmp_path / "broken/results.json").exists()
     monkeypatch.setattr(MetricsLogger, "on_train_batch_end", record)
-    assert contrast_says("resume", "broken")[0] == 0
+    assert run_command("resume", "broken")[0] == 0
     assert_same(weights(tmp_path / "whole"), weights(tmp_path / "broken"))
     assert numbers(tmp_path / "whole") == numbers(tmp_path / "broken")
     losses = [
@@ -159,29 +159,29 @@ def test_a_stopped_and_resumed_run_equals_an_unbroken_one_bit_for_bit(words, tmp
 
 
 @pytest.mark.parametrize("step", [5, 6], ids=["within an epoch", "at an epoch's end"])
-def test_a_run_cut_off_after_a_checkpoint_goes_on_bit_for_bit(step, tmp_path, contrast_says, monkeypatch):
-    """The checkpoint holds the finished step: the twin has moved, the loss remembers, and its epoch is closed."""
+def test_a_run_killed_after_a_checkpoint_resumes_bit_for_bit(step, tmp_path, run_command, monkeypatch):
+    """The checkpoint has the finished step: momentum encoder and statistics of the loss updated, its epoch ended."""
     images(tmp_path / "bars.npz")
     inner = "{name: info_nce, candidates: across}"
     loss = f"loss={{name: bad_pairs, loss: {inner}, warmup_epochs: 1, noisy_width: 0.5, faulty_width: 0.5}}"
     settings = ["moco_v3", "bars.npz", "budget=12 steps", loss, *QUICK, "evaluate.protocols=[]"]
-    assert contrast_says("pretrain", *settings, "--out", "whole")[0] == 0
+    assert run_command("pretrain", *settings, "--out", "whole")[0] == 0
     save = Checkpoints.on_train_batch_end
 
-    def save_and_lose_power(self, trainer, module, *rest):
+    def save_and_raise(self, trainer, module, *rest):
         assert module.steps_per_epoch == 3
         if module.global_step == step:
             self.save(trainer)
             raise OSError("no more power")
 
-    monkeypatch.setattr(Checkpoints, "on_train_batch_end", save_and_lose_power)
-    status, _, err = contrast_says("pretrain", *settings, "--out", "broken")
+    monkeypatch.setattr(Checkpoints, "on_train_batch_end", save_and_raise)
+    status, _, err = run_command("pretrain", *settings, "--out", "broken")
     assert (status, "no more power" in err) == (1, True)
     remembered = torch.load(tmp_path / "broken/checkpoints/last.ckpt", weights_only=True)["state_dict"]
     assert remembered["loss.epoch"] == step // 3
     assert remembered["loss.counts"].sum() + remembered["loss.epoch_counts"].sum() == 16 * step
     monkeypatch.setattr(Checkpoints, "on_train_batch_end", save)
-    assert contrast_says("resume", "broken")[0] == 0
+    assert run_command("resume", "broken")[0] == 0
     assert_same(weights(tmp_path / "whole"), weights(tmp_path / "broken"))
     assert weights(tmp_path / "whole")["loss.kind"].any()
 
@@ -204,7 +204,7 @@ BAD_PAIRS = "{name: bad_pairs, loss: info_nce, warmup_epochs: 0, noisy_width: 0.
     ids=["queue and hard negatives", "bad pairs", "nnclr", "sharded bank", "batches of neighbours"],
 )
 def test_two_processes_train_as_one(more_words, tmp_path):
-    """The whole model: gathered losses, averaged gradients, synchronised batch norm; random views are left out."""
+    """The whole model: gathered losses, averaged gradients, synchronised batch norm; random views are switched off."""
     images(tmp_path / "bars.npz")
     words = ["bars.npz", "budget=4 steps", "views=none", "trainer.accelerator=cpu", *QUICK, "evaluate.protocols=[knn]"]
     words += more_words
@@ -225,11 +225,11 @@ def test_two_processes_train_as_one(more_words, tmp_path):
     assert json.loads((tmp_path / "two/results.json").read_text())["run"]["processes"] == 2
 
 
-def test_a_run_with_bad_pairs_shows_the_noisy_and_faulty_samples(tmp_path, contrast_says):
+def test_a_run_with_bad_pairs_shows_the_noisy_and_faulty_samples(tmp_path, run_command):
     series(tmp_path / "waves.csv")
     loss = "loss={name: bad_pairs, loss: info_nce, warmup_epochs: 2, noisy_width: 0.5, faulty_width: 0.5}"
     words = ["waves.csv", loss, "budget=12 steps", *QUICK_SERIES, "evaluate.protocols=[]"]
-    assert contrast_says("pretrain", *words, "--out", "run")[0] == 0
+    assert run_command("pretrain", *words, "--out", "run")[0] == 0
     lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     epochs = [line for line in lines if "noisy_samples" in line]
     assert [line["epoch"] for line in epochs] == [1, 2, 3, 4]
@@ -247,12 +247,12 @@ def test_a_run_with_bad_pairs_shows_the_noisy_and_faulty_samples(tmp_path, contr
     assert all(row["name"] in section for row in noisy)
     assert all(title.split("'")[0] in page for title in findings)
     assert all(title in (tmp_path / "run/log.txt").read_text() for title in findings)
-    assert contrast_says("pretrain", *words, "report.samples=false", "--out", "private")[0] == 0
+    assert run_command("pretrain", *words, "report.samples=false", "--out", "private")[0] == 0
     text = (tmp_path / "private/results.json").read_text()
     assert list(json.loads(text)["findings"]) == ["Samples flagged by epoch"]
     assert not any(row["name"] in text for row in noisy)
     assert "Noisy" not in (tmp_path / "private/report.html").read_text()
-    assert contrast_says("pretrain", *words[:1], "budget=3 steps", *words[3:], "--out", "plain")[0] == 0
+    assert run_command("pretrain", *words[:1], "budget=3 steps", *words[3:], "--out", "plain")[0] == 0
     assert json.loads((tmp_path / "plain/results.json").read_text())["findings"] == {}
 
 
@@ -267,79 +267,79 @@ class Distance(nn.Module):
 """
 
 
-def test_a_plain_module_with_forward_only_trains(tmp_path, contrast_says):
+def test_a_plain_module_with_forward_only_trains(tmp_path, run_command):
     images(tmp_path / "bars.npz")
     (tmp_path / "distance.py").write_text(PLAIN_LOSS)
     words = ["bars.npz", "plugins=[distance.py]", "loss=plain_module", *QUICK, "evaluate.protocols=[]"]
     try:
-        assert contrast_says("pretrain", *words, "budget=6 steps", "--out", "run")[0] == 0
+        assert run_command("pretrain", *words, "budget=6 steps", "--out", "run")[0] == 0
         lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
         assert lines[-1]["epoch"] == 2
         for part, sentence in [
             ("memory=[{name: queue, size: 8}]", "memory: this loss takes no further candidates"),
             ("encoder.momentum=0.9", "Distance got targets, which its forward does not accept"),
         ]:
-            status, _, err = contrast_says("pretrain", *words, "budget=2 steps", part)
+            status, _, err = run_command("pretrain", *words, "budget=2 steps", part)
             assert (status, sentence in err) == (2, True), err
     finally:
         LOSSES._parts.pop("plain_module", None)
 
 
-def test_a_run_counts_false_negatives_by_labels_it_never_uses(tmp_path, contrast_says):
+def test_a_run_counts_false_negatives_by_labels_it_never_uses(tmp_path, run_command):
     images(tmp_path / "bars.npz")
     loss = "loss={name: false_negatives, top: 1, loss: info_nce}"
     words = ["bars.npz", "budget=6 steps", *QUICK, "evaluate.protocols=[]"]
-    assert contrast_says("pretrain", *words, loss, "--out", "run")[0] == 0
+    assert run_command("pretrain", *words, loss, "--out", "run")[0] == 0
     line = json.loads((tmp_path / "run/metrics.jsonl").read_text().splitlines()[0])
     assert 0.1 < line["false_negatives"] < 0.6, "of three classes"
     assert 0 <= line["false_negatives_removed"] <= 1
     with np.load(tmp_path / "bars.npz") as arrays:
         np.savez(tmp_path / "unnamed.npz", x=arrays["x"])
-    assert contrast_says("pretrain", "unnamed.npz", *words[1:], loss, "--out", "blind")[0] == 0
+    assert run_command("pretrain", "unnamed.npz", *words[1:], loss, "--out", "blind")[0] == 0
     assert "false_negatives" not in (tmp_path / "blind/metrics.jsonl").read_text()
 
 
-def test_a_frozen_network_weighs_the_pairs(tmp_path, contrast_says):
+def test_a_frozen_network_weighs_the_pairs(tmp_path, run_command):
     images(tmp_path / "bars.npz")
     words = ["bars.npz", *QUICK, "evaluate.protocols=[]", "budget=4 steps"]
-    assert contrast_says("pretrain", *words, "--out", "first")[0] == 0
+    assert run_command("pretrain", *words, "--out", "first")[0] == 0
     queue = "memory={name: queue, size: 32}"
     for out, more in (("with", ["encoder.reference=first"]), ("without", [])):
-        assert contrast_says("pretrain", *words, "loss=cwcl", *more, queue if more else "seed=0", "--out", out)[0] == 0
+        assert run_command("pretrain", *words, "loss=cwcl", *more, queue if more else "seed=0", "--out", out)[0] == 0
     assert str(tmp_path / "first") in (tmp_path / "with/config.yaml").read_text(), (
         "so that it is resumed from any folder"
     )
     assert not any("reference" in key and "memory" not in key for key in weights(tmp_path / "with"))
     guided = "loss={name: false_negatives, guide: true, loss: info_nce}"
-    assert contrast_says("pretrain", *words, guided, "encoder.reference=first", "--out", "guided")[0] == 0
-    status, _, err = contrast_says("pretrain", *words, guided)
+    assert run_command("pretrain", *words, guided, "encoder.reference=first", "--out", "guided")[0] == 0
+    status, _, err = run_command("pretrain", *words, guided)
     assert status == 2
     assert "loss: guide compares a frozen network's vectors of every view" in err
 
 
-def test_resume_goes_beyond_a_finished_budget_and_changes_nothing_else(tmp_path, contrast_says, monkeypatch):
+def test_resume_goes_beyond_a_finished_budget_and_changes_nothing_else(tmp_path, run_command, monkeypatch):
     images(tmp_path / "bars.npz")
     (tmp_path / "own.py").touch()
-    assert contrast_says("pretrain", "bars.npz", "budget=3 steps", "plugins=[own.py]", *QUICK, "--out", "run")[0] == 0
-    status, _, err = contrast_says("resume", "run", "loss.temperature=1")
+    assert run_command("pretrain", "bars.npz", "budget=3 steps", "plugins=[own.py]", *QUICK, "--out", "run")[0] == 0
+    status, _, err = run_command("resume", "run", "loss.temperature=1")
     assert status == 2
     assert "loss.temperature: a resumed run continues as it was" in err
-    status, _, err = contrast_says("resume", "run", "budget=2 steps")
+    status, _, err = run_command("resume", "run", "budget=2 steps")
     assert status == 2
     assert "run has taken 3 steps" in err
     monkeypatch.chdir("/")  # data and plugins are found from any folder
-    assert contrast_says("resume", tmp_path / "run", "budget=5 steps")[0] == 0
+    assert run_command("resume", tmp_path / "run", "budget=5 steps")[0] == 0
     assert json.loads((tmp_path / "run/state.json").read_text())["step"] == 5
 
 
-def test_the_online_probe_cannot_influence_training(tmp_path, contrast_says, monkeypatch):
+def test_the_online_probe_cannot_influence_training(tmp_path, run_command, monkeypatch):
     images(tmp_path / "bars.npz")
     asked = []
     accuracy = OnlineProbe.accuracy
     monkeypatch.setattr(OnlineProbe, "accuracy", lambda *given: asked.append(accuracy(*given)) or asked[-1])
     for out, items in (("with", 1000), ("without", 0)):
         words = ["bars.npz", "budget=5 steps", f"probe.items={items}", "probe.every=1", *QUICK]
-        assert contrast_says("pretrain", *words, "--out", out)[0] == 0
+        assert run_command("pretrain", *words, "--out", out)[0] == 0
     assert len(asked) == 5
     assert_same(weights(tmp_path / "with"), weights(tmp_path / "without"))
 
@@ -348,9 +348,9 @@ def test_the_online_probe_cannot_influence_training(tmp_path, contrast_says, mon
     "config",
     ["simclr", "supcon", "cacr", "moco_v2", "moco_v3", "simsiam", "nnclr", "hard_negatives", "neighbour_batches"],
 )
-def test_every_method_trains_on_series_as_on_images(config, tmp_path, contrast_says):
+def test_every_method_trains_on_series_as_on_images(config, tmp_path, run_command):
     series(tmp_path / "waves.csv")
-    status, out, err = contrast_says("pretrain", config, "waves.csv", "budget=3 steps", *QUICK_SERIES)
+    status, out, err = run_command("pretrain", config, "waves.csv", "budget=3 steps", *QUICK_SERIES)
     assert status == 0, err
     assert "pretrained" in out
 
@@ -364,36 +364,36 @@ def test_every_method_trains_on_series_as_on_images(config, tmp_path, contrast_s
     ],
     ids=lambda words: words[0],
 )
-def test_a_loss_is_told_what_only_the_run_knows(words, tmp_path, contrast_says):
-    """Samples, the embeddings' width and the epochs; a loss inside a loss is built first and told the same."""
+def test_a_loss_gets_the_facts_of_the_run(words, tmp_path, run_command):
+    """Samples, the embeddings' width and the epochs; a loss inside a loss gets them too."""
     series(tmp_path / "waves.csv")
     settings = ["demo_osuleaf", "waves.csv", *words, "budget=4 steps", *QUICK_SERIES, "evaluate.protocols=[]"]
-    status, _, err = contrast_says("pretrain", *settings, "--out", "run")
+    status, _, err = run_command("pretrain", *settings, "--out", "run")
     assert status == 0, err
-    status, out, _ = contrast_says("show", "run")
+    status, out, _ = run_command("show", "run")
     assert status == 0
     shown = {line.split()[0]: line.split()[1] for line in out.splitlines()}
     assert {"loss.samples", "loss.dim", "loss.epochs", "loss.loss.dim"}.isdisjoint(shown)
     if "cacr" in words[0]:
         assert (shown["loss.loss.name"], shown["loss.loss.repulsion_scale"]) == ("cacr", "2.0")
         assert (shown["loss.loss.attraction_scale"], shown["loss.warmup_epochs"]) == ("1.0", "50")
-    assert contrast_says("check", *settings)[0] == 0
+    assert run_command("check", *settings)[0] == 0
 
 
-def test_a_folder_without_labels_is_pretrained_and_reported(tmp_path, contrast_says):
+def test_a_folder_without_labels_is_pretrained_and_reported(tmp_path, run_command):
     random = np.random.default_rng(0)
     (tmp_path / "pictures").mkdir()
     for number in range(20):
         Image.fromarray(random.integers(0, 255, (12, 12, 3), dtype=np.uint8)).save(f"pictures/{number}.png")
     words = ["pictures", "budget=2 steps", *QUICK, "batch_size=8"]
-    status, out, err = contrast_says("pretrain", *words)
+    status, out, err = run_command("pretrain", *words)
     assert status == 0, err
     assert "no protocol is evaluated" in err
     assert (tmp_path / "runs/pictures-info_nce-001/report.html").is_file()
     assert "report:" in out
 
 
-def test_a_flat_folder_with_a_table_keeps_slides_together_and_takes_patients_as_positives(tmp_path, contrast_says):
+def test_a_flat_folder_with_a_table_keeps_slides_together_and_takes_patients_as_positives(tmp_path, run_command):
     random = np.random.default_rng(0)
     (tmp_path / "cells").mkdir()
     lines = ["item,target,slide,patient"]
@@ -405,7 +405,7 @@ def test_a_flat_folder_with_a_table_keeps_slides_together_and_takes_patients_as_
             lines.append(f"{number}.png,{'ab'[number % 2]},slide{number // 4},patient{number // 8}")
     (tmp_path / "cells/labels.csv").write_text("\n".join(lines) + "\n")
     words = ["cells", "data.split_by=slide", "data.positives=patient", "budget=3 steps", *QUICK, "batch_size=8"]
-    status, out, err = contrast_says("pretrain", *words, "evaluate.labels_per_class=2")
+    status, out, err = run_command("pretrain", *words, "evaluate.labels_per_class=2")
     assert status == 0, err
     assert "pretrained" in out
     assert "no 'slide' in both train and test" in err
@@ -415,11 +415,11 @@ def test_a_flat_folder_with_a_table_keeps_slides_together_and_takes_patients_as_
     assert max(row.get("positives", 0) for row in rows) > 1
 
 
-def test_weights_at_hand_add_the_row_off_the_shelf(tmp_path, contrast_says):
+def test_a_weights_file_adds_the_row_off_the_shelf(tmp_path, run_command):
     images(tmp_path / "bars.npz")
-    assert contrast_says("pretrain", "bars.npz", "budget=3 steps", *QUICK, "--out", "first")[0] == 0
+    assert run_command("pretrain", "bars.npz", "budget=3 steps", *QUICK, "--out", "first")[0] == 0
     part = "encoder.backbone={name: small_conv, width: 4, blocks: [1], pretrained: first/backbone.safetensors}"
-    status, out, err = contrast_says("pretrain", "bars.npz", "budget=2 steps", *QUICK, part, "--out", "second")
+    status, out, err = run_command("pretrain", "bars.npz", "budget=2 steps", *QUICK, part, "--out", "second")
     assert status == 0, err
     first, second = numbers(tmp_path / "first"), numbers(tmp_path / "second")
     assert second["off_the_shelf", "knn", "accuracy"] == first["pretrained", "knn", "accuracy"]
@@ -428,9 +428,9 @@ def test_weights_at_hand_add_the_row_off_the_shelf(tmp_path, contrast_says):
 
 
 @pytest.mark.parametrize("setting", ["trainer.precision=bf16-mixed", "optimizer=lars", "budget=2s"])
-def test_precision_optimizer_and_a_budget_in_seconds(setting, tmp_path, contrast_says):
+def test_precision_optimizer_and_a_budget_in_seconds(setting, tmp_path, run_command):
     images(tmp_path / "bars.npz")
-    status, _, err = contrast_says("pretrain", "bars.npz", "budget=3 steps", *QUICK, setting)
+    status, _, err = run_command("pretrain", "bars.npz", "budget=3 steps", *QUICK, setting)
     assert status == 0, err
     results = json.loads((tmp_path / "runs/bars-info_nce-001/results.json").read_text())["run"]
     if setting == "budget=2s":
@@ -438,10 +438,10 @@ def test_precision_optimizer_and_a_budget_in_seconds(setting, tmp_path, contrast
         assert 2 <= results["seconds"] < 20
 
 
-def test_a_diverging_run_fails_in_a_sentence(tmp_path, contrast_says):
+def test_a_diverging_run_fails_with_one_sentence(tmp_path, run_command):
     images(tmp_path / "bars.npz")
     words = ["bars.npz", "budget=300 steps", *QUICK, "optimizer={name: sgd, lr: 1e25, warmup: 0.9}"]
-    status, out, err = contrast_says("pretrain", *words)
+    status, out, err = run_command("pretrain", *words)
     assert (status, out) == (1, "")
     assert "Traceback" not in err
     assert "not finite" in err or "diverged" in err
@@ -450,17 +450,17 @@ def test_a_diverging_run_fails_in_a_sentence(tmp_path, contrast_says):
     assert state["why"] in err
 
 
-def test_no_config_at_all_says_what_was_picked_and_writes_it(tmp_path, contrast_says, monkeypatch):
+def test_no_config_at_all_prints_what_was_chosen_and_writes_it(tmp_path, run_command, monkeypatch):
     images(tmp_path / "bars.npz", items=24)
     monkeypatch.setattr("contrast.experiment.run.auto_steps", lambda *_: 2)
-    status, _, err = contrast_says("pretrain", "bars.npz", "evaluate.protocols=[knn]", "logger=none")
+    status, _, err = run_command("pretrain", "bars.npz", "evaluate.protocols=[knn]", "logger=none")
     assert status == 0, err
     for line in ("chosen views: small_images", "chosen encoder.backbone: small_conv", "chosen budget: 2 steps"):
         assert line in err
     assert "auto" not in (tmp_path / "runs/bars-info_nce-001/config.yaml").read_text()
 
 
-def test_large_images_are_read_smaller_where_nothing_else_was_chosen(tmp_path, contrast_says, monkeypatch):
+def test_large_images_are_read_smaller_where_nothing_else_was_chosen(tmp_path, run_command, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr("contrast.experiment.run.auto_steps", lambda *_: 1)
     for name in ("cat", "dog"):
@@ -468,50 +468,50 @@ def test_large_images_are_read_smaller_where_nothing_else_was_chosen(tmp_path, c
         for number in range(6):
             pixels = np.random.default_rng(number).integers(0, 255, (110, 120, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(f"pets/{name}/{number}.png")
-    status, _, err = contrast_says("pretrain", "pets", "evaluate.protocols=[knn]", "logger=none")
+    status, _, err = run_command("pretrain", "pets", "evaluate.protocols=[knn]", "logger=none")
     assert status == 0, err
     assert "chosen data.size: 64" in err
     assert "size: 64" in (tmp_path / "runs/pets-info_nce-001/config.yaml").read_text()
-    status, out, _ = contrast_says("check", "pets", "data.size=100", *QUICK, "batch_size=4")
+    status, out, _ = run_command("check", "pets", "data.size=100", *QUICK, "batch_size=4")
     assert status == 0
     assert "3x100x100" in out
 
 
-def test_evaluate_measures_a_run_on_its_own_and_on_other_data(tmp_path, contrast_says):
+def test_evaluate_measures_a_run_on_its_own_and_on_other_data(tmp_path, run_command):
     images(tmp_path / "bars.npz")
     images(tmp_path / "others.npz", seed=5)
-    assert contrast_says("pretrain", "bars.npz", "budget=3 steps", *QUICK, "--out", "run")[0] == 0
-    status, out, _ = contrast_says("evaluate", "run", "evaluate.protocols=[linear]")
+    assert run_command("pretrain", "bars.npz", "budget=3 steps", *QUICK, "--out", "run")[0] == 0
+    status, out, _ = run_command("evaluate", "run", "evaluate.protocols=[linear]")
     assert status == 0
     assert "pretrained" in out
-    status, _, err = contrast_says("evaluate", "run", "others.npz")
+    status, _, err = run_command("evaluate", "run", "others.npz")
     assert status == 0
     assert list((tmp_path / "run/evaluations").glob("knn-v1-others-*/result.json"))
     series(tmp_path / "waves.csv")
-    status, _, err = contrast_says("evaluate", "run", "waves.csv")
+    status, _, err = run_command("evaluate", "run", "waves.csv")
     assert (status, len(err.strip().splitlines())) == (2, 1)
     assert "reads images of 1x8x8" in err
 
 
-def test_other_data_need_not_have_the_columns_of_the_runs_own(tmp_path, contrast_says):
+def test_other_data_need_not_have_the_columns_of_the_runs_own(tmp_path, run_command):
     random = np.random.default_rng(0)
     x, y = random.integers(0, 255, (60, 8, 8), dtype=np.uint8), np.arange(60) % 3
     np.savez(tmp_path / "own.npz", x=x, y=y, patient=np.arange(60) // 4)
     words = ["own.npz", "budget=2 steps", "data.positives=patient", "data.split_by=patient", *QUICK]
-    assert contrast_says("pretrain", *words, "evaluate.labels_per_class=1", "--out", "run")[0] == 0
+    assert run_command("pretrain", *words, "evaluate.labels_per_class=1", "--out", "run")[0] == 0
     images(tmp_path / "bars.npz")
-    status, out, err = contrast_says("evaluate", "run", "bars.npz")
+    status, out, err = run_command("evaluate", "run", "bars.npz")
     assert status == 0, err
     assert "pretrained" in out
 
 
-def test_evaluate_takes_a_function_of_ones_own(tmp_path, contrast_says):
+def test_evaluate_takes_a_function_of_the_user(tmp_path, run_command):
     images(tmp_path / "bars.npz")
     (tmp_path / "my_encoder.py").write_text("def encode(x):\n    return x.float().mean(2).flatten(1)\n")
-    status, out, err = contrast_says("evaluate", "my_encoder:encode", "bars.npz", "evaluate.protocols=[knn]")
+    status, out, err = run_command("evaluate", "my_encoder:encode", "bars.npz", "evaluate.protocols=[knn]")
     assert status == 0, err
     assert "my_encoder:encode" in out
-    assert contrast_says("evaluate", "my_encoder:decode", "bars.npz")[0] == 2
+    assert run_command("evaluate", "my_encoder:decode", "bars.npz")[0] == 2
 
 
 def test_python_does_what_the_command_does(tmp_path):
@@ -534,9 +534,9 @@ def test_python_does_what_the_command_does(tmp_path):
     assert features.shape == (60, 4)
 
 
-def test_check_writes_a_picture_and_no_run(tmp_path, contrast_says):
+def test_check_writes_a_picture_and_no_run(tmp_path, run_command):
     images(tmp_path / "bars.npz")
-    status, out, err = contrast_says("check", "bars.npz", "budget=100 steps", *QUICK)
+    status, out, err = run_command("check", "bars.npz", "budget=100 steps", *QUICK)
     assert status == 0, err
     for word in ("splits", "classes", "copies", "leaks", "views.png", "ms per step", "memory", "100 steps"):
         assert word in out
@@ -544,25 +544,25 @@ def test_check_writes_a_picture_and_no_run(tmp_path, contrast_says):
     assert not (tmp_path / "runs").exists()
 
 
-def test_check_names_the_file_of_a_value_that_does_not_fit_the_data(tmp_path, contrast_says):
+def test_check_names_the_file_of_a_value_that_does_not_fit_the_data(tmp_path, run_command):
     images(tmp_path / "bars.npz")
     (tmp_path / "mine.yaml").write_text("views: {name: simclr, size: 32}\n")
-    status, out, err = contrast_says("check", "mine.yaml", "bars.npz")
+    status, out, err = run_command("check", "mine.yaml", "bars.npz")
     assert (status, out) == (2, "")
     assert err.startswith("contrast: mine.yaml: views")
 
 
-def test_check_finds_copies_across_the_splits(tmp_path, contrast_says):
+def test_check_finds_copies_across_the_splits(tmp_path, run_command):
     random = np.random.default_rng(0)
     x, y = random.integers(0, 255, (40, 8, 8), dtype=np.uint8), np.arange(40) % 2
     np.savez(tmp_path / "leaky.npz", x_train=x, y_train=y, x_test=x[:7], y_test=y[:7])
-    status, out, _ = contrast_says("check", "leaky.npz", *QUICK)
+    status, out, _ = run_command("check", "leaky.npz", *QUICK)
     assert status == 0
     assert "7 x item of train that is also in test: x_train[0] = x_test[0]" in out
 
 
-def test_show_says_every_value_and_where_it_came_from(contrast_says):
-    status, out, _ = contrast_says("show", "cacr", "seed=4")
+def test_show_prints_every_value_and_where_it_came_from(run_command):
+    status, out, _ = run_command("show", "cacr", "seed=4")
     assert status == 0
     lines = {line.split()[0]: line for line in out.splitlines()}
     assert "command line" in lines["seed"]
@@ -571,11 +571,11 @@ def test_show_says_every_value_and_where_it_came_from(contrast_says):
     assert lines["budget"].split()[1:] == ["auto", "default"]
 
 
-def test_list_names_every_part_with_a_line_each(contrast_says):
-    status, out, _ = contrast_says("list", "losses")
+def test_list_names_every_part_with_a_line_each(run_command):
+    status, out, _ = run_command("list", "losses")
     assert status == 0
     assert {line.split()[0] for line in out.splitlines()} == set(contrast.LOSSES)
-    status, out, _ = contrast_says("list")
+    status, out, _ = run_command("list")
     assert status == 0
     for kind in KINDS.values():
         assert f"\n{kind.title}:\n" in f"\n{out}"
@@ -583,12 +583,12 @@ def test_list_names_every_part_with_a_line_each(contrast_says):
             assert f"\n  {name} " in out
     for other in ("- jitter", "timm:NAME", "demo_digits", "torchvision:NAME"):
         assert f"\n  {other} " in out
-    status, _, err = contrast_says("list", "loses")
+    status, _, err = run_command("list", "loses")
     assert status == 2
     assert "Did you mean 'losses'?" in err
 
 
-def test_list_shows_the_parts_of_a_plugin(tmp_path, contrast_says):
+def test_list_shows_the_parts_of_a_plugin(tmp_path, run_command):
     (tmp_path / "mine.py").write_text(
         "from contrast import LOSSES, PairLoss\n"
         "from contrast.models.heads import HEADS\n"
@@ -601,30 +601,30 @@ def test_list_shows_the_parts_of_a_plugin(tmp_path, contrast_says):
     )
     try:
         for words in (["list", "losses", "plugins=mine.py"], ["list", "plugins=[mine.py]", "losses"]):
-            status, out, err = contrast_says(*words)
+            status, out, err = run_command(*words)
             assert status == 0, err
             assert "  loss_of_a_plugin  A loss of my own.\n" in out
             assert "head_of_a_plugin" not in out
-        assert "  head_of_a_plugin  A head of my own.\n" in contrast_says("list", "heads", "plugins=mine.py")[1]
+        assert "  head_of_a_plugin  A head of my own.\n" in run_command("list", "heads", "plugins=mine.py")[1]
     finally:
         contrast.LOSSES._parts.pop("loss_of_a_plugin", None)
         KINDS["encoder.head"].registry._parts.pop("head_of_a_plugin", None)
-    status, _, err = contrast_says("list", "losses", "plugins=elsewhere.py")
+    status, _, err = run_command("list", "losses", "plugins=elsewhere.py")
     assert (status, err.strip()[:60]) == (2, "contrast: on the command line: plugins: elsewhere.py cannot be"[:60])
-    status, _, err = contrast_says("list", "losses", "seed=3")
+    status, _, err = run_command("list", "losses", "seed=3")
     assert (status, err) == (2, "contrast: `contrast list` takes plugins=FILE only; got seed=3.\n")
 
 
-def test_show_explains_a_key_with_and_without_a_config(contrast_says):
-    status, out, err = contrast_says("show", "cacr", "--explain", "loss.repulsion_scale")
+def test_show_explains_a_key_with_and_without_a_config(run_command):
+    status, out, err = run_command("show", "cacr", "--explain", "loss.repulsion_scale")
     assert status == 0, err
     assert out.startswith("loss.repulsion_scale = 2.0  (cacr)\n  ")
-    assert contrast_says("show", "--explain", "batch_size")[1].startswith(
+    assert run_command("show", "--explain", "batch_size")[1].startswith(
         "batch_size = auto  (default)\n  Items per step"
     )
-    status, _, err = contrast_says("show", "--explain", "bach_size")
+    status, _, err = run_command("show", "--explain", "bach_size")
     assert (status, "Did you mean 'batch_size'?" in err) == (2, True)
-    assert contrast_says("show")[0] == 2
+    assert run_command("show")[0] == 2
 
 
 def test_the_version_is_printed_and_python_m_contrast_is_the_same_command():
@@ -684,7 +684,7 @@ def folder_with_a_truncated_image(tmp_path):
     return ["pretrain", "pets"], ["3.png"]
 
 
-def folder_with_a_table_of_files_that_are_not_there(tmp_path):
+def folder_with_a_table_of_files_that_do_not_exist(tmp_path):
     (tmp_path / "flat").mkdir()
     for number in range(6):
         Image.fromarray(np.full((9, 9, 3), number * 9, np.uint8)).save(tmp_path / "flat" / f"{number}.png")
@@ -741,12 +741,12 @@ def targets_that_a_loss_lacks(tmp_path):
     return ["pretrain", "bars.npz", "loss=negative_cosine", *QUICK], ["loss", "targets"]
 
 
-def a_device_that_is_not_there(tmp_path):
+def a_device_that_does_not_exist(tmp_path):
     images(tmp_path / "bars.npz")
     return ["pretrain", "bars.npz", *QUICK, "budget=2 steps", "trainer.accelerator=tpu"], ["trainer.accelerator=tpu"]
 
 
-def a_misspelt_config_beside_data(tmp_path):
+def a_misspelt_config_next_to_data(tmp_path):
     images(tmp_path / "bars.npz")
     return ["pretrain", "simcrl", "bars.npz"], ["simcrl", "Did you mean 'simclr'?"]
 
@@ -758,7 +758,7 @@ def supervised_without_labels(tmp_path):
 
 WRONG = [
     folder_with_a_truncated_image,
-    folder_with_a_table_of_files_that_are_not_there,
+    folder_with_a_table_of_files_that_do_not_exist,
     empty_folder,
     arrays_of_different_lengths,
     one_class_only,
@@ -768,8 +768,8 @@ WRONG = [
     a_checkpoint_of_another_backbone,
     a_pickle_with_code,
     targets_that_a_loss_lacks,
-    a_device_that_is_not_there,
-    a_misspelt_config_beside_data,
+    a_device_that_does_not_exist,
+    a_misspelt_config_next_to_data,
     supervised_without_labels,
     lambda _: (["pretrain", "simcrl"], ["simcrl", "simclr"]),
     lambda _: (["pretrain", "nowhere/at/all"], ["nowhere/at/all"]),
@@ -836,9 +836,9 @@ WRONG = [
 
 
 @pytest.mark.parametrize("case", WRONG, ids=[getattr(case, "__name__", "case") for case in WRONG])
-def test_wrong_input_is_one_sentence_and_leaves_nothing_behind(case, tmp_path, contrast_says):
+def test_wrong_input_is_one_sentence_and_leaves_nothing_behind(case, tmp_path, run_command):
     words, named = case(tmp_path)
-    status, out, err = contrast_says(*words)
+    status, out, err = run_command(*words)
     sentence = err.strip().splitlines()[-1]
     assert status == 2, err
     assert out == ""

@@ -1,4 +1,4 @@
-"""What users type: the lines, names and words of the losses that later versions must keep."""
+"""What users type: the lines, names and arguments of the losses that later versions must keep."""
 
 import inspect
 import json
@@ -35,7 +35,7 @@ HEAVY = [
 
 
 @pytest.mark.parametrize("line", ["import contrast.losses", "import contrast"])
-def test_a_bare_import_needs_torch_and_numpy_alone(line):
+def test_a_bare_import_needs_only_torch_and_numpy(line):
     code = f"{line}; import sys, json; print(json.dumps(sorted(sys.modules)))"
     answer = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     loaded = {name.split(".")[0] for name in json.loads(answer.stdout)}
@@ -89,7 +89,7 @@ def test_the_everyday_lines_work():
     assert all(not value.requires_grad for value in criterion.metrics.values())
 
 
-def test_a_loss_of_ones_own_is_one_method(monkeypatch):
+def test_a_loss_of_the_user_is_one_method(monkeypatch):
     monkeypatch.setattr(LOSSES, "_parts", dict(LOSSES._parts))
     monkeypatch.setattr(LOSSES, "_aliases", dict(LOSSES._aliases))
 
@@ -116,12 +116,12 @@ def test_a_loss_of_ones_own_is_one_method(monkeypatch):
         "set_process_group",
     ],
 )
-def test_what_writers_of_losses_need_is_importable_from_contrast(name):
+def test_what_authors_of_losses_need_is_importable_from_contrast(name):
     assert hasattr(contrast, name)
     assert name in contrast.__all__
 
 
-def test_a_name_that_is_not_there_is_an_attribute_error():
+def test_an_unknown_name_is_an_attribute_error():
     with pytest.raises(AttributeError, match="module 'contrast' has no attribute 'pretrian'"):
         _ = contrast.pretrian
 

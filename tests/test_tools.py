@@ -1,4 +1,4 @@
-"""The two commands of the README answer with a sentence where the machine is not fit for them."""
+"""The two commands of the README print one sentence where the machine cannot run them."""
 
 import os
 import shutil
