@@ -484,6 +484,10 @@ def test_evaluate_measures_a_run_on_its_own_and_on_other_data(tmp_path, run_comm
     status, out, _ = run_command("evaluate", "run", "evaluate.protocols=[linear]")
     assert status == 0
     assert "pretrained" in out
+    status, _, err = run_command("evaluate", "run", "evaluate.protocols=[{name: knn, neighbours: 5}]", "--out", "five")
+    assert status == 0, err
+    (result,) = (tmp_path / "five/evaluations").glob("knn-v1-bars-*/result.json")
+    assert {row["settings"]["neighbours"] for row in json.loads(result.read_text())["results"]} == {5}
     status, _, err = run_command("evaluate", "run", "others.npz")
     assert status == 0
     assert list((tmp_path / "run/evaluations").glob("knn-v1-others-*/result.json"))
