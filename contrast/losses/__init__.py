@@ -1,4 +1,4 @@
-"""Contrastive losses; they need torch and numpy alone."""
+"""Contrastive losses; they need only torch and numpy."""
 
 from contrast.losses.amcl import AMCL
 from contrast.losses.amcl_barlow import AMCLBarlow

@@ -1,4 +1,4 @@
-"""AMCL: several heads, and a temperature for each head's each pair."""
+"""AMCL: several heads, and a temperature per pair and head."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from contrast.losses.temperatures import (
 
 @LOSSES.register("amcl", aliases=("adaptive_multi_head", "adaptive_multi_head_contrastive"))
 class AMCL(PairLoss):
-    r"""Every pair has its own temperature, for each head; the regulariser Omega's exact shape is a *reconstruction*.
+    r"""A learned temperature per pair and head; the regulariser Omega's exact shape is a *reconstruction*.
 
     .. math::
         \ell_i &= -\frac{s_{ip}}{\tau_{ip}} + \beta \, \Omega(\tau_{ip})
@@ -36,30 +36,34 @@ class AMCL(PairLoss):
         \tau_{ij} = \tau_{lo} + (\tau_{hi} - \tau_{lo}) \, \sigma(f(z_i, z_j)), \quad
         \Omega(\tau) = \frac{D}{2} \log \tau + \frac{1}{\tau}
 
-    with the positive p, the negatives n, the cosine similarity s and one network f for all heads. Of several positives
-    the mean is taken. The form "logsumexp" is a reconstruction too: a smooth maximum in place of the printed one,
-    whose own terms it holds. Omega follows the authors' component code; it is smallest at 2 / D, so it pulls the
-    positives' temperatures there and pushes the negatives' away, and the bounds are what stops them. The printed sum
+    with the positive p, the negatives n, the cosine similarity s and one network f for all heads. Several
+    positives are averaged. The form "logsumexp" is a reconstruction too: a smooth maximum in place of the printed one,
+    with the same terms. Omega follows the authors' component code; it is smallest at 2 / D, so it pulls the
+    positives' temperatures there and pushes the negatives' away, limited by the bounds. The printed sum
     over H heads is a mean here: H times this is the printed loss.
 
     SimCLR is `AMCL(dim=128)(z_a, z_b)` with views (H, N, 128); MoCo is the same with `targets` and `extra`.
 
     Args:
-        dim: D, the embeddings' width, for the network.
-        form: "max": the nearest negative alone; "logsumexp": all of them.
-        network: f, "mlp": a perceptron on z_i and z_j side by side; "inner_product": <A z_i, B z_j>, for large sizes;
+        dim: D, the width of the embeddings, which the network needs.
+        form: "max": only the most similar negative; "logsumexp": all negatives.
+        network: f, "mlp": a perceptron on z_i and z_j concatenated; "inner_product": <A z_i, B z_j>, for large sizes;
             "constant": every temperature is `temperature`.
         hidden: width of the perceptron's hidden layer, or rank of the inner product.
         lowest_temperature: tau_lo > 0; 1e-5 in the authors' component code, where s / tau leaves float32's digits.
         highest_temperature: tau_hi.
-        temperature: where temperatures start, about.
+        temperature: approximate initial temperature.
         regulariser_weight: beta >= 0, multiplies Omega.
-        positive_in_denominator: whether positives stand beside the negatives, as the paper has it for LGP and CAN.
-        seed: where the network starts, alike on every process.
+        positive_in_denominator: positives are among the negatives too, as in the paper's LGP and CAN.
+        seed: of the network's initial weights, which are equal on every process.
 
     Raises:
         ValueError: for temperatures that are not 0 < lowest < temperature < highest, a negative weight, or a network
-            whose `dim` is missing or is not the embeddings'.
+            without `dim` or with another one than the embeddings'.
+
+    Example:
+        >>> z_a, z_b = torch.randn(2, 3, 64, 128)
+        >>> value = AMCL(dim=128)(z_a, z_b)
 
     Source: Wang et al. 2023, Adaptive Multi-head Contrastive Learning, ECCV 2024, arXiv:2310.05615, table 2; the
     authors' repository LeiWangR/cl at 3318352.
@@ -94,7 +98,7 @@ class AMCL(PairLoss):
         self.over: Literal["all", "negative"] = "all" if positive_in_denominator else "negative"
 
     def per_anchor(self, pairs: Pairs) -> Tensor:
-        """Return what the negatives repel minus what the positives attract."""
+        """Return the repulsion of the negatives minus the attraction of the positives."""
         z = pairs.anchor_parts[0].z
         temperatures = self.temperatures.shared(z)
         score = Score(temperatures, self.regulariser_weight, z.shape[-1])
@@ -103,6 +107,6 @@ class AMCL(PairLoss):
 
     @torch.no_grad()
     def measure(self, pairs: Pairs) -> dict[str, Tensor]:
-        """Return the similarities, and the mean temperature of positives and of negatives."""
+        """Compute the similarities, and the mean temperature of positives and of negatives."""
         measured = super().measure(pairs)
         return measured | mean_temperatures(pairs, self.temperatures)

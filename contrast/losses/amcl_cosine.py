@@ -1,4 +1,4 @@
-"""AMCL over SimSiam: positives alone, each at its own temperature."""
+"""AMCL over SimSiam: only positives, each with its own temperature."""
 
 from __future__ import annotations
 
@@ -15,27 +15,30 @@ from contrast.losses.temperatures import Network, PairTemperature, mean_score, m
 
 @LOSSES.register("amcl_cosine", aliases=("amcl_simsiam",))
 class AMCLCosine(PairLoss):
-    r"""SimSiam's cosine, each pair over its own temperature; the regulariser's exact shape is a *reconstruction*.
+    r"""SimSiam's cosine over a learned temperature per pair; the regulariser's exact shape is a *reconstruction*.
 
     .. math:: \ell_i = -\frac{s_{ip}}{\tau_{ip}} + 2 \beta \, \Omega(\tau_{ip}), \quad
               \Omega(\tau) = \frac{D}{2} \log \tau + \frac{1}{\tau}
 
     with the targets of the other view as positives p. The mean over both views' anchors is the printed loss of a
-    sample, -s / (2 tau) and beta Omega for each direction; over H heads a mean stands for the printed sum. The
+    sample, -s / (2 tau) and beta Omega for each direction; the printed sum over H heads is a mean here. The
     temperature is AMCL's, of the prediction and the target.
 
     Args:
-        dim: D, the embeddings' width, for the network.
+        dim: D, the width of the embeddings, which the network needs.
         network: "mlp", "inner_product" or "constant", as in AMCL.
         hidden: width of the perceptron's hidden layer, or rank of the inner product.
         lowest_temperature: tau_lo > 0, below every temperature.
         highest_temperature: tau_hi, above every temperature.
-        temperature: where temperatures start, about.
+        temperature: approximate initial temperature.
         regulariser_weight: beta >= 0, multiplies Omega.
-        seed: where the network starts, alike on every process.
+        seed: of the network's initial weights, which are equal on every process.
 
     Raises:
         ValueError: as AMCL, and without targets.
+
+    Example:
+        >>> value = AMCLCosine(dim=8)(z_a, z_b, targets=(z_b.detach(), z_a.detach()))
 
     Source: Wang et al. 2023, Adaptive Multi-head Contrastive Learning, ECCV 2024, arXiv:2310.05615, table 2.
     """
@@ -69,19 +72,19 @@ class AMCLCosine(PairLoss):
         reference: Tensor | None = None,
         extra: Sequence[Extra] = (),
     ) -> Sequence[Pairs]:
-        """Pair every view with the targets of the other views."""
+        """Return the pairs of every view with the targets of the other views."""
         if not targets or all(target is None for target in targets):
             raise ValueError(
                 "AMCLCosine needs targets=(z_a, z_b), stop-gradient or momentum projections: "
-                "without them every embedding becomes the same."
+                "without them all embeddings become equal."
             )
         return super().pairs(*views, targets=targets, sample=sample, group=group, reference=reference, extra=extra)
 
     def per_anchor(self, pairs: Pairs) -> Tensor:
-        """Return minus what the positives attract."""
+        """Return minus the attraction of the positives."""
         return -mean_score(pairs, self.temperatures.shared(pairs.anchor_parts[0].z), 2 * self.regulariser_weight)
 
     @torch.no_grad()
     def measure(self, pairs: Pairs) -> dict[str, Tensor]:
-        """Return the similarities, and the mean temperature of the positives."""
+        """Compute the similarities, and the mean temperature of the positives."""
         return super().measure(pairs) | mean_temperatures(pairs, self.temperatures, ("positive",))

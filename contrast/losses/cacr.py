@@ -16,7 +16,7 @@ from contrast.losses.pair_loss import LOSSES, PairLoss
 
 @LOSSES.register("cacr", aliases=("contrastive_attraction_repulsion", "cacl"))
 class CACR(PairLoss):
-    r"""Attract the far positives, repel the near negatives, each weighted by its own softmax of squared distances.
+    r"""Attract far positives and repel near negatives, each weighted by its own softmax of squared distances.
 
     .. math::
         L = \frac{\alpha}{V} \sum_x \frac{1}{n} \sum_i \sum_{k \neq x} w^+_{ik} d_{ik}
@@ -27,32 +27,35 @@ class CACR(PairLoss):
 
     for V views x, y of n samples. This is the small-scale form of the authors' code: the repulsion of a view pair is
     computed once, from the earlier view, against samples of the later one. Gradient flows through both softmaxes.
-    With `targets`, where (x, y) and (y, x) are different pairs, both count. Remembered candidates join every
+    With `targets`, where (x, y) and (y, x) are different pairs, both count. Remembered candidates are in every
     repulsion. An anchor without negatives is attracted only. One view with labels has no view pairs: its repulsion is
     that of `repulsion="all"`.
 
-    Without labels a share of the negatives is positive unseen. The mean over all of them is
-    tau+ E_pos + (1 - tau+) E_neg, so the mean over the true ones, which `positive_prior` asks for, is
+    Without labels a share tau+ of the negatives are unknown positives. The mean over all negatives is
+    tau+ E_pos + (1 - tau+) E_neg, so the mean over the true ones, which `positive_prior` estimates, is
 
     .. math:: \frac{1}{1 - \tau^+} \Big( \sum_{j \neq i} w^-_{ij} d_{ij} - \tau^+ d_i^+ \Big)
 
-    in the place of each repulsion, d+ the anchor's mean distance to its positives in that view pair. Departs from the
+    in place of each repulsion, with d+ the anchor's mean distance to its positives in that view pair. Departs from the
     authors' code, whose positive term has the opposite sign and lacks beta.
 
     The authors' two other forms are `CACRQueue` (momentum keys and a queue) and `CACRMultiCrop` (momentum keys and
     crops); `CACRRBF` has this one's repulsion with a Gaussian cost.
 
     Args:
-        attraction_scale: t+ >= 0, multiplies the squared distance; 0 weighs all positives alike (uniform attraction).
-        repulsion_scale: t- >= 0, multiplies the squared distance; 0 weighs all negatives alike (uniform repulsion).
+        attraction_scale: t+ >= 0, multiplies the squared distance; 0 for equal weights (uniform attraction).
+        repulsion_scale: t- >= 0, multiplies the squared distance; 0 for equal weights (uniform repulsion).
         attraction_weight: alpha >= 0, multiplies the attraction.
         repulsion_weight: beta >= 0, multiplies the repulsion.
         repulsion: "view_pairs": the published form; "all": one softmax over the negatives of all views at once.
-        detach_weights: whether the weights w are constants to the gradient.
-        positive_prior: tau+ in [0, 1), the share of negatives that are positives unseen; 0.1 in the authors' code.
+        detach_weights: no gradient through the weights w.
+        positive_prior: tau+ in [0, 1), the share of negatives that are unknown positives; 0.1 in the authors' code.
 
     Raises:
         ValueError: for a negative scale or weight, or a prior outside [0, 1).
+
+    Example:
+        >>> value = CACR(repulsion_scale=2.0)(z_a, z_b)
 
     Source: Zheng et al. 2023, Contrastive Attraction and Contrastive Repulsion for Representation Learning, TMLR,
     arXiv:2105.03746; the authors' repository JegZheng/CACR-SSL at fbc9d94, small_scale_experiments.
@@ -90,46 +93,46 @@ class CACR(PairLoss):
     def per_anchor(self, pairs: Pairs) -> Tensor:
         """Return alpha * attraction - beta * repulsion."""
         # softmax(t d) = softmax(-2 t s) and mean of d = 2 - 2 mean of s, since d = 2 - 2 s.
-        at_once = self.repulsion == "all" or (views_of(pairs) == 1 and not pairs.across)
-        met = [(None, None)] if at_once else list(meetings(pairs))
+        joint = self.repulsion == "all" or (views_of(pairs) == 1 and not pairs.across)
+        parts = [(None, None)] if joint else list(view_pairs(pairs))
         scale, detach = 2 * self.repulsion_scale, self.detach_weights
         far_positives = SoftMean(-2 * self.attraction_scale, "positive", detach=detach)
-        near_negatives = [SoftMean(scale, "negative", among, detach, rows=rows) for among, rows in met]
-        near, *nears = pairs.reduce(far_positives, *near_negatives)
-        attracted, repelled = 1 - near, self._repelled(pairs, met, nears)
+        near_negatives = [SoftMean(scale, "negative", among, detach, rows=rows) for among, rows in parts]
+        positive, *negatives = pairs.reduce(far_positives, *near_negatives)
+        attraction, repulsion = 1 - positive, self._repulsion(pairs, parts, negatives)
         if self.attraction_weight != self.repulsion_weight:
-            return 2 * (self.attraction_weight * attracted - self.repulsion_weight * repelled)
-        return 2 * self.attraction_weight * (attracted - repelled)
+            return 2 * (self.attraction_weight * attraction - self.repulsion_weight * repulsion)
+        return 2 * self.attraction_weight * (attraction - repulsion)
 
-    def _repelled(
-        self, pairs: Pairs, met: Sequence[tuple[Tensor | None, Tensor | None]], nears: Sequence[Tensor]
+    def _repulsion(
+        self, pairs: Pairs, parts: Sequence[tuple[Tensor | None, Tensor | None]], similarities: Sequence[Tensor]
     ) -> Tensor:
         """Return the mean over the anchor's view pairs of half the squared distance to its near negatives."""
         repulsion: Tensor | float = 0.0
-        for number, ((among, rows), near) in enumerate(zip(met, nears, strict=True)):
-            far = 1 - near
+        for number, ((among, rows), similarity) in enumerate(zip(parts, similarities, strict=True)):
+            distance = 1 - similarity
             if self.positive_prior:
                 positive = 1 - pairs.mean("positive", among=among, rows=rows)
-                far = (far - self.positive_prior * positive) / (1 - self.positive_prior)
-            repulsion = repulsion + far * self._share(pairs, met, number, near.dtype)
+                distance = (distance - self.positive_prior * positive) / (1 - self.positive_prior)
+            repulsion = repulsion + distance * self._share(pairs, parts, number, similarity.dtype)
         return torch.as_tensor(repulsion, device=pairs.view.device)
 
     @staticmethod
     def _share(
-        pairs: Pairs, met: Sequence[tuple[Tensor | None, Tensor | None]], number: int, dtype: torch.dtype
+        pairs: Pairs, parts: Sequence[tuple[Tensor | None, Tensor | None]], number: int, dtype: torch.dtype
     ) -> Tensor:
-        """Return the share of a view pair in each anchor's mean, (N,) or (H, N); 0 without negatives there."""
-        among, rows = met[number]
-        there = (pairs.count("negative", among=among, rows=rows) > 0).to(dtype)
+        """Return the share of a view pair in each anchor's mean, (N,) or (H, N); 0 without negatives in the pair."""
+        among, rows = parts[number]
+        has_negatives = (pairs.count("negative", among=among, rows=rows) > 0).to(dtype)
         if among is None or pairs.across:
-            partners = sum(torch.ones_like(there) if rows is None else rows for _, rows in met)
-            return there / torch.as_tensor(partners).clamp(min=1)
+            partners = sum(torch.ones_like(has_negatives) if rows is None else rows for _, rows in parts)
+            return has_negatives / torch.as_tensor(partners).clamp(min=1)
         # The mean over all V n anchors becomes the mean over the V (V - 1) / 2 view pairs and their n anchors.
-        return there * (2 / max(views_of(pairs) - 1, 1))
+        return has_negatives * (2 / max(views_of(pairs) - 1, 1))
 
 
 def views_of(pairs: Pairs) -> int:
-    """Count the parts of the candidates that are views; the rest are extras."""
+    """Return how many parts of the candidates are views; the rest are extras."""
     return len(pairs.candidates) if pairs.views is None else pairs.views
 
 
@@ -141,18 +144,12 @@ def among_parts(pairs: Pairs, numbers: Container[int]) -> Tensor:
     return torch.cat(chosen)
 
 
-def meetings(pairs: Pairs) -> Iterator[tuple[Tensor, Tensor]]:
-    """Return the view pairs: each view's candidates with the extras, (M,) bool, and their anchors, (N,)."""
+def view_pairs(pairs: Pairs) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield, per view, its candidates with the extras, (M,) bool, and the anchors that it is paired with, (N,) bool."""
     views = views_of(pairs)
     for number, part in enumerate(pairs.candidates[:views]):
         earlier_exist = number > 0 or pairs.across
         if len(part) and earlier_exist:
             numbers = (number, *range(views, len(pairs.candidates)))
-            yield among_parts(pairs, numbers), _meeting(pairs, number)
-
-
-def _meeting(pairs: Pairs, number: int) -> Tensor:
-    """Return (N,) bool: the anchors that meet this part."""
-    view = pairs.candidates[number].view[:1]
-    own = pairs.view
-    return own != view if pairs.across else own < view
+            view = part.view[:1]
+            yield among_parts(pairs, numbers), pairs.view != view if pairs.across else pairs.view < view

@@ -1,4 +1,4 @@
-"""CACR over crops: each momentum key is met by all other views of its sample, the farthest of them most."""
+"""CACR over crops: each momentum key attracts all other views of its sample, the farthest ones most."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ class CACRMultiCrop(PairLoss):
     for queries q of all views x and keys k of the views K that have a target. The weights p, and the softmax in the
     euclidean cost, are constants to the gradient. With two views and no crops p = 1, and the rbf cost is 2 tau times
     MoCo v3's InfoNCE, averaged over both directions: attraction begins with crops. With labels the keys of a class are
-    positives alike, by their mean. Extras join the keys j. Departs from the authors' code in the euclidean cost, which
-    it sums over the batch.
+    positives, by their mean similarity. Extras are further keys j. The authors' code sums the euclidean cost over the
+    batch; this is the mean.
 
     A row is one sample under one key view: `reduction="none"` gives (|K| N,), or (|K| H N,) with heads.
 
@@ -42,6 +42,10 @@ class CACRMultiCrop(PairLoss):
 
     Raises:
         ValueError: for a temperature that is not positive, or a call without targets.
+
+    Example:
+        >>> k_a, k_b, crop = torch.randn(3, 4, 8)
+        >>> value = CACRMultiCrop()(z_a, z_b, crop, targets=(k_a, k_b, None))
 
     Source: Zheng et al. 2023, Contrastive Attraction and Contrastive Repulsion for Representation Learning, TMLR,
     arXiv:2105.03746; the authors' repository JegZheng/CACR-SSL at fbc9d94, imagenet_pretraining.
@@ -64,32 +68,32 @@ class CACRMultiCrop(PairLoss):
         reference: Tensor | None = None,
         extra: Sequence[Extra] = (),
     ) -> Sequence[Pairs]:
-        """Pair the samples, all views but the key's stacked as heads, with each view's keys (and each head's)."""
+        """Return pairs of each view's keys (and each head's) with the queries of all other views, stacked as heads."""
         own, twins = self.embed(views, targets, sample, group, reference)
         if not twins:
-            raise ValueError("CACRMultiCrop meets momentum keys: give it targets=(k_a, k_b), or use CACR without keys.")
+            raise ValueError("CACRMultiCrop needs momentum keys: pass targets=(k_a, k_b), or use CACR without keys.")
         extras = self.extras(extra, own)
         numbers = [view for view, target in enumerate(targets or ()) if target is not None]
-        met = []
+        prepared = []
         for number, key in zip(numbers, gather_all(twins), strict=True):
             others = [query for view, query in enumerate(own) if view != number]
             for head in range(len(views[0]) if views[0].ndim == 3 else 1):
                 if others:
                     queries = torch.stack([_of_head(query, head).z for query in others])
                     candidates = [_of_head(part, head) for part in (key, *extras)]
-                    met.append(Pairs(replace(others[0], z=queries), candidates, views=1))
-        return met
+                    prepared.append(Pairs(replace(others[0], z=queries), candidates, views=1))
+        return prepared
 
     def per_anchor(self, pairs: Pairs) -> Tensor:
         """Return the costs of the sample's queries, weighted by p."""
-        near, scale = pairs.mean(over="positive"), 1 / self.temperature
+        similarity, scale = pairs.mean(over="positive"), 1 / self.temperature
         # softmax(d / tau) = softmax(-2 s / tau), since d = 2 - 2 s.
-        weight = torch.softmax(-2 * scale * near.detach(), dim=0)
+        weight = torch.softmax(-2 * scale * similarity.detach(), dim=0)
         if self.cost == "rbf":
-            cost = 2 * self.temperature * (pairs.logsumexp(scale, over="all") - near * scale)
+            cost = 2 * self.temperature * (pairs.logsumexp(scale, over="all") - similarity * scale)
         else:
-            repelled = 1 - pairs.soft_mean(scale, over="negative", detach=True)
-            cost = 1 - near - torch.where(pairs.count("negative") > 0, repelled, 0)
+            repulsion = 1 - pairs.soft_mean(scale, over="negative", detach=True)
+            cost = 1 - similarity - torch.where(pairs.count("negative") > 0, repulsion, 0)
         return (weight * cost).sum(dim=0)
 
 

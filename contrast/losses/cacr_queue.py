@@ -29,20 +29,24 @@ class CACRQueue(PairLoss):
         w^- = \mathrm{softmax}_u(-t^- \lVert q_i^x - u \rVert^2)
 
     for V views x, y of n samples, queries q, keys k and the queue Q. With labels, keys and remembered candidates of the
-    anchor's class attract too; the queries of its class neither attract nor repel. Without `extra` the batch repels
-    alone. Departs from the authors' code, which repeats the first view's products with the queue for every view; and B
-    holds the samples of all processes, theirs those of one.
+    anchor's class attract too; the queries of its class neither attract nor repel. Without `extra` only the batch
+    repels. Departs from the authors' code, which uses the first view's products with the queue for every view; B has
+    the samples of all processes, theirs those of one.
 
     Args:
         attraction_scale: t+ >= 0, multiplies the squared distance to the keys.
         repulsion_scale: t- >= 0, multiplies the squared distance to the negatives.
         attraction_weight: alpha >= 0, multiplies the attraction.
         repulsion_weight: beta >= 0, multiplies the repulsion.
-        constant_weights: which weights are constants to the gradient: "published": w+, and in w- what the queue's
-            logits say, while gradient flows through those of the batch; "all"; "none".
+        constant_weights: which weights are constants to the gradient: "published": w+, and in w- the logits of the
+            queue, while gradient flows through those of the batch; "all"; "none".
 
     Raises:
         ValueError: for a negative scale or weight, or a call without targets.
+
+    Example:
+        >>> k_a, k_b, queue = torch.randn(4, 8), torch.randn(4, 8), torch.randn(16, 8)
+        >>> value = CACRQueue()(z_a, z_b, targets=(k_a, k_b), extra=[queue])
 
     Source: Zheng et al. 2023, Contrastive Attraction and Contrastive Repulsion for Representation Learning, TMLR,
     arXiv:2105.03746; the authors' repository JegZheng/CACR-SSL at fbc9d94, large_scale_shift_experiments.
@@ -83,16 +87,16 @@ class CACRQueue(PairLoss):
         """Pair each view's queries with themselves, then the keys of the other views, then the extras."""
         own, twins = self.embed(views, targets, sample, group, reference)
         if not twins:
-            raise ValueError("CACRQueue attracts momentum keys: give it targets=(k_a, k_b), or use CACR without keys.")
+            raise ValueError("CACRQueue attracts momentum keys: pass targets=(k_a, k_b), or use CACR without keys.")
         extras = self.extras(extra, own)
         numbers = [view for view, target in enumerate(targets or ()) if target is not None]
         gathered = gather_all([*own, *twins])
-        met = []
+        prepared = []
         for view, query in enumerate(own):
             keys = [key for number, key in zip(numbers, gathered[len(own) :], strict=True) if number != view]
             if keys:
-                met.append(Pairs(query, (gathered[view], *keys, *extras), views=1 + len(keys)))
-        return met
+                prepared.append(Pairs(query, (gathered[view], *keys, *extras), views=1 + len(keys)))
+        return prepared
 
     def per_anchor(self, pairs: Pairs) -> Tensor:
         """Return alpha * attraction - beta * repulsion."""
@@ -102,22 +106,22 @@ class CACRQueue(PairLoss):
         attraction = 2 - 2 * pairs.soft_mean(
             -2 * self.attraction_scale, over="positive", among=attracting, detach=constant
         )
-        return self.attraction_weight * attraction - self.repulsion_weight * self._repelled(pairs)
+        return self.attraction_weight * attraction - self.repulsion_weight * self._repulsion(pairs)
 
-    def _repelled(self, pairs: Pairs) -> Tensor:
+    def _repulsion(self, pairs: Pairs) -> Tensor:
         scale, parts = 2 * self.repulsion_scale, range(views_of(pairs), len(pairs.candidates))
         batch, queue = among_parts(pairs, (0,)), among_parts(pairs, parts)
         if self.constant_weights == "published":
-            # One softmax over both, cut in two: within each part, and how the mass is shared between the parts.
-            in_batch, batch_mass, in_queue, queue_mass = pairs.reduce(
+            # One softmax over both, in two factors: within each part, and between the parts.
+            in_batch, batch_logit, in_queue, queue_logit = pairs.reduce(
                 SoftMean(scale, "negative", batch),
                 LogSumExp(scale, "negative", batch),
                 SoftMean(scale, "negative", queue, detach=True),
                 LogSumExp(scale, "negative", queue),
             )
-            odds = batch_mass - queue_mass.detach()
-            near = torch.sigmoid(odds) * in_batch + torch.sigmoid(-odds) * in_queue
+            log_odds = batch_logit - queue_logit.detach()
+            similarity = torch.sigmoid(log_odds) * in_batch + torch.sigmoid(-log_odds) * in_queue
         else:
             detach = self.constant_weights == "all"
-            near = pairs.soft_mean(scale, over="negative", among=batch | queue, detach=detach)
-        return torch.where(pairs.count("negative", among=batch | queue) > 0, 2 - 2 * near, 0)
+            similarity = pairs.soft_mean(scale, over="negative", among=batch | queue, detach=detach)
+        return torch.where(pairs.count("negative", among=batch | queue) > 0, 2 - 2 * similarity, 0)

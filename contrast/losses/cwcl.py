@@ -1,4 +1,4 @@
-"""Continuously weighted contrast: how alike two samples are to a frozen tower says how positive they are."""
+"""Continuously weighted contrast: a frozen tower's similarity of two samples is the weight of the positive pair."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from contrast.losses.info_nce import InfoNCE
 from contrast.losses.pair_loss import LOSSES, Extra
 
 CHUNK = 256
-"""Anchors at a time for the entropy of their weights."""
+"""Anchors per block for the entropy of their weights."""
 
 
 @LOSSES.register("cwcl", aliases=("continuously_weighted",))
@@ -27,14 +27,14 @@ class CWCL(InfoNCE):
             - \frac{1}{N} \sum_i \log \mathrm{softmax}_j(q_i \cdot p_j / \tau) \big|_{j = i}, \qquad
         w_{ij} = \frac{\langle u_i, u_j \rangle + 1}{2}
 
-    for N samples and the frozen tower's unit vectors u. Only the direction anchored on the frozen view is weighted; the
-    other is ordinary InfoNCE. The loss is the sum of both, so identity weights give twice CLIP's. The weights take no
-    gradient. Since unrelated samples weigh 1/2, the first term ends at the entropy of the normalised weights, not at 0:
-    `metrics` has that "entropy" and the "excess" over it.
+    for N samples and the frozen tower's unit vectors u. Only the direction with anchors of the frozen view is weighted;
+    the other is InfoNCE. The loss is the sum of both, so with identity weights it is twice CLIP's. The weights have no
+    gradient. Since unrelated samples have weight 1/2, the first term's minimum is the entropy of the normalised
+    weights, not 0: `metrics` has that "entropy" and the "excess" over it.
 
     The first view is the frozen one. Without `reference` its own embeddings are u (with heads, their mean cosine). With
-    labels the ordinary direction's positives are the whole class; the weighted one asks the frozen tower alone. With
-    targets for one view only, the direction that is left counts twice.
+    labels the positives of the second direction are the complete class; the weighted one uses the frozen tower only.
+    With targets for one view only, the remaining direction counts twice.
 
     Args:
         temperature: tau > 0, divides the cosine similarity.
@@ -42,10 +42,14 @@ class CWCL(InfoNCE):
 
     Raises:
         ValueError: for a temperature that is not positive, or below 0.01 where it is learned; for another number of
-            views than two; for extras without a reference as long as the views'.
+            views than two; for extras without a reference of the views' width.
+
+    Example:
+        >>> features = torch.randn(4, 16)
+        >>> value = CWCL()(z_a, z_b, reference=features)
 
     Source: Srinivasa et al. 2023, CWCL: Cross-Modal Transfer with Continuously Weighted Contrastive Loss,
-    arXiv:2309.14580; the formula by way of CellCLIP, suinleelab/CellCLIP.
+    arXiv:2309.14580; the formula as in CellCLIP, suinleelab/CellCLIP.
     """
 
     def __init__(self, temperature: float = 0.07, learn_temperature: bool = False) -> None:
@@ -60,26 +64,26 @@ class CWCL(InfoNCE):
         reference: Tensor | None = None,
         extra: Sequence[Extra] = (),
     ) -> Sequence[Pairs]:
-        """Pair each view with the other one, or with its targets."""
+        """Return the pairs of each view with the other one, or with its targets."""
         if len(views) != 2:
             raise ValueError(f"CWCL takes two views, the frozen tower's first: loss(p, q); got {len(views)}.")
         own, twins = self.embed(views, targets, sample, group, reference)
         if reference is None:
-            reference = _frozen(own[0].z.detach())
+            reference = _as_reference(own[0].z.detach())
             own, twins = ([replace(part, reference=reference) for part in parts] for parts in (own, twins))
         extras = self.extras(extra, own)
         for part in extras:
             width = None if part.reference is None else part.reference.shape[1]
             if width != reference.shape[-1]:
                 raise ValueError(
-                    f"CWCL weighs every candidate by the frozen tower: extras are Embeddings with reference "
+                    f"CWCL weights every candidate by the frozen tower: extras are Embeddings with reference "
                     f"(K, {reference.shape[-1]}); got {'none' if width is None else f'(K, {width})'}."
                 )
         others = twins or own
         return [Pairs(own, (*gather_all(others), *extras), across=True, views=len(others))]
 
     def per_anchor(self, pairs: Pairs) -> Tensor:
-        """Return twice log of the denominator minus the (weighted) mean logit: twice, since a sum is two means."""
+        """Return 2 (log of the denominator - (weighted) mean logit): a sum of two means is twice their mean."""
         scale = self.scale()
         frozen = pairs.view == 0
         denominator, weighted, plain = pairs.reduce(
@@ -91,21 +95,21 @@ class CWCL(InfoNCE):
 
     @torch.no_grad()
     def measure(self, pairs: Pairs) -> dict[str, Tensor]:
-        """Measure the similarities, the entropy of the frozen anchors' weights, and the weighted term's excess."""
+        """Compute the similarities, the entropy of the frozen anchors' weights, and the weighted term's excess."""
         frozen = self._valid(pairs) & (pairs.view == 0)
         starts = range(0, max(len(pairs), 1), CHUNK)
         entropy = torch.cat([_entropy(pairs.block(slice(start, start + CHUNK))) for start in starts])
-        mass = frozen.sum().clamp(min=1)
+        count = frozen.sum().clamp(min=1)
         excess = self.rows(pairs) / 2 - entropy
         return {
             **super().measure(pairs),
-            "entropy": torch.where(frozen, entropy, 0).sum() / mass,
-            "excess": torch.where(frozen, excess, 0).sum() / mass,
+            "entropy": torch.where(frozen, entropy, 0).sum() / count,
+            "excess": torch.where(frozen, excess, 0).sum() / count,
         }
 
 
-def _frozen(z: Tensor) -> Tensor:
-    """Return the frozen view's unit vectors as references; of heads one after the other: their cosine is the mean."""
+def _as_reference(z: Tensor) -> Tensor:
+    """Return the frozen view's vectors as unit references; heads are concatenated: the cosine is their mean."""
     return z if z.ndim == 2 else normalise(z.movedim(0, -2).flatten(start_dim=1))
 
 

@@ -25,19 +25,22 @@ class HardContrastive(PairLoss):
         H(i) = \{ j \in N(i) : s_{ij} \geq s_\alpha^{(i)} \}
 
     with N(i) the negatives and P(i) the positives of anchor i, s the cosine similarity, and the threshold the upper
-    alpha-quantile of the anchor's own negatives. It carries no gradient. Negatives that tie with it are all kept, so
-    that there may be more than asked for. The positive is always kept; where there are several (the paper has one),
-    each stands alone before the hard negatives, as in `InfoNCE(positives="alone")`, which is what `hardest=1.0` gives.
+    alpha-quantile of the anchor's own negatives, which has no gradient. All negatives that are equal to the threshold
+    are selected, so there may be more than `hardest`. Several positives (the paper has one) have a denominator each, as
+    in `InfoNCE(positives="alone")`, to which `hardest=1.0` is equal.
 
     Args:
         temperature: tau > 0, divides the cosine similarity; the simple form has none.
-        hardest: alpha in (0, 1], the share of an anchor's negatives that is kept, rounded and at least one; or, a whole
-            number, how many (1 is one, 1.0 all).
+        hardest: alpha in (0, 1], the share of each anchor's negatives to select, rounded and at least one; or an int,
+            their number (1 is one, 1.0 all).
         form: "softmax" or "simple".
         negative_weight: lambda >= 0, multiplies the negatives of the simple form.
 
     Raises:
-        ValueError: for a temperature that is not positive, a negative weight, or nothing kept.
+        ValueError: for a temperature that is not positive, a negative weight, or nothing selected.
+
+    Example:
+        >>> value = HardContrastive(hardest=2)(z_a, z_b)
 
     Source: Wang and Liu 2021, Understanding the Behaviour of Contrastive Loss, arXiv:2012.09740.
     """
@@ -67,23 +70,23 @@ class HardContrastive(PairLoss):
         """Return the loss against the negatives at or above the threshold."""
         threshold = self._threshold(pairs)
         if self.form == "simple":
-            near, mean, count = pairs.reduce(
+            positive, negative, count = pairs.reduce(
                 Mean("positive"), Mean("negative", above=threshold), Count("negative", above=threshold)
             )
-            return self.negative_weight * (count * mean) - near
-        repel = pairs.logsumexp(1 / self.temperature, over="negative", above=threshold)
-        total = pairs.softplus_sum(-1 / self.temperature, repel, over="positive")
+            return self.negative_weight * (count * negative) - positive
+        repulsion = pairs.logsumexp(1 / self.temperature, over="negative", above=threshold)
+        total = pairs.softplus_sum(-1 / self.temperature, repulsion, over="positive")
         return total / pairs.count("positive").clamp(min=1)
 
     def _threshold(self, pairs: Pairs) -> Kth | None:
-        """Return s_alpha; None where all negatives are kept."""
+        """Return s_alpha; None where all negatives are selected."""
         if isinstance(self.hardest, int):
             return Kth(self.hardest, over="negative")
         if self.hardest == 1:
             return None
-        return Kth(self._kept(pairs), over="negative")
+        return Kth(self._number_selected(pairs), over="negative")
 
-    def _kept(self, pairs: Pairs) -> Tensor:
-        """Return how many of its negatives each anchor keeps, (N,) or (H, N) int64."""
+    def _number_selected(self, pairs: Pairs) -> Tensor:
+        """Return how many negatives of each anchor are selected, (N,) or (H, N) int64."""
         share = pairs.count("negative") * self.hardest
         return share.round().clamp(min=1).long()

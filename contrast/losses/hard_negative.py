@@ -15,7 +15,7 @@ from contrast.losses.pair_loss import LOSSES, PairLoss
 
 @LOSSES.register("hard_negative", aliases=("hcl", "debiased", "robinson", "hard_negatives"))
 class HardNegative(PairLoss):
-    r"""Weigh near negatives more, and take out of the negatives what hidden positives among them contribute: HCL.
+    r"""Larger weights for similar negatives, and an estimate of the unknown positives among them is subtracted: HCL.
 
     .. math::
         R_i = |N(i)| \frac{\sum_{j \in N(i)} e^{(1 + \beta) s_{ij} / \tau}}{\sum_{j \in N(i)} e^{\beta s_{ij} / \tau}}
@@ -29,16 +29,19 @@ class HardNegative(PairLoss):
     hardness weights, as in the published code; where the maximum takes its second value, G has none.
     beta = 0 is the debiased loss; beta = 0 and tau+ = 0 is NT-Xent, `InfoNCE(positives="alone")`.
 
-    The papers' one positive (two views) is here every positive in turn, and all of them together are the M positives of
-    the debiased loss that estimate what the hidden ones contribute. An anchor without negatives is left out.
+    The papers have one positive (two views); here each of several has its own term, and all are the M positives of the
+    debiased loss, which estimate the unknown ones. An anchor without negatives is left out.
 
     Args:
         temperature: tau > 0, divides the cosine similarity.
-        hardness: beta >= 0, multiplies s / tau in the weights of the negatives; 0 weighs all alike.
-        positive_prior: tau+ in [0, 1), the share of negatives that are positives in truth.
+        hardness: beta >= 0, multiplies s / tau in the weights of the negatives; 0 for equal weights.
+        positive_prior: tau+ in [0, 1), the share of negatives that are unknown positives.
 
     Raises:
         ValueError: for a temperature that is not positive, a negative hardness, or a prior outside [0, 1).
+
+    Example:
+        >>> value = HardNegative(hardness=2.0)(z_a, z_b)
 
     Source: Robinson et al. 2020, Contrastive Learning with Hard Negative Samples, arXiv:2010.04592; Chuang et al. 2020,
     Debiased Contrastive Learning, arXiv:2007.00224.
@@ -63,15 +66,15 @@ class HardNegative(PairLoss):
         return total / pairs.count("positive").clamp(min=1)
 
     def _log_negatives(self, pairs: Pairs) -> Tensor:
-        """Return log G: in the logarithm, since at a temperature of 0.01 its terms differ by e^200."""
+        """Return log G; its terms differ by a factor of e^200 at a temperature of 0.01, hence the logarithms."""
         scale, beta, dtype = 1 / self.temperature, self.hardness, pairs.anchor_parts[0].z.dtype
         log_count = _log_count(pairs, "negative", dtype)
-        asked = [LogSumExp((1 + beta) * scale, "negative")]
+        sums = [LogSumExp((1 + beta) * scale, "negative")]
         if beta:
-            asked.append(LogSumExp(beta * scale, "negative"))
+            sums.append(LogSumExp(beta * scale, "negative"))
         if self.positive_prior:
-            asked.append(LogSumExp(scale, "positive"))
-        log_r, *more = pairs.reduce(*asked)
+            sums.append(LogSumExp(scale, "positive"))
+        log_r, *more = pairs.reduce(*sums)
         if beta:
             log_r = log_count + log_r - more[0]
         if self.positive_prior == 0:
@@ -79,11 +82,11 @@ class HardNegative(PairLoss):
         log_positive = more[-1] - _log_count(pairs, "positive", dtype)
         hidden = math.log(self.positive_prior) + log_count + log_positive - log_r
         floor = log_count - scale
-        # log(R - hidden R) needs hidden < 1; what rounding leaves between is nothing beside the positives.
-        some_left = hidden < -torch.finfo(dtype).eps
-        left = torch.log(-torch.expm1(torch.where(some_left, hidden, -1)))
-        debiased = log_r + left - math.log1p(-self.positive_prior)
-        return torch.where(some_left & (debiased > floor), debiased, floor)
+        # log(R - hidden R) needs hidden < 1; a remainder of rounding errors is negligible next to the positives.
+        has_remainder = hidden < -torch.finfo(dtype).eps
+        log_remainder = torch.log(-torch.expm1(torch.where(has_remainder, hidden, -1)))
+        debiased = log_r + log_remainder - math.log1p(-self.positive_prior)
+        return torch.where(has_remainder & (debiased > floor), debiased, floor)
 
 
 def _log_count(pairs: Pairs, over: Relation, dtype: torch.dtype) -> Tensor:

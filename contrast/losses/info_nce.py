@@ -1,4 +1,4 @@
-"""InfoNCE: one softmax over everyone else, in all the forms that the field gives it."""
+"""InfoNCE: one softmax over all other embeddings, in all its usual forms."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ LARGEST_SCALE = 100.0
 
 @LOSSES.register("info_nce", aliases=("nt_xent", "simclr", "supcon", "sup_con", "moco", "moco_v2", "moco_v3", "clip"))
 class InfoNCE(PairLoss):
-    r"""Each anchor is to tell its positives from everyone else: NT-Xent, SupCon, MoCo, CLIP.
+    r"""Classify each anchor's positives among all candidates: NT-Xent, SupCon, MoCo, CLIP.
 
     .. math:: \ell_i = \log \sum_{j \in A(i)} e^{s_{ij} / \tau} - \frac{1}{|P(i)|} \sum_{p \in P(i)} s_{ip} / \tau
 
-    with P(i) the positives and A(i) the positives and negatives of anchor i, s the cosine similarity. The method is a
-    matter of who the candidates are:
+    with P(i) the positives and A(i) the positives and negatives of anchor i, s the cosine similarity. The
+    candidates determine the method:
 
     ============================ =====================================================================================
     NT-Xent (SimCLR)             `InfoNCE()(z_a, z_b)`
@@ -37,20 +37,20 @@ class InfoNCE(PairLoss):
     CLIP                         `InfoNCE(candidates="across", learn_temperature=True)(z_image, z_text)`
     ============================ =====================================================================================
 
-    Where an anchor has several positives p, the others stand
+    Where an anchor has several positives p, the others are
 
     ========= ================================================================== =====================================
     outside   log sum_A e^{s/tau} - mean_p s_p / tau                              SupCon, mean outside the logarithm
     inside    log sum_A e^{s/tau} - log sum_p e^{s_p/tau}                         all positives inside one logarithm
-    alone     mean_p [ log(e^{s_p/tau} + sum_neg e^{s/tau}) - s_p / tau ]         in no denominator but their own
+    alone     mean_p [ log(e^{s_p/tau} + sum_neg e^{s/tau}) - s_p / tau ]         each in its own denominator only
     ========= ================================================================== =====================================
 
     Args:
         temperature: tau > 0, divides the cosine similarity.
         learn_temperature: learn log(1 / tau) from that start; 1 / tau stays at or below 100.
-        candidates: "all": every view of everyone; "across": only another view than the anchor's, one softmax a target
-            view where there are targets; "memory": the negatives of `extra` only.
-        positives: where the other positives stand: "outside", "inside" or "alone".
+        candidates: "all": all views of all samples; "across": only other views than the anchor's, with one softmax per
+            target view if there are targets; "memory": the negatives of `extra` only.
+        positives: where the other positives are: "outside", "inside" or "alone".
 
     Raises:
         ValueError: for a temperature that is not positive, or below 0.01 where it is learned.
@@ -96,9 +96,9 @@ class InfoNCE(PairLoss):
         reference: Tensor | None = None,
         extra: Sequence[Extra] = (),
     ) -> Sequence[Pairs]:
-        """Say who meets whom, by `candidates`."""
+        """Return the pairs that `candidates` selects."""
         if self.candidates == "memory" and not extra:
-            raise ValueError("candidates='memory' takes its negatives from extra=[queue]; none was given.")
+            raise ValueError("candidates='memory' uses the negatives of extra=[queue]; got no extra.")
         if self.candidates != "across":
             return super().pairs(*views, targets=targets, sample=sample, group=group, reference=reference, extra=extra)
         own, twins = self.embed(views, targets, sample, group, reference)
@@ -119,8 +119,8 @@ class InfoNCE(PairLoss):
         scale = self.scale()
         memory = self.candidates == "memory"
         if self.positives == "alone":
-            repel = pairs.logsumexp(scale, over="remembered" if memory else "negative")
-            return pairs.softplus_sum(-scale, repel, over="positive") / pairs.count("positive").clamp(min=1)
+            repulsion = pairs.logsumexp(scale, over="remembered" if memory else "negative")
+            return pairs.softplus_sum(-scale, repulsion, over="positive") / pairs.count("positive").clamp(min=1)
         inside = self.positives == "inside"
         attract = LogSumExp(scale, "positive") if inside else Mean("positive")
         if memory:
@@ -137,9 +137,10 @@ class InfoNCE(PairLoss):
         if self.log_scale is None:
             return 1 / self.temperature
         scale = self.log_scale.exp()
-        looked = scale.device.type == "cpu" and not torch.compiler.is_compiling()
-        if not (looked and float(scale.detach()) <= LARGEST_SCALE):
-            scale = _AtMost.apply(scale, LARGEST_SCALE)
+        # Only on the CPU can the value be read without waiting for the device.
+        readable = scale.device.type == "cpu" and not torch.compiler.is_compiling()
+        if not (readable and float(scale.detach()) <= LARGEST_SCALE):
+            scale = _ClampAbove.apply(scale, LARGEST_SCALE)
         return distributed.shared(scale)
 
     def measure(self, pairs: Pairs) -> dict[str, Tensor]:
@@ -150,8 +151,8 @@ class InfoNCE(PairLoss):
         return measured
 
 
-class _AtMost(torch.autograd.Function):
-    """x, at most a bound; above it only a gradient that leads back passes, so that x cannot stay stuck there."""
+class _ClampAbove(torch.autograd.Function):
+    """x clamped to a bound; above it, only gradients that decrease x pass, so that x can return below the bound."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, bound: float) -> Tensor:

@@ -1,4 +1,4 @@
-"""Negative cosine similarity: positives alone, as in SimSiam."""
+"""Negative cosine similarity: only positives, as in SimSiam."""
 
 from __future__ import annotations
 
@@ -17,11 +17,14 @@ class NegativeCosine(PairLoss):
     .. math:: \ell_i = -\frac{1}{|P(i)|} \sum_{p \in P(i)} s_{ip}
 
     With two views, predictions p and stop-gradient projections z, `loss(p_a, p_b, targets=(z_a, z_b))` is SimSiam's
-    -cos(p_a, z_b) / 2 - cos(p_b, z_a) / 2. Without a stop-gradient or a momentum twin it collapses, so it asks for
-    targets.
+    -cos(p_a, z_b) / 2 - cos(p_b, z_a) / 2. Without a stop-gradient or a momentum twin all embeddings become equal, so
+    targets are required.
 
     Raises:
         ValueError: without targets.
+
+    Example:
+        >>> value = NegativeCosine()(z_a, z_b, targets=(z_b.detach(), z_a.detach()))
 
     Source: Chen and He 2020, Exploring Simple Siamese Representation Learning, arXiv:2011.10566.
     """
@@ -35,11 +38,11 @@ class NegativeCosine(PairLoss):
         reference: Tensor | None = None,
         extra: Sequence[Extra] = (),
     ) -> Sequence[Pairs]:
-        """Pair every view with the targets of the other views."""
+        """Return the pairs of every view with the targets of the other views."""
         if not targets or all(target is None for target in targets):
             raise ValueError(
                 "NegativeCosine needs targets=(z_a, z_b), stop-gradient or momentum projections: "
-                "without them every embedding becomes the same."
+                "without them all embeddings become equal."
             )
         return super().pairs(*views, targets=targets, sample=sample, group=group, reference=reference, extra=extra)
 

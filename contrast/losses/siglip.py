@@ -1,4 +1,4 @@
-"""SigLIP: every pair is a yes or no of its own, without a softmax."""
+"""SigLIP: every pair is classified independently, without a softmax."""
 
 from __future__ import annotations
 
@@ -23,18 +23,21 @@ class SigLIP(PairLoss):
     .. math:: L = -\frac{1}{n} \sum_{i=1}^n \sum_{j=1}^n \log \sigma\big(y_{ij} (t s_{ij} + b)\big), \quad
               y_{ij} = 1 \text{ for positives}, \; -1 \text{ for negatives}
 
-    for n images i and texts j, s the cosine similarity. Here both sides are anchors, and the row of each holds all its
-    pairs; every pair then stands in two of the 2 n rows, so that their mean is the published sum divided by n.
-    With V views it is V - 1 times the mean over the pairs of views. Candidates are those of another view only; `extra`
-    adds negatives. An anchor without a positive is left out.
+    for n images i and texts j, s the cosine similarity. Here both sides are anchors, and each anchor's row has all its
+    pairs; every pair is in two of the 2 n rows, so that their mean is the published sum divided by n.
+    With V views it is V - 1 times the mean over the pairs of views. Candidates are of other views only; `extra` adds
+    negatives. An anchor without a positive is left out.
 
     Args:
-        scale: t > 0, multiplies the cosine similarity; the start where it is learned, as its logarithm.
-        bias: b, added to it; the start where it is learned. Below 0, since most pairs are negative.
-        learn: whether t and b are learned.
+        scale: t > 0, multiplies the cosine similarity; the initial value if it is learned, as its logarithm.
+        bias: b, added to it; the initial value if it is learned. Negative, since most pairs are negative.
+        learn: learn t and b.
 
     Raises:
         ValueError: for a scale that is not positive, or a bias that is not finite.
+
+    Example:
+        >>> value = SigLIP()(z_a, z_b)
 
     Source: Zhai et al. 2023, Sigmoid Loss for Language Image Pre-Training, arXiv:2303.15343.
     """
@@ -59,7 +62,7 @@ class SigLIP(PairLoss):
         reference: Tensor | None = None,
         extra: Sequence[Extra] = (),
     ) -> Sequence[Pairs]:
-        """Let every view meet the other ones, or the targets of other ones."""
+        """Return the pairs of every view with the other ones, or with their targets."""
         own, twins = self.embed(views, targets, sample, group, reference)
         extras = self.extras(extra, own)
         others = twins or own
@@ -74,7 +77,7 @@ class SigLIP(PairLoss):
         return positive + negative
 
     def _scale_and_bias(self) -> tuple[float | Tensor, float | Tensor]:
-        """Return t and b; learned, they make one exchange."""
+        """Return t and b; learned ones are exchanged between processes in one tensor."""
         if self.log_scale is None or not isinstance(self.bias, Tensor):
             return self.scale, self.bias
         if distributed.world_size() == 1:

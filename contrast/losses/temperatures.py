@@ -1,4 +1,4 @@
-"""A temperature for each pair, learned by one small network and kept between two bounds: what AMCL shares."""
+"""A temperature per pair from one small network, between two bounds; shared by the forms of AMCL."""
 
 from __future__ import annotations
 
@@ -17,35 +17,34 @@ from contrast.core.embeddings import Embeddings
 from contrast.core.pairs import Pairs
 from contrast.core.reductions import LogSumExp, Mean, Reduction, Relation
 
-PIECE = 2**17
-"""Pairs that a perceptron evaluates at a time: what fits a processor's cache."""
+CACHED_PAIRS = 2**17
+"""Pairs per block of a perceptron: as many as fit into a processor's cache."""
 
 Network = Literal["mlp", "inner_product", "constant"]
 
 
 class PairTemperature(nn.Module):
-    r"""The temperature of every pair, strictly between two bounds: a PairFunction of two sides.
+    r"""The temperature of every pair, strictly between two bounds; a two-sided PairFunction.
 
     .. math:: \tau_{ij} = \tau_{lo} + (\tau_{hi} - \tau_{lo}) \, \sigma(f(z_i, z_j))
 
     ============= ===================================================================================================
-    mlp           f = w . relu(A z_i + B z_j + b) + c: a perceptron on (z_i, z_j) side by side, its first layer split
-    inner_product f = <A z_i, B z_j> / sqrt(hidden) + c: a product of matrices, for large sizes
-    constant      f = c, which is not learned
+    mlp           f = w . relu(A z_i + B z_j + b) + c, a perceptron on z_i and z_j concatenated
+    inner_product f = <A z_i, B z_j> / sqrt(hidden) + c, a matrix product, for large sizes
+    constant      f = c, not learned
     ============= ===================================================================================================
 
     Args:
-        dim: D, of the embeddings; not needed where the temperature is constant.
-        network: f, one of the table.
+        dim: D, of the embeddings; not needed for a constant temperature.
+        network: f, see the table.
         hidden: width of the hidden layer, or rank of the product.
-        lowest_temperature: no temperature is this low.
-        highest_temperature: no temperature is this high.
-        temperature: sets c: where temperatures start, about, or stay.
-        seed: of the weights that A, B and w start with, so that every process starts alike.
+        lowest_temperature: every temperature is above it.
+        highest_temperature: every temperature is below it.
+        temperature: determines the initial c.
+        seed: of the initial A, B and w, which are equal on every process.
 
     Raises:
-        ValueError: for bounds that are not 0 < lowest < temperature < highest, a size below 1, or a network without
-            `dim`.
+        ValueError: unless 0 < lowest < temperature < highest; for a size below 1, or a network without `dim`.
     """
 
     def __init__(
@@ -63,16 +62,16 @@ class PairTemperature(nn.Module):
             raise ValueError(f"network is 'mlp', 'inner_product' or 'constant'; got {network!r}.")
         if not (0 < lowest_temperature < highest_temperature < math.inf):
             raise ValueError(
-                "temperatures lie between 0 < lowest_temperature < highest_temperature; "
+                "the bounds must be 0 < lowest_temperature < highest_temperature; "
                 f"got {lowest_temperature} and {highest_temperature}."
             )
         if not lowest_temperature < temperature < highest_temperature:
             raise ValueError(
-                f"temperature must lie between its bounds, {lowest_temperature} and {highest_temperature}; "
+                f"temperature must be between its bounds, {lowest_temperature} and {highest_temperature}; "
                 f"got {temperature}."
             )
         if network != "constant" and dim is None:
-            raise ValueError(f"network={network!r} needs the embeddings' width: dim=128, say.")
+            raise ValueError(f"network={network!r} needs the embeddings' width, for example dim=128.")
         if (dim is not None and dim < 1) or hidden < 1:
             raise ValueError(f"dim and hidden must be 1 or more; got {dim} and {hidden}.")
         self.dim = dim
@@ -96,29 +95,29 @@ class PairTemperature(nn.Module):
         self.bias = nn.Parameter(torch.tensor(math.log(share / (1 - share))))
 
     def shared(self, z: Tensor) -> PairTemperature:
-        """Return this network for one call on embeddings like z; its gradient is averaged over the processes, once.
+        """Return this network for one call, in the type of z, with a gradient that is averaged over processes once.
 
         Raises:
             ValueError: where the embeddings do not have `dim` dimensions.
         """
         if self.dim is not None and z.shape[-1] != self.dim:
             raise ValueError(
-                f"the temperature's network was made for embeddings of dim={self.dim}; these have {z.shape[-1]}."
+                f"the temperature's network is made for embeddings of dim={self.dim}; these have {z.shape[-1]}."
             )
         own = {name: parameter for name, parameter in self._parameters.items() if parameter is not None}
         if not own:
             return self
         called = copy.copy(self)
         if distributed.world_size() == 1 and all(parameter.dtype == z.dtype for parameter in own.values()):
-            # Who calls the network with other parameters (torch.func) may take them away before the backward pass.
+            # torch.func replaces the module's parameters for a call, and restores them before the backward pass.
             called.__dict__["_parameters"] = own
             return called
-        # One vector, one exchange. A PairFunction is asked for parameters(), so the tensors that take the gradient
-        # back to the network stand where parameters do.
+        # One vector needs one exchange. The reductions read the parameters() of a PairFunction, so the tensors through
+        # which the gradient flows back to the network replace the parameters of the copy.
         flat = distributed.shared(torch.cat([parameter.reshape(-1) for parameter in own.values()]).to(z.dtype))
-        pieces = torch.split(flat, [parameter.numel() for parameter in own.values()])
+        parts = torch.split(flat, [parameter.numel() for parameter in own.values()])
         called.__dict__["_parameters"] = {
-            name: piece.view_as(parameter) for (name, parameter), piece in zip(own.items(), pieces, strict=True)
+            name: part.view_as(parameter) for (name, parameter), part in zip(own.items(), parts, strict=True)
         }
         return called
 
@@ -129,25 +128,25 @@ class PairTemperature(nn.Module):
         return self.of_sides(s, self.anchor_side(anchor.z), self.candidate_side(candidate.z))
 
     def anchor_side(self, z: Tensor) -> Tensor:
-        """Return what f reads of anchors, (..., n, hidden): A z + b, or A z / sqrt(hidden)."""
+        """Return the anchors' side of f, (..., n, hidden): A z + b, or A z / sqrt(hidden)."""
         if self.network == "constant":
             return z[..., :0]
         a = product(z, self.anchor_weight)
         return a + self.hidden_bias if self.network == "mlp" else a / math.sqrt(a.shape[-1])
 
     def candidate_side(self, z: Tensor) -> Tensor:
-        """Return what f reads of candidates, (..., m, hidden): B z."""
+        """Return the candidates' side of f, (..., m, hidden): B z."""
         return z[..., :0] if self.network == "constant" else product(z, self.candidate_weight)
 
     def of_sides(self, s: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        """Return the temperatures, (..., n, m), from both sides."""
+        """Return the temperatures, (..., n, m), of both sides."""
         if self.network == "constant":
             return torch.full_like(s, self.temperature)
         f: Tensor
         if self.network == "inner_product":
             f = product(a, b)
         elif a.shape[-2] == 1:
-            # One anchor: its hidden units are no more numbers than the candidates' sides.
+            # With one anchor, all hidden units together are no larger than the candidates' side.
             f = product((a + b).relu(), self.out_weight.unsqueeze(0)).mT
         else:
             f = _Perceptron.apply(a, b, self.out_weight)
@@ -158,17 +157,16 @@ class PairTemperature(nn.Module):
         return self.lowest + width * torch.sigmoid(f + self.bias).clamp(margin, 1 - margin)
 
     def _margin(self, f: Tensor) -> float:
-        """Return how far off 0 and 1 a sigmoid is kept."""
-        # A sigmoid rounds to 0 and 1; a few digits off, no temperature rounds to a bound.
+        """Return the smallest distance of the sigmoid from 0 and 1, so that no temperature rounds to a bound."""
         return min(4 * torch.finfo(f.dtype).eps * self.highest / (self.highest - self.lowest), 0.25)
 
 
-class OfTemperature(nn.Module):
-    """A function of each pair's temperature: a PairFunction of two sides.
+class FunctionOfTemperature(nn.Module):
+    """A function of each pair's temperature; a two-sided PairFunction.
 
     Args:
         temperature: of each pair.
-        function: of a tile of temperatures.
+        function: elementwise, of temperatures.
     """
 
     def __init__(self, temperature: PairTemperature, function: Callable[[Tensor], Tensor]) -> None:
@@ -194,7 +192,7 @@ class OfTemperature(nn.Module):
 
 
 class Score(nn.Module):
-    """s / tau - beta Omega(tau) of each pair, from one evaluation of the network: a PairFunction of two sides.
+    """s / tau - beta Omega(tau) of each pair, from one evaluation of the network; a two-sided PairFunction.
 
     Args:
         temperature: of each pair.
@@ -227,7 +225,7 @@ class Score(nn.Module):
         return s / tau - self.weight * omega(tau, self.dim) if self.weight else s / tau
 
     def row_by_row(self, anchor: Tensor, candidate: Tensor) -> Tensor:
-        """Return the score of each anchor and the candidate in the same row, (..., N) from (..., N, D) each."""
+        """Return the score of each anchor with the candidate in the same row, (..., N) from (..., N, D) each."""
         # Each row is a tile of its own, (..., N, 1, 1).
         s, a, b = (anchor * candidate).sum(dim=-1), self.anchor_side(anchor), self.candidate_side(candidate)
         return self.of_sides(s[..., None, None], a.unsqueeze(-2), b.unsqueeze(-2))[..., 0, 0]
@@ -239,34 +237,34 @@ def omega(tau: Tensor, dim: int) -> Tensor:
 
 
 def nearest_score(pairs: Pairs, over: Relation, score: Score) -> Tensor:
-    """Compute the score of each anchor's nearest candidate, (N,) or (H, N); 0 where it has none."""
+    """Compute the score of each anchor's most similar candidate, (N,) or (H, N); 0 without any."""
     with torch.no_grad():
         nearest = pairs.topk(1, over=over)[1].squeeze(-1)
     return torch.where(nearest >= 0, score.row_by_row(pairs.anchor.z, candidate_rows(pairs, nearest)), 0)
 
 
 def log_sum_of_scores(pairs: Pairs, over: Relation, score: Score) -> Tensor:
-    """Compute the log-sum-exp of each anchor's scores, (N,) or (H, N); 0 where it has no candidate."""
+    """Compute the log-sum-exp of each anchor's scores, (N,) or (H, N); 0 without candidates."""
     return torch.where(pairs.count(over) > 0, pairs.logsumexp(0.0, over, log_weight=score), 0)
 
 
 def mean_score(pairs: Pairs, temperature: PairTemperature, weight: float) -> Tensor:
     """Compute the mean over the positives p of s_ip / tau_ip - weight Omega(tau_ip), (N,) or (H, N); 0 without any.
 
-    It is put together from sums of weights, since a log-sum-exp with scale 0 is the logarithm of such a sum:
-    sum_p s_p / tau_p = (mean of s weighted by 1 / tau) * sum_p 1 / tau_p, and log tau, which may be negative, is
-    log(tau / lowest) + log(lowest).
+    A log-sum-exp with scale 0 is the logarithm of a sum of weights, and
+    sum_p s_p / tau_p = (mean of s weighted by 1 / tau) * sum_p 1 / tau_p. As a weight, log tau, which may be negative,
+    is log(tau / lowest) + log(lowest).
     """
     lowest, count = temperature.lowest, pairs.count("positive")
-    asked: list[Reduction] = [
-        Mean("positive", weight=OfTemperature(temperature, torch.reciprocal)),
-        LogSumExp(0.0, "positive", log_weight=OfTemperature(temperature, lambda tau: -tau.log())),
+    reductions: list[Reduction] = [
+        Mean("positive", weight=FunctionOfTemperature(temperature, torch.reciprocal)),
+        LogSumExp(0.0, "positive", log_weight=FunctionOfTemperature(temperature, lambda tau: -tau.log())),
     ]
     if weight:
-        excess = OfTemperature(temperature, lambda tau: (tau / lowest).log().log())
-        asked.append(LogSumExp(0.0, "positive", log_weight=excess))
-    similarity, *sums = pairs.reduce(*asked)
-    inverse, *logarithm = (_mean_weight(of, count) for of in sums)
+        excess = FunctionOfTemperature(temperature, lambda tau: (tau / lowest).log().log())
+        reductions.append(LogSumExp(0.0, "positive", log_weight=excess))
+    similarity, *sums = pairs.reduce(*reductions)
+    inverse, *logarithm = (_mean_weight(log_sum, count) for log_sum in sums)
     attraction: Tensor = similarity * inverse
     if not weight:
         return attraction
@@ -278,24 +276,24 @@ def mean_score(pairs: Pairs, temperature: PairTemperature, weight: float) -> Ten
 def mean_temperatures(
     pairs: Pairs, temperature: PairTemperature, relations: Sequence[Relation] = ("positive", "negative")
 ) -> dict[str, Tensor]:
-    """Return the mean temperature of each relation's pairs, for `metrics`; 0 where there is no such pair."""
+    """Return the mean temperature of each relation's pairs, for `metrics`; 0 without such pairs."""
     temperature = temperature.shared(pairs.anchor_parts[0].z)
     measured = {}
     for over in relations:
-        total = pairs.logsumexp(0.0, over, log_weight=OfTemperature(temperature, torch.log))
+        total = pairs.logsumexp(0.0, over, log_weight=FunctionOfTemperature(temperature, torch.log))
         count = pairs.count(over).expand_as(total)
-        some = count > 0
-        mean = torch.where(some, _mean_weight(total, count), 0).sum() / some.sum().clamp(min=1)
+        nonempty = count > 0
+        mean = torch.where(nonempty, _mean_weight(total, count), 0).sum() / nonempty.sum().clamp(min=1)
         measured[f"{over}_temperature"] = mean
     return measured
 
 
-def _mean_weight(logarithm_of_sum: Tensor, count: Tensor) -> Tensor:
-    return (logarithm_of_sum - count.clamp(min=1).to(logarithm_of_sum.dtype).log()).exp()
+def _mean_weight(log_sum: Tensor, count: Tensor) -> Tensor:
+    return (log_sum - count.clamp(min=1).to(log_sum.dtype).log()).exp()
 
 
 class _Perceptron(torch.autograd.Function):
-    """sum_k w_k relu(a_ik + b_jk) of every pair, one hidden unit k at a time and never all of them.
+    """sum_k w_k relu(a_ik + b_jk) of every pair, computed for one hidden unit k at a time.
 
     a is (..., n, hidden), b is (..., m, hidden), w is (hidden,).
     """
@@ -318,66 +316,67 @@ class _Perceptron(torch.autograd.Function):
 
 def _perceptron(a: Tensor, b: Tensor, w: Tensor, out: Tensor) -> Tensor:
     """Write sum_k w_k relu(a_ik + b_jk) into `out`."""
-    # relu(a + b) = max(a, -b) + b, of which the last needs no tile.
+    # relu(a + b) = max(a, -b) + b, and the sum of the last term needs no tile.
     out.copy_((b @ w).unsqueeze(-2))
-    of_a, of_b, weights = _units(a), _units(-b), w.tolist() if w.device.type == "cpu" else w.unbind()
-    for rows in _pieces(out):
+    a_units, b_units = _hidden_units(a), _hidden_units(-b)
+    weights = w.tolist() if w.device.type == "cpu" else w.unbind()
+    for rows in _row_blocks(out):
         total = out[..., rows, :]
-        one = torch.empty_like(total)
-        for x, y, weight in zip(of_a, of_b, weights, strict=True):
-            torch.maximum(x[..., rows, None], y[..., None, :], out=one)
-            total.add_(one, alpha=weight) if isinstance(weight, float) else total.addcmul_(one, weight)
+        unit = torch.empty_like(total)
+        for x, y, weight in zip(a_units, b_units, weights, strict=True):
+            torch.maximum(x[..., rows, None], y[..., None, :], out=unit)
+            total.add_(unit, alpha=weight) if isinstance(weight, float) else total.addcmul_(unit, weight)
     return out
 
 
 def _perceptron_gradients(gradient: Tensor, a: Tensor, b: Tensor, w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return those of a, b and w: each needs the sums of the gradient over the pairs whose unit k passes."""
+    """Return the gradients of a, b and w: each needs the sums of `gradient` over the pairs with an active unit k."""
     sums = _sums_by_signs if gradient.device.type == "cpu" else _sums_by_unit
     by_row, by_column = sums(gradient, a, b)
     to_a, to_b = by_row.sum_to_size(a.shape), by_column.sum_to_size(b.shape)
-    # A relu that passes is a + b, so its sum against the gradient needs no tile of its own.
+    # An active relu is a + b, so the gradient of w needs no further tile.
     to_w = (a * to_a).flatten(0, -2).sum(dim=0) + (b * to_b).flatten(0, -2).sum(dim=0)
     return w * to_a, w * to_b, to_w
 
 
 def _sums_by_signs(gradient: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the sums as halves of sums of g (1 + sign(a + b)): the derivative of a distance by absolute values."""
+    """Return the sums as halves of sums of g (1 + sign(a + b)), which the derivative of an L1 distance computes."""
     heads = gradient.shape[:-2]
     a, b = a.expand(*heads, *a.shape[-2:]).contiguous(), -b.expand(*heads, *b.shape[-2:]).contiguous()
-    turned = gradient.mT.contiguous()
+    transposed = gradient.mT.contiguous()
     gradient = gradient.contiguous()
     by_row = torch.ops.aten._cdist_backward(gradient, a, b, 1.0, gradient)
-    by_column = torch.ops.aten._cdist_backward(turned, b, a, 1.0, turned)
+    by_column = torch.ops.aten._cdist_backward(transposed, b, a, 1.0, transposed)
     rows, columns = gradient.sum(dim=-1).unsqueeze(-1), gradient.sum(dim=-2).unsqueeze(-1)
     return (by_row + rows) / 2, (columns - by_column) / 2
 
 
 def _sums_by_unit(gradient: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """Return the sums, one hidden unit at a time."""
-    of_a, of_b = _units(a), _units(b)
+    a_units, b_units = _hidden_units(a), _hidden_units(b)
     by_row = gradient.new_zeros((a.shape[-1], *gradient.shape[:-1]))
     by_column = gradient.new_zeros((a.shape[-1], *gradient.shape[:-2], gradient.shape[-1]))
-    for rows in _pieces(gradient):
-        given = gradient[..., rows, :]
-        for k, (x, y) in enumerate(zip(of_a, of_b, strict=True)):
-            passed = torch.where(x[..., rows, None] > -y[..., None, :], given, 0)
-            by_row[k, ..., rows] = passed.sum(dim=-1)
-            by_column[k] += passed.sum(dim=-2)
+    for rows in _row_blocks(gradient):
+        block = gradient[..., rows, :]
+        for k, (x, y) in enumerate(zip(a_units, b_units, strict=True)):
+            active = torch.where(x[..., rows, None] > -y[..., None, :], block, 0)
+            by_row[k, ..., rows] = active.sum(dim=-1)
+            by_column[k] += active.sum(dim=-2)
     return by_row.movedim(0, -1), by_column.movedim(0, -1)
 
 
-def _units(x: Tensor) -> tuple[Tensor, ...]:
+def _hidden_units(x: Tensor) -> tuple[Tensor, ...]:
     return x.movedim(-1, 0).contiguous().unbind()
 
 
-def _pieces(tile: Tensor) -> list[slice]:
+def _row_blocks(tile: Tensor) -> list[slice]:
     rows = tile.shape[-2]
-    step = max(1, PIECE * rows // max(tile.numel(), 1))
+    step = max(1, CACHED_PAIRS * rows // max(tile.numel(), 1))
     return [slice(start, start + step) for start in range(0, rows, step)]
 
 
 def candidate_rows(pairs: Pairs, positions: Tensor) -> Tensor:
-    """Return the vectors of the candidates at `positions`, (N,) or (H, N): (N, D) or (H, N, D); any row for a -1."""
+    """Return the vectors of the candidates at `positions`, (N,) or (H, N): (N, D) or (H, N, D); for -1, any row."""
     rows = torch.zeros_like(pairs.anchor.z)
     start = 0
     for part in pairs.candidates:

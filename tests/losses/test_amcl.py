@@ -180,7 +180,7 @@ def test_the_temperature_of_a_pair_is_not_that_of_the_turned_pair():
 @pytest.mark.parametrize("heads", [(), (2,)])
 @pytest.mark.parametrize("piece", [1, 13, 2**20])
 def test_the_network_walks_a_tile_in_pieces_of_any_size(monkeypatch, heads, piece):
-    monkeypatch.setattr(module, "PIECE", piece)
+    monkeypatch.setattr(module, "CACHED_PAIRS", piece)
     a, b, w = random(*heads, 4, 7), random(5, 7, seed=1), random(7, seed=2)
     expected = (a.unsqueeze(-2) + b).relu() @ w
     assert_same(module._Perceptron.apply(a, b, w).sin().sum(), expected.sin().sum(), a, b, w)
@@ -247,12 +247,12 @@ def test_an_anchor_without_negatives_is_left_out():
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ({"dim": None}, "network='mlp' needs the embeddings' width: dim=128, say"),
+        ({"dim": None}, "network='mlp' needs the embeddings' width, for example dim=128"),
         ({"dim": 0}, "dim and hidden must be 1 or more; got 0 and 128"),
         ({"hidden": 0}, "dim and hidden must be 1 or more; got 4 and 0"),
         ({"lowest_temperature": 0.0}, "0 < lowest_temperature < highest_temperature; got 0.0 and 2.0"),
         ({"lowest_temperature": 3.0}, "got 3.0 and 2.0"),
-        ({"temperature": 2.5}, "temperature must lie between its bounds, 0.05 and 2.0; got 2.5"),
+        ({"temperature": 2.5}, "temperature must be between its bounds, 0.05 and 2.0; got 2.5"),
         ({"regulariser_weight": -1.0}, "regulariser_weight must be a number of 0 or more; got -1.0"),
         ({"regulariser_weight": math.nan}, "regulariser_weight must be a number of 0 or more"),
         ({"form": "mean"}, "form is 'max' or 'logsumexp'; got 'mean'"),

@@ -153,5 +153,5 @@ def test_wrong_arguments_are_answered_in_a_sentence():
             CACRMultiCrop(wrong)
     with pytest.raises(ValueError, match="cost is 'rbf' or 'euclidean'; got 'some'"):
         CACRMultiCrop(cost="some")
-    with pytest.raises(ValueError, match=r"CACRMultiCrop meets momentum keys: give it targets=\(k_a, k_b\)"):
+    with pytest.raises(ValueError, match=r"CACRMultiCrop needs momentum keys: pass targets=\(k_a, k_b\)"):
         CACRMultiCrop()(torch.ones(2, 2), torch.ones(2, 2))

@@ -160,5 +160,5 @@ def test_wrong_arguments_are_answered_in_a_sentence():
         CACRQueue(repulsion_scale=-1)
     with pytest.raises(ValueError, match="constant_weights is 'published', 'all' or 'none'; got 'some'"):
         CACRQueue(constant_weights="some")
-    with pytest.raises(ValueError, match=r"CACRQueue attracts momentum keys: give it targets=\(k_a, k_b\)"):
+    with pytest.raises(ValueError, match=r"CACRQueue attracts momentum keys: pass targets=\(k_a, k_b\)"):
         CACRQueue()(torch.ones(2, 2), torch.ones(2, 2))

@@ -125,7 +125,7 @@ def test_extremes_stay_finite(scales, samples, dtype):
 
 def test_rows_are_refused_in_a_sentence():
     loss, z = CACRRBF(), random(4, 3)
-    words = "CACRRBF has no rows: its logarithm stands outside the mean over the batch"
+    words = "CACRRBF has no rows: its logarithm is outside the mean over the batch"
     with pytest.raises(ValueError, match=words):
         loss(z, z, reduction="none")
     (pairs,) = loss.pairs(z, z)

@@ -176,5 +176,5 @@ def test_a_temperature_can_be_learned_from_its_smallest_start():
 
 
 def test_a_memory_is_asked_for_where_it_is_needed():
-    with pytest.raises(ValueError, match=r"candidates='memory' takes its negatives from extra=\[queue\]"):
+    with pytest.raises(ValueError, match=r"candidates='memory' uses the negatives of extra=\[queue\]"):
         InfoNCE(candidates="memory")(torch.ones(2, 2), torch.ones(2, 2))

@@ -40,5 +40,5 @@ def test_negatives_and_extras_do_not_matter():
 
 @pytest.mark.parametrize("targets", [None, (), (None, None)])
 def test_without_targets_it_is_refused(targets):
-    with pytest.raises(ValueError, match=r"NegativeCosine needs targets=\(z_a, z_b\).*becomes the same"):
+    with pytest.raises(ValueError, match=r"NegativeCosine needs targets=\(z_a, z_b\).*become equal"):
         NegativeCosine()(random(3, 2), random(3, 2), targets=targets)

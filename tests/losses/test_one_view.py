@@ -113,7 +113,7 @@ def test_identities_made_by_hand_are_taken_as_they_are():
         (lambda z: BadPairs(InfoNCE(), samples=7)(z, z, LABELS), TypeError, "BadPairs .*group=labels"),
         (lambda z: FalseNegatives(InfoNCE(), top=1)(z, z, labels=LABELS), TypeError, "FalseNegatives: labels are"),
         (lambda z: InfoNCE()(z, z, tempreture=1), TypeError, "InfoNCE has no argument tempreture="),
-        (lambda z: AMCLBarlow(DIMS)(z, z, labels=LABELS), TypeError, "AMCLBarlow knows no labels"),
+        (lambda z: AMCLBarlow(DIMS)(z, z, labels=LABELS), TypeError, "AMCLBarlow uses no labels"),
         (lambda z: InfoNCE()(z, z, z, targets=(z, z)), ValueError, "got 2 targets for 3 views"),
         (lambda z: InfoNCE()(z, z, targets=(z,)), ValueError, "got 1 targets for 2 views"),
     ],
