@@ -84,7 +84,7 @@ class Run:
         >>> run.report.name
         'report.html'
         >>> run.table().split()[:2]
-        ['features', 'k-NN']
+        ['model', 'k-NN']
     """
 
     path: Path
