@@ -170,9 +170,10 @@ def test_findings_are_items_curves_and_tables(pages):
 
 
 def test_an_item_of_the_findings_without_a_picture_has_its_name():
-    findings = {"title": [{"sample": 7, "name": "a.png", "loss": 1.0}, {"sample": 8}]}
+    findings = {"title": [{"sample": 7, "name": "a.png", "epoch": 2, "loss": 1.0}, {"sample": 8}]}
     text = render(RunRecord("a", results={"findings": findings}))
-    assert "a.png" in text and "sample 8" in text and "<img" not in text
+    assert "a.png" in text and "sample 8" in text
+    assert "<img" not in text and "<svg" not in text
 
 
 @pytest.mark.parametrize(
