@@ -117,13 +117,13 @@ def _solve_together(
         tolerance = max(tolerance, LARGE_FINE)
         stages = [(torch.float32, tolerance), (torch.float64, tolerance)]
     for dtype, reach in stages:
-        evaluate = _loss(x.to(dtype), target, share.to(dtype), penalty.to(dtype))
+        evaluate = _cross_entropy(x.to(dtype), target, share.to(dtype), penalty.to(dtype))
         precondition = _mean_newton(design, penalty, dtype)
         theta, converged = _minimise(evaluate, precondition, theta.to(dtype), reach)
     return theta, converged
 
 
-def _loss(x: Tensor, target: Tensor, share: Tensor, penalty: Tensor) -> Evaluate:
+def _cross_entropy(x: Tensor, target: Tensor, share: Tensor, penalty: Tensor) -> Evaluate:
     """Return the function theta (R + 1, B', C), problems (B',) -> loss (B',), gradient like theta, uncertainty (B',).
 
     The uncertainty is the mean of 1 - sum_c p_c^2 over C - 1: 1 / C where all classes are equally likely, near 0 where

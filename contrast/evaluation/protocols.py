@@ -348,7 +348,7 @@ def evaluate(
                 probabilities[0].argmax(1),
                 probabilities[0],
             )
-    found.notes.extend(_notes(data, train))
+    found.notes.extend(_class_notes(data, train))
     return found
 
 
@@ -386,7 +386,7 @@ def _labelled_test(data: Data) -> Tensor:
     return torch.from_numpy(labelled)
 
 
-def _notes(data: Data, train: Samples) -> list[str]:
+def _class_notes(data: Data, train: Samples) -> list[str]:
     test_only = sorted(set(data.test.target[data.test.target >= 0].tolist()) - set(train.target.tolist()))
     test_absent = sorted(set(range(len(data.classes))) - set(data.test.target.tolist()))
     notes = []

@@ -40,7 +40,7 @@ def render(record: RunRecord, *, samples: bool = True) -> str:
         >>> "No training step" in render(RunRecord("digits-simclr-001"))
         True
     """
-    links, facts = _GlossaryLinks(), _facts(record)
+    links, facts = _GlossaryLinks(), _run_facts(record)
     environment = Environment(
         loader=PackageLoader("contrast", "report"),
         autoescape=True,
@@ -55,7 +55,7 @@ def render(record: RunRecord, *, samples: bool = True) -> str:
         record=record,
         samples=samples,
         summary=_summary(record, table),
-        notes=_notes(record, samples=samples),
+        notes=_status_notes(record, samples=samples),
         status=str(record.state.get("state") or record.run.get("status") or "unknown"),
         header_facts=[
             shortened(facts[key], 48) for key in ("Config", "Data", "Device", "Training time") if key in facts
@@ -111,7 +111,7 @@ def _summary(record: RunRecord, table: Table | None) -> str:
     return f"{trained} There are no results: the features were not evaluated, or the data have no labels."
 
 
-def _notes(record: RunRecord, *, samples: bool) -> list[tuple[str, str]]:
+def _status_notes(record: RunRecord, *, samples: bool) -> list[tuple[str, str]]:
     """Return what a reader must know before the numbers: kind of note (info, warning) and sentence."""
     notes = []
     state, step = record.state.get("state"), record.state.get("step")
@@ -140,7 +140,7 @@ def _notes(record: RunRecord, *, samples: bool) -> list[tuple[str, str]]:
     return notes + [("warning", warning[:1].upper() + warning[1:]) for warning in warnings]
 
 
-def _facts(record: RunRecord) -> dict[str, str]:
+def _run_facts(record: RunRecord) -> dict[str, str]:
     """Return what was run, as terms and values; unknown values are left out."""
     known = {
         key: value

@@ -53,7 +53,7 @@ def _findings_section(record: RunRecord, name: str, title: str, rows: Sequence[M
         "pixelated": _pixelated(record, "found_x"),
         "curves": _course_curves(name, title, course),
         "columns": columns,
-        "rows": [[_value_text(row.get(key, "")) for key in columns] for row in others],
+        "rows": [[_finding_text(row.get(key, "")) for key in columns] for row in others],
     }
 
 
@@ -66,7 +66,7 @@ def _finding_item(record: RunRecord, row: Mapping[str, Any]) -> dict[str, Any]:
         else None,
         "name": name,
         "short": shortened(name, 30),
-        "values": [(key, _value_text(value)) for key, value in row.items() if key not in ("sample", "name")],
+        "values": [(key, _finding_text(value)) for key, value in row.items() if key not in ("sample", "name")],
     }
 
 
@@ -82,7 +82,7 @@ def _course_curves(name: str, title: str, course: Sequence[Mapping[str, Any]]) -
     return curves
 
 
-def _value_text(value: object) -> str:
+def _finding_text(value: object) -> str:
     if isinstance(value, float):
         return f"{value:.3g}"
     return f"{value:,}" if is_number(value) else str(value)

@@ -74,13 +74,13 @@ def test_new_folders_are_numbered_and_used_ones_refused(tmp_path, monkeypatch):
         RunFolder.create("x", out=Path("used"))
 
 
-def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
+def test_a_failed_write_leaves_the_old_file(tmp_path):
     run = RunFolder(tmp_path)
     run.write_json(RESULTS, {"a": 1})
     with pytest.raises(ValueError, match="not JSON compliant"):
         run.write_json(RESULTS, {"a": float("nan")})
-    with monkeypatch.context() as patched, pytest.raises(OSError, match="no space left"):
-        patched.setattr(Path, "replace", mock.Mock(side_effect=OSError("no space left")))
+    full = mock.patch.object(Path, "replace", side_effect=OSError("no space left"))
+    with full, pytest.raises(OSError, match="no space left"):
         run.write(RESULTS, "{")
     assert run.read_json(RESULTS) == {"a": 1}
     run.write(RESULTS, "{}")
