@@ -24,10 +24,10 @@ class Memory(nn.Module):
 
     A subclass defines `candidates` or `positives`, and `update`. What a checkpoint has to contain of it are the tensors
     in `tensors` and the attributes named in `counters`; `state_dict()` contains them, and `load_state_dict()` restores
-    them on the memory's device. A ValueError says where tensors differ in shape or type, or an attribute named in
-    `fixed` in value. The tensors are neither parameters nor buffers: they move with the module from device to device,
-    but a cast does not change them and DistributedDataParallel does not broadcast them. A tensor as a plain attribute,
-    which no checkpoint would contain, is refused.
+    them on the memory's device, or raises a ValueError where tensors differ in shape or type or an attribute named in
+    `fixed` differs. The tensors are neither parameters nor buffers: they move with the module from device to device,
+    but a cast does not change them and DistributedDataParallel does not broadcast them. A tensor in any other
+    attribute, which no checkpoint would contain, is refused: when it is set, or when the state is read.
 
     Attributes:
         tensors: the tensors of the memory by name.
@@ -106,12 +106,14 @@ class Memory(nn.Module):
 
     def get_extra_state(self) -> dict[str, Any]:
         """Return what a checkpoint contains: tensors, numbers and texts, as `torch.load(weights_only=True)` reads."""
+        for name in self.__dict__.keys() - _OF_MODULES:
+            self._refuse_tensor(name)
         values = {kind: {name: getattr(self, name) for name in self._declared(kind)} for kind in ("counters", "fixed")}
         for name, value in (values["counters"] | values["fixed"]).items():
             if not _is_savable(value):
                 raise TypeError(
                     f"{type(self).__name__}.{name}, which a checkpoint is to contain, must consist of numbers, texts, "
-                    f"lists and dicts; got {type(value).__name__}. Tensors belong in self.tensors."
+                    f"lists and dicts; got {type(value).__name__}."
                 )
         tensors = {name: self._saved(name, tensor) for name, tensor in self.tensors.items()}
         return {**copy.deepcopy(values), "tensors": tensors}
@@ -153,12 +155,18 @@ class Memory(nn.Module):
             )
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Set an attribute; a TypeError for a tensor that is neither a parameter nor a buffer."""
+        """Set an attribute; a TypeError for tensors that are neither parameters nor buffers nor in `tensors`."""
         super().__setattr__(name, value)
-        if isinstance(self.__dict__.get(name), Tensor):
+        try:
+            self._refuse_tensor(name)
+        except TypeError:
             del self.__dict__[name]
+            raise
+
+    def _refuse_tensor(self, name: str) -> None:
+        if name != "tensors" and _contains_tensor(self.__dict__.get(name)):
             raise TypeError(
-                f"{type(self).__name__}.{name} is a tensor, which no checkpoint would contain: write "
+                f"{type(self).__name__}.{name} contains a tensor, which no checkpoint would contain: write "
                 f"self.tensors[{name!r}] = ..., or register_buffer({name!r}, ..., persistent=False) for one that a "
                 "resumed run does not need."
             )
@@ -238,7 +246,7 @@ class EmbeddingStore(Memory):
         """Return this process's rows as they are stored; ValueError for what does not fit."""
         if isinstance(embeddings, Embeddings):
             if sample is not None or group is not None or reference is not None:
-                raise ValueError("Embeddings bring their sample, group and reference; give these with plain tensors.")
+                raise ValueError("Embeddings have a sample, group and reference; give these with plain tensors only.")
             rows = embeddings.detach()
         else:
             rows = _with_identities(embeddings, sample, group, reference)
@@ -335,6 +343,15 @@ def _with_identities(z: Tensor, sample: Tensor | None, group: Tensor | None, ref
     group = torch.full_like(sample, -1, dtype=torch.int64) if group is None else group.to(z.device)
     reference = None if reference is None else normalise(reference.detach())
     return Embeddings(normalise(z.detach()), sample, group, torch.full_like(sample, REMEMBERED), reference)
+
+
+_OF_MODULES = nn.Module().__dict__.keys()
+"""The attributes of every module, in which torch itself stores tensors."""
+
+
+def _contains_tensor(value: object) -> bool:
+    values = list(value.values()) if isinstance(value, dict) else value
+    return isinstance(values, Tensor) or (isinstance(values, list | tuple) and any(map(_contains_tensor, values)))
 
 
 def _is_savable(value: object) -> bool:

@@ -49,7 +49,7 @@ class NearestPositives(Memory):
             raise ValueError(f"mutual must be from 0 to {size - 1}, below the size of the store, {size}; got {mutual}.")
         self.store = store
         self.mutual = mutual
-        self._metrics: dict[str, Tensor | float] = {"neighbours": 0.0}
+        self.tensors["replaced"] = torch.zeros(())
 
     @torch.no_grad()
     def positives(self, anchor: Embeddings) -> Embeddings | None:
@@ -66,7 +66,7 @@ class NearestPositives(Memory):
         if self.mutual:
             nearest = self.store.sample_at(self.store.search(neighbour, self.mutual).position)
             found &= (nearest == anchor.sample[:, None]).any(dim=1)
-        self._metrics = {"neighbours": found.sum() / max(len(anchor), 1)}
+        self.tensors["replaced"] = found.sum() / max(len(anchor), 1)
         z = torch.where(found[:, None], neighbour.z.to(anchor.z.dtype), anchor.z.detach())
         return Embeddings(z, anchor.sample, anchor.group, anchor.view, anchor.reference)
 
@@ -77,7 +77,7 @@ class NearestPositives(Memory):
     @property
     def metrics(self) -> dict[str, Tensor | float]:
         """The share of the last anchors that were replaced by a neighbour."""
-        return self._metrics
+        return {"neighbours": self.tensors["replaced"]}
 
 
 def nearest_views(

@@ -58,9 +58,9 @@ def exact_search(
 
     .. math:: s_k > p_{last} + \varepsilon
 
-    with p_last the smallest product fetched and epsilon the bound of its rounding error. Rows for which this does not
-    hold, those of many nearly equal vectors, are searched in float64. So the result does not depend on tiles, device
-    or search_dtype, and equals that of the index "Flat".
+    with p_last the smallest product fetched and epsilon the bound of its rounding error. Rows for which this is
+    not true, those of many nearly equal vectors, are searched in float64. So the result does not depend on tiles,
+    device or search_dtype, and equals that of the index "Flat".
 
     Args:
         queries: (Q, D), any floating type; used as float32.

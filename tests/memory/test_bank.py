@@ -77,6 +77,14 @@ def test_a_full_bank_is_not_copied():
     assert bank.candidates(anchor()).z.data_ptr() == bank.tensors["z"].data_ptr()
 
 
+def test_a_full_bank_that_loads_an_earlier_checkpoint_gives_its_samples_only():
+    bank, earlier = full(), Bank(SAMPLES, DIM)
+    bank.candidates(anchor())
+    earlier.update(rows_of([2, 7], 1))
+    bank.load_state_dict(saved_and_loaded(earlier.state_dict()))
+    assert bank.candidates(anchor()).sample.tolist() == [2, 7]
+
+
 @pytest.mark.parametrize("cast", [lambda x: x.half(), lambda x: x.double()])
 def test_casts_do_not_change_it_and_copies_are_independent(cast):
     bank = full()

@@ -1,6 +1,7 @@
 """Several processes store what one stores that gets all their rows; a sharded bank equals a replicated one."""
 
 import io
+import itertools
 
 import pytest
 import torch
@@ -170,13 +171,16 @@ def saved(rank, world):
     return file.getvalue(), hard.table, hard.bank.age
 
 
-def resumed(rank, world, file, bytes_per_process):
-    """Load a checkpoint and continue."""
+def resumed(rank, world, file, bytes_per_process, in_use):
+    """Load a checkpoint, into a bank that is sharded already where it is in use, and continue."""
     hard = HardNegatives(Bank(SAMPLES, DIM, bytes_per_process=bytes_per_process, reference_dim=2), 4)
+    if in_use:
+        updated(hard, rank, world, reference=2)
     hard.load_state_dict(torch.load(io.BytesIO(file), weights_only=True))
+    restored = hard.bank.at(hard.bank.known)
     updated(hard, rank, world, reference=2)
     hard.refresh()
-    return hard.table, fields(hard.bank.at(torch.arange(SAMPLES)))
+    return hard.table, fields(restored), fields(hard.bank.at(torch.arange(SAMPLES)))
 
 
 def test_a_checkpoint_of_a_sharded_bank_contains_all_of_it(processes):
@@ -188,11 +192,12 @@ def test_a_checkpoint_of_a_sharded_bank_contains_all_of_it(processes):
     assert_same(fields(one.bank.candidates(anchor())), fields(complete.candidates(anchor())))
     assert torch.equal(one.table, table)
     assert torch.equal(one.bank.age, age)
-    expected = resumed(None, processes.world, file, 2**30)
-    for bytes_per_process in (1, 2**30):
-        for its_table, its_rows in processes.run(resumed, file, bytes_per_process):
+    expected = resumed(None, processes.world, file, 2**30, False)
+    for bytes_per_process, in_use in itertools.product((1, 2**30), (False, True)):
+        for its_table, *its_rows in processes.run(resumed, file, bytes_per_process, in_use):
             assert torch.equal(its_table, expected[0])
-            assert_same(its_rows, expected[1])
+            for rows, right in zip(its_rows, expected[1:], strict=True):
+                assert_same(rows, right)
     with pytest.raises(ValueError, match="was not written by process 0; load process 0's, which contains all of it"):
         one.load_state_dict(torch.load(io.BytesIO(files[1][0]), weights_only=True))
 
@@ -216,12 +221,13 @@ def refusals(rank, world):
 
 
 def test_what_a_sharded_bank_cannot_do_raises_an_error(processes):
-    for refused, alone, twice in processes.run(refusals):
+    for candidates, inside_local, repeated in processes.run(refusals):
         assert (
-            f"sharded over {processes.world} processes, since its vectors need more than bytes_per_process=1" in refused
+            f"sharded over {processes.world} processes, since its vectors need more than bytes_per_process=1"
+            in candidates
         )
-        assert "not inside contrast.local()" in alone
-        assert "sample 0 occurs twice in this update of all processes" in twice
+        assert "not inside contrast.local()" in inside_local
+        assert "sample 0 occurs twice in this update of all processes" in repeated
 
 
 class EncoderWithMemories(nn.Module):

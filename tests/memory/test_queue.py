@@ -168,7 +168,7 @@ def test_wrong_arguments_raise_one_sentence(arguments, message):
         (lambda q: q.update(INDEX, sample=INDEX), "update takes Embeddings, or a floating"),
         (lambda q: q.update([1.0]), "update takes Embeddings, or a floating .* got list"),
         (lambda q: q.update(torch.full((2, 3), torch.nan), sample=INDEX), "values that are not finite"),
-        (lambda q: q.update(rows_of([1], 0), sample=INDEX), "Embeddings bring their sample"),
+        (lambda q: q.update(rows_of([1], 0), sample=INDEX), "Embeddings have a sample"),
         (lambda q: InfoNCE()(*torch.randn(2, 4, 3), extra=[q]), r"call loss\(..., sample=index, extra=\[memory\]\)"),
         (lambda q: q.load_state_dict(Queue(5, 3).state_dict()), "this Queue has size 4 and the checkpoint's has 5"),
         (
