@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ def write_results(
         findings: what the loss found, title -> rows.
         names: False leaves the items' names out of the predictions.
     """
-    rows = [] if evaluation is None else [result.row() for result in evaluation.results]
+    results = [] if evaluation is None else [result.row() for result in evaluation.results]
     if evaluation is not None:
         write_evaluations(run, data, evaluation, names=names)
     return run.write_json(
@@ -43,11 +44,16 @@ def write_results(
             "schema": SCHEMA,
             "run": dict(about),
             "data": describe(data),
-            "results": rows,
-            "findings": dict(findings),
+            "results": results,
+            "findings": {title: [_finite(row) for row in rows] for title, rows in findings.items()},
             "warnings": [] if evaluation is None else evaluation.warnings,
         },
     )
+
+
+def _finite(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a row with None for what JSON cannot contain: a loss's NaN must not cost the results of a run."""
+    return {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()}
 
 
 def describe(data: Data) -> dict[str, Any]:

@@ -85,6 +85,8 @@ def _course_curves(name: str, title: str, course: Sequence[Mapping[str, Any]]) -
 def _finding_text(value: object) -> str:
     if isinstance(value, float):
         return f"{value:.3g}"
+    if value is None:
+        return "not finite"
     return f"{value:,}" if is_number(value) else str(value)
 
 
