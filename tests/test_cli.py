@@ -16,7 +16,8 @@ from PIL import Image
 import contrast
 from contrast import LOSSES, cli
 from contrast.experiment.parts import KINDS
-from contrast.train.callbacks import Checkpoints, MetricsLogger, OnlineProbe
+from contrast.train.callbacks import Checkpoints, MetricsLogger
+from contrast.train.online_probe import OnlineProbe
 from tests.tiny import QUICK, QUICK_SERIES, images, series
 
 ROOT = Path(__file__).parents[1]
@@ -230,15 +231,13 @@ def test_a_run_with_bad_pairs_shows_the_noisy_and_faulty_samples(tmp_path, run_c
     loss = "loss={name: bad_pairs, loss: info_nce, warmup_epochs: 2, noisy_width: 0.5, faulty_width: 0.5}"
     words = ["waves.csv", loss, "budget=12 steps", *QUICK_SERIES, "evaluate.protocols=[]"]
     assert run_command("pretrain", *words, "--out", "run")[0] == 0
-    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
-    epochs = [line for line in lines if "noisy_samples" in line]
-    assert [line["epoch"] for line in epochs] == [1, 2, 3, 4]
-    assert [line["bad_pairs_count"] for line in epochs] == [0, 1, 1, 1]
+    findings = json.loads((tmp_path / "run/results.json").read_text())["findings"]
+    epochs = findings["Samples flagged by epoch"]
+    assert [(row["epoch"], row["weights applied"]) for row in epochs] == [(1, 0), (2, 1), (3, 1), (4, 1)]
     state = weights(tmp_path / "run")
     share = (state["loss.kind"] == 1).sum() / (state["loss.counts"] > 0).sum()
-    assert epochs[-1]["noisy_samples"] == pytest.approx(float(share))
+    assert epochs[-1]["noisy"] == pytest.approx(float(share))
     assert 0 < share < 1
-    findings = json.loads((tmp_path / "run/results.json").read_text())["findings"]
     (noisy,) = (rows for title, rows in findings.items() if title.startswith("Noisy"))
     assert len(noisy) == min(6, int((state["loss.kind"] == 1).sum()))
     page = (tmp_path / "run/report.html").read_text()

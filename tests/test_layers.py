@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from contrast.losses import LOSSES
+
 PACKAGE = Path(__file__).parents[1] / "contrast"
 
 LOWEST = {"core.autograd", "core.distributed", "core.registry", "core.seeding", "core.text"}
@@ -114,6 +116,45 @@ def test_a_file_imports_only_what_its_layer_allows(path):
     part = part_of(path)
     assert part in MAY_IMPORT, f"add contrast/{part} to MAY_IMPORT"
     assert wrong_imports(part, path.read_text()) == []
+
+
+LOSS_NAMES = {word for name, loss in LOSSES.items() for word in (name, loss.__name__)}
+
+MAY_NAME_LOSSES = {"experiment/config.py"}
+"""Files of the layers above the losses that name one: the default of the config."""
+
+
+def losses_named(source):
+    """Return the losses that a source names: as an identifier, an attribute, in an import, or as a text of its own."""
+    fields = [field for node in ast.walk(ast.parse(source)) for field in ast.iter_fields(node)]
+    return {word for _, text in fields if isinstance(text, str) for word in text.split(".")} & LOSS_NAMES
+
+
+@pytest.mark.parametrize(
+    "path",
+    [path for path in FILES if part_of(path) in ("train", "report", "experiment", "api", "cli")],
+    ids=lambda path: str(path.relative_to(PACKAGE)),
+)
+def test_a_file_above_the_losses_names_none(path):
+    """What a loss needs and finds reaches training and the page of a run through the members of `Loss`."""
+    if str(path.relative_to(PACKAGE)) not in MAY_NAME_LOSSES:
+        assert losses_named(path.read_text()) == set()
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "from contrast.losses import BadPairs",
+        "from contrast.losses.bad_pairs import SHOWN",
+        "import contrast.losses.siglip as one",
+        "isinstance(loss, losses.CACR)",
+        "if config.loss == 'info_nce': pass",
+        "def f(bad_pairs): pass",
+        "f(cacr=1)",
+    ],
+)
+def test_a_named_loss_is_found(source):
+    assert losses_named(source)
 
 
 def test_torch_distributed_is_named_in_one_file_only():

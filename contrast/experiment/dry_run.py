@@ -83,17 +83,17 @@ def dry_run(
             batch = Batch(*(field.to(device) for field in data.train.__getitems__(positions)))
             generator = torch.Generator(device).manual_seed(derived(sampler.seed, "dry_run", number))
             try:
-                taken = copied.take(batch, generator)
+                output = copied.compute(batch, generator)
             except InputError:
                 raise
             except ValueError as error:
                 raise InputError(f"loss: {error}") from error
-            originals, drawn = taken.prepared, taken.views
+            originals, drawn = output.prepared, output.views
             torch_optimizer.zero_grad()
-            taken.loss.backward()  # type: ignore[no-untyped-call]
+            output.loss.backward()  # type: ignore[no-untyped-call]
             torch_optimizer.step()
-            copied.remember([taken.keys])
-            value = taken.loss.item()
+            copied.update_memories([output.keys])
+            value = output.loss.item()
             seconds.append(time.perf_counter() - start)
     if value != value:
         raise InputError("the loss is NaN on the first batches of this data; check it for extreme values.")
@@ -109,12 +109,13 @@ def dry_run(
 
 def _copied(step: Step, device: torch.device) -> Step:
     """Return the step with copies of all that it changes, on the device."""
-    encoder, loss, memory, watching = copy.deepcopy((step.encoder, step.loss, step.memory, step.watching))
-    for part in (encoder, loss, *memory, *watching):
+    parts = (step.encoder, step.loss, step.memory, step.sampler_memory)
+    encoder, loss, memory, sampler_memory = copy.deepcopy(parts)
+    for part in (encoder, loss, *memory, *sampler_memory):
         part.to(device).train()
     if isinstance(step.reference, nn.Module):
         step.reference.to(device)
-    return replace(step, encoder=encoder, loss=loss, memory=memory, watching=watching)
+    return replace(step, encoder=encoder, loss=loss, memory=memory, sampler_memory=sampler_memory)
 
 
 def peak_bytes(device: torch.device) -> int:

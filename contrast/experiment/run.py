@@ -51,7 +51,7 @@ from contrast.train.budget import Budget
 
 if TYPE_CHECKING:
     from contrast.report.record import Findings
-    from contrast.train.fit import Outcome
+    from contrast.train.fit import TrainingResult
 
 log = logging.getLogger("contrast")
 
@@ -236,7 +236,7 @@ def _train_and_measure(experiment: Experiment, budget: Budget, folder: RunFolder
         budget,
         steps_per_epoch=sampler.steps_per_epoch,
         memory=experiment.memory,
-        watching=experiment.sampler_memory,
+        sampler_memory=experiment.sampler_memory,
         reference=experiment.reference,
         labels=experiment.labels(),
         seed=config.seed,
@@ -256,7 +256,7 @@ def _train_and_measure(experiment: Experiment, budget: Budget, folder: RunFolder
                 probe_every=config.probe.every,
                 probe_items=config.probe.items,
             )
-            if not outcome.main:
+            if not outcome.is_first_process:
                 sys.exit(0)
             if not outcome.finished:
                 raise Stopped(f"stopped at step {outcome.step:,} of {budget} and saved; {continue_with}")
@@ -279,7 +279,7 @@ def _train_and_measure(experiment: Experiment, budget: Budget, folder: RunFolder
         raise
 
 
-def _measure(experiment: Experiment, folder: RunFolder, outcome: Outcome) -> Run:
+def _measure(experiment: Experiment, folder: RunFolder, outcome: TrainingResult) -> Run:
     """Save the backbone, evaluate it next to raw input and its start, and write results and report."""
     from contrast.experiment.record import write_report
     from contrast.report import page_arrays
@@ -345,7 +345,7 @@ def _findings(loss: Loss, train: Samples, *, samples: bool) -> tuple[Findings, S
     return found, train.subset(np.flatnonzero(np.isin(train.sample, items)))
 
 
-def _facts(config: Config, folder: RunFolder, outcome: Outcome, evaluation_seconds: float) -> dict[str, Any]:
+def _facts(config: Config, folder: RunFolder, outcome: TrainingResult, evaluation_seconds: float) -> dict[str, Any]:
     environment = folder.read_json(ENVIRONMENT)
     return {
         "command": folder.read_text(COMMAND).strip(),

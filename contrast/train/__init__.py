@@ -1,1 +1,1 @@
-"""The LightningModule, what happens beside it, and the folder of a run."""
+"""Training: the LightningModule and its step, optimisers, budgets and callbacks."""

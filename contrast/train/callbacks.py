@@ -1,4 +1,4 @@
-"""What happens beside the training step: records, checkpoints, the stop signal, the online probe."""
+"""Callbacks of the trainer: metrics, checkpoints and the stop signal."""
 
 from __future__ import annotations
 
@@ -16,17 +16,15 @@ import lightning
 import torch
 from tqdm import tqdm
 
-from contrast.data.dataset import Data
-from contrast.evaluation.features import frozen
 from contrast.train.module import Pretraining
 
 
 class TrainingFailure(RuntimeError):
-    """Training cannot go on; the message is one sentence."""
+    """Training cannot continue; the message is one sentence."""
 
 
 class RunWriter(Protocol):
-    """What training needs of the folder of a run."""
+    """What training writes to the folder of a run."""
 
     @property
     def checkpoint(self) -> Path:
@@ -47,24 +45,30 @@ class RunWriter(Protocol):
         ...
 
 
+HEARTBEAT = 5.0
+"""Seconds between two states that say that the run is running."""
+BAR_COLUMNS = {"loss": "loss", "probe_accuracy": "probe"}
+"""Metrics of the progress bar, and their names there."""
+
+
 class MetricsLogger(lightning.Callback):
-    """Writes the metrics and the heartbeat, logs to TensorBoard, and moves the progress bar.
+    """Writes metrics and the state of the run, logs to TensorBoard, and shows a progress bar.
 
     Args:
-        run: where to write.
-        every: steps between two lines.
-        quiet: whether to leave the progress bar out.
+        run: the folder to write to.
+        every: steps between two lines of metrics.
+        quiet: show no progress bar.
     """
 
     def __init__(self, run: RunWriter, *, every: int, quiet: bool = False) -> None:
         self.run, self.every, self.quiet = run, max(every, 1), quiet
         self._losses: list[torch.Tensor] = []
         self._bar: Any = None
-        self._beat = 0.0
-        self._shown: dict[str, str] = {}
+        self._last_heartbeat = 0.0
+        self._bar_texts: dict[str, str] = {}
 
     def on_train_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
-        """Open the bar, and have measured what is written."""
+        """Open the progress bar, and set the steps at which the module measures."""
         assert isinstance(module, Pretraining)
         module.measure_every = self.every
         if trainer.is_global_zero and not self.quiet:
@@ -82,16 +86,13 @@ class MetricsLogger(lightning.Callback):
     def on_train_batch_end(
         self, trainer: lightning.Trainer, module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Record the step."""
+        """Log the mean loss since the last line, and the module's measurements, every `every` steps."""
         assert isinstance(module, Pretraining)
         self._losses.append(outputs["loss"].detach())
         step = module.global_step
-        if step % module.steps_per_epoch == 0 and (held_bad := module.held_bad()):
-            self.add(trainer, {"step": step, "epoch": round(module.epoch, 4), **held_bad})
         if self._bar is not None:
             self._bar.update((step if module.budget.steps else int(module.progress * 1000)) - self._bar.n)
-        last = step == module.budget.steps
-        if step % self.every and not last:
+        if step % self.every and step != module.budget.steps:
             return
         loss = torch.stack(self._losses).mean().item()
         self._losses.clear()
@@ -108,29 +109,29 @@ class MetricsLogger(lightning.Callback):
         }
         row |= module.measured
         self.add(trainer, row)
-        if time.time() - self._beat > 5 and trainer.is_global_zero:
-            self._beat = time.time()
+        if time.time() - self._last_heartbeat > HEARTBEAT and trainer.is_global_zero:
+            self._last_heartbeat = time.time()
             self.run.set_state("running", step)
 
     def add(self, trainer: lightning.Trainer, row: dict[str, float | int]) -> None:
-        """Record one line, in the file, in TensorBoard and on the bar."""
+        """Write one line of metrics to the file, TensorBoard and the progress bar."""
         if not trainer.is_global_zero:
             return
         self.run.append_metrics(row)
         if trainer.logger is not None:
             trainer.logger.log_metrics({key: float(value) for key, value in row.items() if key != "step"}, row["step"])  # type: ignore[arg-type]
-        self._shown |= {name: f"{row[key]:.3f}" for key, name in _ON_THE_BAR.items() if key in row}
+        self._bar_texts |= {name: f"{row[key]:.3f}" for key, name in BAR_COLUMNS.items() if key in row}
         if self._bar is not None:
-            self._bar.set_postfix(self._shown, refresh=False)
+            self._bar.set_postfix(self._bar_texts, refresh=False)
 
     def on_train_end(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
-        """Close the bar."""
+        """Close the progress bar."""
         self._close()
 
     def on_exception(
         self, trainer: lightning.Trainer, module: lightning.LightningModule, exception: BaseException
     ) -> None:
-        """Close the bar."""
+        """Close the progress bar."""
         self._close()
 
     def _close(self) -> None:
@@ -139,17 +140,14 @@ class MetricsLogger(lightning.Callback):
             self._bar = None
 
 
-_ON_THE_BAR = {"loss": "loss", "probe_accuracy": "probe"}
-
-
 class Checkpoints(lightning.Callback):
-    """Saves the newest checkpoint: soon after the start, every few minutes and at the end.
+    """Writes the newest checkpoint: soon after the start, every few minutes and at the end.
 
-    Each is written whole before it replaces the last.
+    Each is written completely before it replaces the last.
 
     Args:
-        run: where to write.
-        minutes: between two checkpoints; the first comes after a tenth of that.
+        run: the folder to write to.
+        minutes: between two checkpoints; the first is written after a tenth of that.
     """
 
     def __init__(self, run: RunWriter, *, minutes: float = 5.0) -> None:
@@ -159,7 +157,7 @@ class Checkpoints(lightning.Callback):
     def on_train_batch_end(
         self, trainer: lightning.Trainer, module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Save where it is time."""
+        """Save if the last checkpoint is older than `minutes`."""
         due = time.monotonic() - self._saved > 60 * self.minutes
         if trainer.world_size > 1:
             due = trainer.strategy.reduce_boolean_decision(due, all=False)
@@ -167,36 +165,36 @@ class Checkpoints(lightning.Callback):
             self.save(trainer)
 
     def on_train_end(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
-        """Save the end of training, or where it was stopped."""
+        """Save the last step."""
         self.save(trainer)
 
     def save(self, trainer: lightning.Trainer) -> None:
-        """Write the checkpoint beside the last one, then move it over."""
+        """Write the checkpoint to another file of the folder, then replace the last one."""
         self._saved = time.monotonic()
-        beside = self.run.checkpoint.with_suffix(".part")
-        trainer.save_checkpoint(beside, weights_only=False)
+        incomplete = self.run.checkpoint.with_suffix(".part")
+        trainer.save_checkpoint(incomplete, weights_only=False)
         if trainer.is_global_zero:
-            beside.replace(self.run.checkpoint)
+            incomplete.replace(self.run.checkpoint)
 
 
 class StopOnSignal(lightning.Callback):
-    """Lets Ctrl-C and SIGTERM end training after the step in hand; a second one ends it at once.
+    """Ends training after the current step on Ctrl-C and SIGTERM, and at once on a second one; ends budgets in hours.
 
     Attributes:
-        stopped: whether a signal came.
+        stopped: True after the first signal.
     """
 
     def __init__(self) -> None:
         self.stopped = False
 
     def on_train_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
-        """Take the signals over from Lightning, until `fit` gives them back."""
+        """Replace Lightning's signal handlers; `fit` restores the original ones."""
         if threading.current_thread() is not threading.main_thread():
             return
         for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._note)
+            signal.signal(number, self._on_signal)
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self.stopped:
             raise KeyboardInterrupt
         self.stopped = True
@@ -205,85 +203,12 @@ class StopOnSignal(lightning.Callback):
     def on_train_batch_end(
         self, trainer: lightning.Trainer, module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Stop every process where one was asked to; end a budget in hours."""
+        """Stop every process if one received a signal, or if a budget in hours is used."""
         assert isinstance(module, Pretraining)
         if trainer.world_size > 1:
             self.stopped = trainer.strategy.reduce_boolean_decision(self.stopped, all=False)
-        spent = module.budget.seconds is not None and module.progress >= 1
+        used = module.budget.seconds is not None and module.progress >= 1
         if trainer.world_size > 1:
-            spent = trainer.strategy.reduce_boolean_decision(spent, all=False)
-        if self.stopped or spent:
+            used = trainer.strategy.reduce_boolean_decision(used, all=False)
+        if self.stopped or used:
             trainer.should_stop = True
-
-
-class OnlineProbe(lightning.Callback):
-    """Follows a linear probe while training goes on, without any way to influence it.
-
-    Every now and then the frozen features of a few training items are taken in evaluation mode, a ridge classifier is
-    solved in closed form on the fitting part, and its accuracy on the held-out validation part is recorded. It has no
-    parameters to train, draws no random number, writes no buffer, and never sees the test set.
-
-    Args:
-        data: its training items; nothing happens where too few are labelled.
-        recorder: takes the accuracy.
-        every: steps between two probes.
-        items: at most so many items on either side.
-    """
-
-    def __init__(self, data: Data, recorder: MetricsLogger, *, every: int, items: int = 1000) -> None:
-        labelled = data.train.target >= 0
-        fit = (labelled & ~data.validation).nonzero()[0]
-        held_out = (labelled & data.validation).nonzero()[0]
-        self.recorder, self.every = recorder, max(every, 1)
-        self.classes = len(data.classes)
-        self.fit = data.train.subset(_spread(fit, items))
-        self.held_out = data.train.subset(_spread(held_out, items))
-
-    def on_train_batch_end(
-        self, trainer: lightning.Trainer, module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Probe where it is time."""
-        assert isinstance(module, Pretraining)
-        step = module.global_step
-        if (step % self.every and step != module.budget.steps) or not len(self.held_out) or not len(self.fit):
-            return
-        if trainer.is_global_zero:
-            accuracy = self.accuracy(module)
-            row = {"step": step, "epoch": round(module.epoch, 4), "probe_accuracy": accuracy}
-            self.recorder.add(trainer, row)
-        if trainer.world_size > 1:
-            trainer.strategy.barrier("online probe")
-
-    @torch.no_grad()
-    def accuracy(self, module: Pretraining) -> float:
-        """Give the share of held-out training items that a ridge classifier on frozen features gets right."""
-        encoder = module.encoder
-        with frozen(encoder), torch.autocast(module.device.type, enabled=False):
-            sides = []
-            for samples in (self.fit, self.held_out):
-                blocks = [
-                    encoder.features(encoder.prepare(samples.__getitems__(block).x.to(module.device))).float()
-                    for block in _blocks(len(samples), 256)
-                ]
-                sides.append(torch.cat(blocks).cpu().double())
-        fit, held_out = sides
-        mean, deviation = fit.mean(dim=0), fit.std(dim=0)
-        deviation = torch.where(deviation > 0, deviation, 1)
-        fit, held_out = (torch.nan_to_num((side - mean) / deviation) for side in (fit, held_out))
-        target = torch.as_tensor(self.fit.target)
-        wanted = torch.nn.functional.one_hot(target, self.classes).double()
-        gram = fit.T @ fit + len(fit) * torch.eye(fit.shape[1], dtype=fit.dtype)
-        weight = torch.linalg.solve(gram, fit.T @ (wanted - wanted.mean(dim=0)))
-        predicted = (held_out @ weight + wanted.mean(dim=0)).argmax(dim=1)
-        return float((predicted == torch.as_tensor(self.held_out.target)).double().mean())
-
-
-def _spread(positions: Any, items: int) -> Any:
-    """Give at most `items` of the positions, evenly spread."""
-    if len(positions) <= items:
-        return positions
-    return positions[torch.linspace(0, len(positions) - 1, items).long().numpy()]
-
-
-def _blocks(count: int, size: int) -> list[list[int]]:
-    return [list(range(start, min(start + size, count))) for start in range(0, count, size)]

@@ -1,4 +1,4 @@
-"""Trains an experiment in its run's folder, from the start or from where it stopped."""
+"""Training of an experiment in the folder of its run, from the start or from a checkpoint."""
 
 from __future__ import annotations
 
@@ -18,28 +18,29 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from contrast.core.registry import InputError
 from contrast.data.dataset import Data
 from contrast.data.loader import StepSampler, training_loader
-from contrast.train.callbacks import Checkpoints, MetricsLogger, OnlineProbe, RunWriter, StopOnSignal, TrainingFailure
+from contrast.train.callbacks import Checkpoints, MetricsLogger, RunWriter, StopOnSignal, TrainingFailure
 from contrast.train.module import Pretraining
+from contrast.train.online_probe import OnlineProbe
 
 
 @dataclass(frozen=True)
-class Outcome:
+class TrainingResult:
     """How training ended.
 
     Args:
-        finished: False where a signal stopped it before the budget was spent.
-        step: optimiser steps taken, over all parts of the run.
-        seconds: of training, over all parts of the run.
-        main: whether this is the process that goes on to evaluate; the others are done.
-        processes: how many trained together.
-        device: what trained.
-        precision: Lightning's word for it.
+        finished: False if a signal stopped it before the budget was used.
+        step: optimiser steps, over all parts of a resumed run.
+        seconds: of training, over all parts of a resumed run.
+        is_first_process: True for the process that evaluates next; the others have finished.
+        processes: the world size.
+        device: the name of the GPU, or "cpu".
+        precision: as Lightning names it.
     """
 
     finished: bool
     step: int
     seconds: float
-    main: bool
+    is_first_process: bool
     processes: int
     device: str
     precision: str
@@ -58,39 +59,45 @@ def fit(
     probe_every: int | None = None,
     probe_items: int = 1000,
     quiet: bool = False,
-) -> Outcome:
-    """Train until the budget is spent or a signal comes, and leave a checkpoint either way.
+) -> TrainingResult:
+    """Train until the budget is used or a signal arrives, and write a checkpoint.
 
     Args:
-        module: what to train.
+        module: the module to train.
         data: the training set.
-        sampler: the batches, from the step on at which training starts.
-        run: where everything is written.
-        resume: whether to take up the run's last checkpoint.
+        sampler: the batches, starting with the first step of this training.
+        run: the folder to write to.
+        resume: continue from the run's last checkpoint.
         trainer: further arguments of Lightning's Trainer.
-        tensorboard: whether to log there.
+        tensorboard: log to TensorBoard too.
         workers: processes that read items ahead.
-        probe_every: steps between two online probes; None: twenty a run.
+        probe_every: steps between two online probes; None: twenty per run.
         probe_items: items on either side of the online probe; 0: no probe.
-        quiet: whether to leave the progress bar out.
+        quiet: show no progress bar.
 
     Raises:
-        TrainingFailure: where the loss or the embeddings stop being finite.
+        TrainingFailure: if the loss or the embeddings are no longer finite.
     """
     budget = module.budget
-    log_every = max(1, (budget.steps or 20 * module.steps_per_epoch) // 200)
-    recorder = MetricsLogger(run, every=log_every, quiet=quiet)
-    signals = StopOnSignal()
-    callbacks: list[lightning.Callback] = [recorder]
+    steps = budget.steps or 20 * module.steps_per_epoch
+    logger = MetricsLogger(run, every=max(1, steps // 200), quiet=quiet)
+    callbacks: list[lightning.Callback] = [logger]
     if probe_items:
-        every = probe_every or max(1, (budget.steps or 20 * module.steps_per_epoch) // 20)
-        callbacks.append(OnlineProbe(data, recorder, every=every, items=probe_items))
-    callbacks += [Checkpoints(run), signals]
-    made = _trainer(run, callbacks, budget.steps, dict(trainer or {}), tensorboard=tensorboard)
+        every = probe_every or max(1, steps // 20)
+        callbacks.append(OnlineProbe(data, logger, every=every, items=probe_items))
+    callbacks += [Checkpoints(run), StopOnSignal()]
+    events = run.tensorboard
+    lightning_trainer = _new_trainer(
+        max_steps=budget.steps or -1,
+        max_epochs=-1,
+        callbacks=callbacks,
+        logger=TensorBoardLogger(events.parent, name="", version=events.name) if tensorboard else False,
+        **(trainer or {}),
+    )
     run.checkpoint.parent.mkdir(parents=True, exist_ok=True)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        made.fit(
+        lightning_trainer.fit(
             module,
             training_loader(data.train, sampler, workers=workers),
             ckpt_path=run.checkpoint if resume else None,
@@ -102,52 +109,39 @@ def fit(
         if threading.current_thread() is threading.main_thread():
             for number, handler in handlers.items():
                 signal.signal(number, handler)
-    return Outcome(
+    return TrainingResult(
         finished=module.progress >= 1,
         step=module.global_step,
         seconds=module.elapsed,
-        main=made.is_global_zero,
-        processes=made.world_size,
+        is_first_process=lightning_trainer.is_global_zero,
+        processes=lightning_trainer.world_size,
         device=torch.cuda.get_device_name() if module.device.type == "cuda" else module.device.type,
-        precision=str(made.precision),
+        precision=str(lightning_trainer.precision),
     )
 
 
 def check_trainer(trainer: Mapping[str, Any]) -> None:
-    """Let Lightning judge `trainer.*` before anything is written.
+    """Check that Lightning accepts `trainer.*`, before anything is written.
 
     Raises:
-        InputError: in Lightning's words, for a device that is not there or values that do not go together.
+        InputError: with Lightning's message, for a device that does not exist or incompatible values.
     """
     try:
-        _lightning(logger=False, **trainer)
+        _new_trainer(logger=False, **trainer)
     except (ValueError, TypeError, ImportError, MisconfigurationException) as error:
-        given = ", ".join(f"trainer.{key}={value}" for key, value in trainer.items())
-        said = " ".join(str(error).split())
-        raise InputError(f"{given}: Lightning's Trainer does not take this here: {said}") from None
+        settings = ", ".join(f"trainer.{key}={value}" for key, value in trainer.items())
+        message = " ".join(str(error).split())
+        raise InputError(f"{settings}: Lightning's Trainer does not accept this here: {message}") from None
 
 
-def _trainer(
-    run: RunWriter,
-    callbacks: list[lightning.Callback],
-    steps: int | None,
-    further: dict[str, Any],
-    *,
-    tensorboard: bool,
-) -> lightning.Trainer:
-    events = run.tensorboard
-    logger = TensorBoardLogger(save_dir=events.parent, name="", version=events.name) if tensorboard else False
-    return _lightning(max_steps=steps or -1, max_epochs=-1, callbacks=callbacks, logger=logger, **further)
-
-
-def _lightning(**settings: Any) -> lightning.Trainer:
-    """Make Lightning's Trainer; what it prints about itself is left out."""
+def _new_trainer(**settings: Any) -> lightning.Trainer:
+    """Return Lightning's Trainer with our defaults, without its messages."""
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     logging.getLogger("lightning.fabric").setLevel(logging.ERROR)
-    for quiet in (".*num_workers.*", ".*does not have many workers.*", ".*`IterableDataset`.*", ".*sync_dist.*"):
-        warnings.filterwarnings("ignore", quiet)
+    for message in (".*num_workers.*", ".*does not have many workers.*", ".*`IterableDataset`.*", ".*sync_dist.*"):
+        warnings.filterwarnings("ignore", message)
     warnings.filterwarnings("ignore", category=FutureWarning, module="lightning.*")
-    ours: dict[str, Any] = {
+    defaults: dict[str, Any] = {
         "accelerator": "auto",
         "devices": 1,
         "precision": "bf16-mixed" if torch.cuda.is_available() else "32-true",
@@ -159,4 +153,4 @@ def _lightning(**settings: Any) -> lightning.Trainer:
         "use_distributed_sampler": False,
         "log_every_n_steps": 1,
     }
-    return lightning.Trainer(**{**ours, **settings})
+    return lightning.Trainer(**{**defaults, **settings})

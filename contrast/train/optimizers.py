@@ -17,12 +17,12 @@ OPTIMIZERS = Registry("optimizer")
 
 @dataclass(frozen=True)
 class Optimizer:
-    """What every optimiser has: a learning rate that warms up and falls along a cosine to zero.
+    """The settings of every optimiser: a learning rate that warms up and decreases to 0 along a cosine.
 
     Args:
-        lr: the highest learning rate; it is not scaled by the batch size behind your back.
-        weight_decay: shrinks weights; biases and the parameters of normalisation layers are left alone.
-        warmup: the share of the budget in which the learning rate rises from zero, in [0, 1).
+        lr: the highest learning rate; it is not scaled by the batch size.
+        weight_decay: of the weights; biases and the parameters of normalisation layers have none.
+        warmup: the share of the budget in which the learning rate increases from 0, in [0, 1).
 
     Raises:
         ValueError: for a value out of its range.
@@ -44,22 +44,22 @@ class Optimizer:
             )
 
     def learning_rate(self, progress: float) -> float:
-        """Give the learning rate once this share of the budget, in [0, 1], is spent."""
+        """Return the learning rate after this share of the budget, in [0, 1]."""
         if progress < self.warmup:
             return self.lr * progress / self.warmup
         return self.lr * 0.5 * (1 + math.cos(math.pi * (progress - self.warmup) / (1 - self.warmup)))
 
     def build(self, modules: Iterable[nn.Module]) -> torch.optim.Optimizer:
-        """Make the torch optimiser over the parameters of `modules` that take a gradient."""
+        """Return the torch optimiser of the parameters of `modules` that have a gradient."""
         parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
         matrices = [p for p in parameters if p.ndim > 1]
         vectors = [p for p in parameters if p.ndim <= 1]
-        return self.over(
+        return self.of_groups(
             [{"params": matrices, "weight_decay": self.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
         )
 
-    def over(self, groups: list[dict[str, object]]) -> torch.optim.Optimizer:
-        """Make the torch optimiser over these parameter groups."""
+    def of_groups(self, groups: list[dict[str, object]]) -> torch.optim.Optimizer:
+        """Return the torch optimiser of these parameter groups."""
         raise NotImplementedError
 
 
@@ -74,8 +74,8 @@ class AdamW(Optimizer):
 
     betas: tuple[float, float] = (0.9, 0.999)
 
-    def over(self, groups: list[dict[str, object]]) -> torch.optim.Optimizer:
-        """Make torch's AdamW."""
+    def of_groups(self, groups: list[dict[str, object]]) -> torch.optim.Optimizer:
+        """Return torch's AdamW."""
         return torch.optim.AdamW(groups, lr=self.lr, betas=self.betas)
 
 
@@ -85,8 +85,8 @@ class SGD(Optimizer):
     """Stochastic gradient descent with momentum.
 
     Args:
-        momentum: share of the last step that is kept, in [0, 1).
-        nesterov: whether to look ahead.
+        momentum: share of the last step in the next one, in [0, 1).
+        nesterov: use Nesterov's momentum.
     """
 
     lr: float = 0.05
@@ -97,8 +97,8 @@ class SGD(Optimizer):
         super().__post_init__()
         _check_momentum(self.momentum, nesterov=self.nesterov)
 
-    def over(self, groups: list[dict[str, object]]) -> torch.optim.Optimizer:
-        """Make torch's SGD."""
+    def of_groups(self, groups: list[dict[str, object]]) -> torch.optim.Optimizer:
+        """Return torch's SGD."""
         return torch.optim.SGD(groups, lr=self.lr, momentum=self.momentum, nesterov=self.nesterov)
 
 
@@ -108,7 +108,7 @@ class LARS(Optimizer):
     """Layer-wise adaptive rates for large batches (You et al. 2017, arXiv:1708.03888), timm's implementation.
 
     Args:
-        momentum: share of the last step that is kept, in [0, 1).
+        momentum: share of the last step in the next one, in [0, 1).
         trust: the step of a layer relative to the size of its weights.
     """
 
@@ -121,16 +121,16 @@ class LARS(Optimizer):
         super().__post_init__()
         _check_momentum(self.momentum)
 
-    def over(self, groups: list[dict[str, object]]) -> torch.optim.Optimizer:
-        """Make timm's Lars; biases and normalisation layers take plain steps."""
+    def of_groups(self, groups: list[dict[str, object]]) -> torch.optim.Optimizer:
+        """Return timm's Lars, which does not adapt the rates of biases and normalisation layers."""
         from timm.optim.lars import Lars
 
-        made: torch.optim.Optimizer = Lars(groups, lr=self.lr, momentum=self.momentum, trust_coeff=self.trust)
-        return made
+        optimizer: torch.optim.Optimizer = Lars(groups, lr=self.lr, momentum=self.momentum, trust_coeff=self.trust)
+        return optimizer
 
 
 def _check_momentum(momentum: float, *, nesterov: bool = False) -> None:
     if not 0 <= momentum < 1:
-        raise ValueError(f"momentum is the share of the last step that is kept, in [0, 1); got {momentum}.")
+        raise ValueError(f"momentum is a share of the last step, in [0, 1); got {momentum}.")
     if nesterov and momentum == 0:
-        raise ValueError("nesterov looks ahead along the momentum, which is 0; give a momentum, or leave nesterov out.")
+        raise ValueError("nesterov needs a momentum, which is 0; set momentum, or leave nesterov out.")

@@ -1,4 +1,4 @@
-"""One training step, whoever takes it: views, embeddings, more candidates from memories, loss."""
+"""One training step, independent of the trainer: views, embeddings, candidates from memories, loss."""
 
 from __future__ import annotations
 
@@ -18,12 +18,13 @@ from contrast.views.views import Views
 
 
 class StepOutput(NamedTuple):
-    """What a step gives.
+    """The result of a step.
 
-    loss: ().
-    keys: what memories shall remember of it, the last view's targets, or its embeddings without gradient.
-    prepared: (N, ...) the prepared batch.
-    views: its views.
+    Args:
+        loss: ().
+        keys: the embeddings to store in memories: the last view's targets, or its embeddings without gradient.
+        prepared: (N, ...), the prepared batch.
+        views: its views.
     """
 
     loss: Tensor
@@ -34,52 +35,57 @@ class StepOutput(NamedTuple):
 
 @dataclass(frozen=True)
 class Step:
-    """What a step is made of.
+    """The parts of a training step.
 
     Args:
-        encoder: backbone and head, with its momentum twin and predictor where the method has them.
-        loss: the loss; `as_loss` makes one of a plain module.
-        views: makes the views of a batch on its device.
-        memory: where more candidates come from, in this order; what `positives` gives takes the views' place.
-        watching: memories that remember as well, but give no candidates.
-        reference: raw batch -> (N, R), a frozen network's features, for the losses that read them.
+        encoder: backbone and head, with momentum twin and predictor where the method has them.
+        loss: the loss; `as_loss` makes one from a plain module.
+        views: draws the views of a batch on its device.
+        memory: sources of further candidates, in this order; their `positives`, if any, replace the views.
+        sampler_memory: memories that are updated too, but used by the sampler only.
+        reference: raw batch -> (N, R), a frozen network's features, for the losses that use them.
     """
 
     encoder: Encoder
     loss: Loss
     views: Views
     memory: Sequence[Memory] = ()
-    watching: Sequence[Memory] = ()
+    sampler_memory: Sequence[Memory] = ()
     reference: Callable[[Tensor], Tensor] | None = None
 
-    def take(self, batch: Batch, generator: torch.Generator) -> StepOutput:
-        """Give the loss of one batch, and what to remember of it."""
+    def compute(self, batch: Batch, generator: torch.Generator) -> StepOutput:
+        """Compute the loss of one batch, and the embeddings to store in memories."""
         prepared = self.encoder.prepare(batch.x)
         views = self.views(prepared, generator)
-        out = self.encoder(views)
-        given = self._references(batch, views)
-        keys = self._keys(out, batch, given)
-        anchors, targets = self._anchors(out, keys)
+        projections = self.encoder(views)
+        reference = self._references(batch, views)
+        keys = self._keys(projections, batch, reference)
+        anchors, targets = self._anchors(projections, keys)
         loss: Tensor = self.loss(
             *anchors,
             targets=targets,
             sample=batch.sample,
             group=batch.group,
-            reference=given,
+            reference=reference,
             extra=list(self.memory),
         )
         return StepOutput(loss, keys[-1], prepared, views)
 
-    def remember(self, keys: Sequence[Embeddings]) -> None:
-        """Let every store take the keys of the steps behind it; after the optimiser's step."""
-        stores = {id(store): store for memory in (*self.memory, *self.watching) for store in memory.stores()}
+    @property
+    def memories(self) -> tuple[Memory, ...]:
+        """All memories."""
+        return (*self.memory, *self.sampler_memory)
+
+    def update_memories(self, keys: Sequence[Embeddings]) -> None:
+        """Store the keys of the last batches in every memory, once where several use one bank; after the optimiser."""
+        stores = {id(store): store for memory in self.memories for store in memory.stores()}
         for store in stores.values():
-            for one in keys:
-                store.update(one)
+            for embeddings in keys:
+                store.update(embeddings)
 
     @torch.no_grad()
     def _references(self, batch: Batch, views: Sequence[Tensor]) -> Tensor | list[Tensor] | None:
-        """Give what the frozen network sees in each sample, or in each view where the loss asks for that."""
+        """Return the frozen network's features of the samples, or of each view, as `loss.reference_of` says."""
         if self.reference is None:
             return None
         if self.loss.reference_of == "view":
@@ -87,20 +93,24 @@ class Step:
         return self.reference(batch.x).float()
 
     @torch.no_grad()
-    def _keys(self, out: Projections, batch: Batch, given: Tensor | list[Tensor] | None) -> list[Embeddings]:
-        """Give what there is without gradient of each view, with its identity."""
-        made = []
-        for view, z in enumerate(out.targets or out.z):
+    def _keys(
+        self, projections: Projections, batch: Batch, reference: Tensor | list[Tensor] | None
+    ) -> list[Embeddings]:
+        """Return each view's targets, or its projections without gradient, with their identities."""
+        keys = []
+        for view, z in enumerate(projections.targets or projections.z):
             z = normalise(z.detach()) if self.loss.normalise else z.detach().float()
-            of_view = given[view] if isinstance(given, list) else given
-            reference = None if of_view is None else normalise(of_view)
-            made.append(Embeddings(z, batch.sample, batch.group, torch.full_like(batch.sample, view), reference))
-        return made
+            features = reference[view] if isinstance(reference, list) else reference
+            unit = None if features is None else normalise(features)
+            keys.append(Embeddings(z, batch.sample, batch.group, torch.full_like(batch.sample, view), unit))
+        return keys
 
-    def _anchors(self, out: Projections, keys: Sequence[Embeddings]) -> tuple[list[Tensor], list[Tensor] | None]:
-        """Give the loss's views and targets: where a memory gives positives, these and the embeddings (NNCLR)."""
+    def _anchors(
+        self, projections: Projections, keys: Sequence[Embeddings]
+    ) -> tuple[list[Tensor], list[Tensor] | None]:
+        """Return the loss's views and targets: a memory's positives and the projections (NNCLR), if it has any."""
         for memory in self.memory:
-            found = [memory.positives(one) for one in keys]
-            if all(one is not None for one in found):
-                return [one.z for one in found if one is not None], out.z
-        return out.z, out.targets
+            positives = [memory.positives(key) for key in keys]
+            if all(positive is not None for positive in positives):
+                return [positive.z for positive in positives if positive is not None], projections.z
+        return projections.z, projections.targets

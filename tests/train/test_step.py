@@ -40,26 +40,26 @@ def batch(rows=5, start=0):
     return Batch(torch.randn(rows, 1, 8, generator=generator), sample, sample % 2, sample)
 
 
-def take(step, number=0, rows=5):
-    return step.take(batch(rows, rows * number), torch.Generator().manual_seed(number))
+def compute(step, number=0, rows=5):
+    return step.compute(batch(rows, rows * number), torch.Generator().manual_seed(number))
 
 
 def test_without_memory_it_is_the_loss_of_the_views():
     step = Step(encoder(), InfoNCE(), views())
-    taken = take(step)
-    out = step.encoder(taken.views)
-    torch.testing.assert_close(taken.loss, InfoNCE()(*out.z))
+    output = compute(step)
+    out = step.encoder(output.views)
+    torch.testing.assert_close(output.loss, InfoNCE()(*out.z))
 
 
 def test_it_remembers_the_last_view_without_gradient_and_its_samples():
     queue = Queue(8, dim=4)
     step = Step(encoder(), InfoNCE(), views(), [queue])
-    taken = take(step)
+    output = compute(step)
     assert queue.filled == 0, "the backward pass is still to come"
-    taken.loss.backward()
-    step.remember([taken.keys])
-    held = queue.candidates(taken.keys)
-    torch.testing.assert_close(held.z, normalise(step.encoder(taken.views).z[-1]).detach())
+    output.loss.backward()
+    step.update_memories([output.keys])
+    held = queue.candidates(output.keys)
+    torch.testing.assert_close(held.z, normalise(step.encoder(output.views).z[-1]).detach())
     assert held.sample.tolist() == [0, 1, 2, 3, 4]
     assert not held.z.requires_grad
 
@@ -67,20 +67,20 @@ def test_it_remembers_the_last_view_without_gradient_and_its_samples():
 def test_what_it_remembers_is_the_momentum_key_where_there_is_a_twin():
     queue = Queue(8, dim=4)
     step = Step(encoder(momentum=0.9), InfoNCE(candidates="memory"), views(), [queue])
-    taken = take(step)
-    step.remember([taken.keys])
-    torch.testing.assert_close(queue.candidates(taken.keys).z, normalise(step.encoder(taken.views).targets[-1]))
+    output = compute(step)
+    step.update_memories([output.keys])
+    torch.testing.assert_close(queue.candidates(output.keys).z, normalise(step.encoder(output.views).targets[-1]))
 
 
 def test_remembered_samples_are_candidates_of_the_next_step():
     queue = Queue(8, dim=4)
     loss = InfoNCE()
     step = Step(encoder(), loss, views(), [queue])
-    step.remember([take(step, 0).keys])
-    taken = take(step, 1)
-    out = step.encoder(taken.views)
+    step.update_memories([compute(step, 0).keys])
+    output = compute(step, 1)
+    out = step.encoder(output.views)
     expected = InfoNCE()(*out.z, sample=batch(5, 5).sample, extra=[queue])
-    torch.testing.assert_close(taken.loss, expected)
+    torch.testing.assert_close(output.loss, expected)
     assert loss.metrics["negatives"] == 8 + 5
 
 
@@ -88,40 +88,40 @@ def test_neighbours_become_the_views_and_the_embeddings_their_targets():
     queue = Queue(8, dim=4)
     nearest = NearestPositives(queue)
     step = Step(encoder(predictor=mlp(4, out=4, batch_norm=False)), InfoNCE(candidates="across"), views(), [nearest])
-    first = take(step, 0)
+    first = compute(step, 0)
     first.loss.backward()
     assert not queue.filled
-    step.remember([first.keys])
-    taken = take(step, 1)
-    out = step.encoder(taken.views)
-    held = queue.candidates(taken.keys).z
+    step.update_memories([first.keys])
+    output = compute(step, 1)
+    out = step.encoder(output.views)
+    held = queue.candidates(output.keys).z
     near = [held[(normalise(key) @ held.T).argmax(dim=1)] for key in out.targets]
     expected = InfoNCE(candidates="across")(*near, targets=out.z, sample=batch(5, 5).sample)
-    torch.testing.assert_close(taken.loss, expected)
+    torch.testing.assert_close(output.loss, expected)
     step.encoder.zero_grad()
-    taken.loss.backward()
+    output.loss.backward()
     assert all(parameter.grad.abs().sum() > 0 for parameter in step.encoder.parameters())
 
 
 def test_a_bank_that_two_memories_share_is_written_once_a_step():
     bank = Bank(20, dim=4)
     step = Step(encoder(), InfoNCE(), views(), [bank, HardNegatives(bank, 2), NearestPositives(bank)])
-    step.remember([take(step).keys])
+    step.update_memories([compute(step).keys])
     assert bank.updates == 1
 
 
-def test_memories_that_only_watch_give_no_candidates():
+def test_memories_of_the_sampler_are_no_candidates():
     bank, loss = Bank(20, dim=4), InfoNCE()
-    step = Step(encoder(), loss, views(), watching=[bank])
-    step.remember([take(step, 0).keys])
-    take(step, 1)
+    step = Step(encoder(), loss, views(), sampler_memory=[bank])
+    step.update_memories([compute(step, 0).keys])
+    compute(step, 1)
     assert loss.metrics["negatives"] == 8
     assert (bank.age >= 0).sum() == 5
 
 
 def test_a_loss_without_rows_trains_without_memories():
-    taken = take(Step(encoder(predictor=mlp(4, out=4)), NegativeCosine(), views()))
-    assert torch.isfinite(taken.loss)
+    output = compute(Step(encoder(predictor=mlp(4, out=4)), NegativeCosine(), views()))
+    assert torch.isfinite(output.loss)
 
 
 def test_a_frozen_network_s_features_reach_the_loss_and_the_queue():
@@ -130,11 +130,11 @@ def test_a_frozen_network_s_features_reach_the_loss_and_the_queue():
 
     queue = Queue(8, dim=4, reference_dim=3)
     step = Step(encoder(), CWCL(), views(), [queue], reference=reference)
-    taken = take(step, 0)
-    out = step.encoder(taken.views)
-    torch.testing.assert_close(taken.loss, CWCL()(*out.z, reference=reference(batch().x)))
-    step.remember([taken.keys])
-    torch.testing.assert_close(queue.candidates(taken.keys).reference, normalise(reference(batch().x)))
+    output = compute(step, 0)
+    out = step.encoder(output.views)
+    torch.testing.assert_close(output.loss, CWCL()(*out.z, reference=reference(batch().x)))
+    step.update_memories([output.keys])
+    torch.testing.assert_close(queue.candidates(output.keys).reference, normalise(reference(batch().x)))
 
 
 def test_a_loss_that_asks_for_it_gets_the_frozen_network_s_features_of_each_view():
@@ -154,9 +154,9 @@ def test_a_loss_that_asks_for_it_gets_the_frozen_network_s_features_of_each_view
             return z[0].sum()
 
     step = Step(encoder(), ReferenceOfViews(), Views(views().views), reference=reference)
-    taken = take(step)
+    output = compute(step)
     assert len(given["reference"]) == 2
-    for raw, view in zip(seen, taken.views, strict=True):
+    for raw, view in zip(seen, output.views, strict=True):
         torch.testing.assert_close(step.encoder.prepare(raw), view, equal_nan=True)
     with pytest.raises(AssertionError):
         torch.testing.assert_close(*given["reference"])
@@ -165,7 +165,7 @@ def test_a_loss_that_asks_for_it_gets_the_frozen_network_s_features_of_each_view
 def test_the_frozen_network_takes_no_gradient():
     network = nn.Linear(8, 3)
     step = Step(encoder(), CWCL(), views(), reference=lambda raw: network(raw.flatten(1)))
-    take(step).loss.backward()
+    compute(step).loss.backward()
     assert network.weight.grad is None
 
 
@@ -175,6 +175,6 @@ def test_a_raw_loss_remembers_raw_embeddings():
 
     queue = Queue(8, dim=4)
     step = Step(encoder(), Raw(), views(), [queue])
-    taken = take(step)
-    step.remember([taken.keys])
-    torch.testing.assert_close(queue.candidates(taken.keys).z, step.encoder(taken.views).z[-1].detach())
+    output = compute(step)
+    step.update_memories([output.keys])
+    torch.testing.assert_close(queue.candidates(output.keys).z, step.encoder(output.views).z[-1].detach())
