@@ -14,7 +14,7 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    settings.register_profile("short", deadline=None, max_examples=20, derandomize=True)
+    settings.register_profile("short", deadline=None, max_examples=100, derandomize=True)
     settings.register_profile("all", deadline=None, max_examples=200, derandomize=True)
     settings.load_profile("all" if config.getoption("--all") else "short")
 

@@ -1,4 +1,4 @@
-"""Who is whose positive, and every row reduction, against plain loops over single pairs in float64."""
+"""Every relation and every row reduction against plain loops over single pairs in float64."""
 
 import math
 import random
@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -15,22 +15,22 @@ from contrast.core.embeddings import PADDING, REMEMBERED, Embeddings
 from contrast.core.pairs import Pairs, all_pairs, cross_pairs, two_sided
 from contrast.core.reductions import Count, Kth, LogSumExp, Mean, SoftMean, SoftplusSum
 
-NOTHING = torch.finfo(torch.float64).min / 2
+EMPTY = torch.finfo(torch.float64).min / 2
 OVER = ("positive", "negative", "remembered", "all")
 DIMS = 3
 
 
 @pytest.fixture(params=["dense", "tiled of 1", "tiled of 3", "tiled of 512"], autouse=True)
 def a_backend(request):
-    """Every fact of this file holds for every backend."""
+    """Run every test of this file with every backend."""
     name, _, size = request.param.partition(" of ")
     with reductions.backend(name, tile=int(size or 1)):
         yield
 
 
-@dataclass
-class Scene:
-    """Anchors, two parts of candidates, and numbers for the arguments that reductions take."""
+@dataclass(frozen=True)
+class RandomPairs:
+    """Anchors, two parts of candidates, and the arguments `among` and `above`; H heads, or None."""
 
     pairs: Pairs
     heads: int | None
@@ -41,130 +41,160 @@ class Scene:
     def random(self, *shape):
         return torch.rand(shape, generator=self.generator, dtype=torch.float64).requires_grad_()
 
+    def rows(self):
+        """Return every (head, anchor); the head is None without heads."""
+        heads = [None] if self.heads is None else range(self.heads)
+        return [(head, i) for head in heads for i in range(len(self.pairs))]
 
-@st.composite
-def scenes(draw):
-    """Draw a seed alone: a scene drawn number by number is mostly empty."""
-    seed = draw(st.integers(0, 10**6))
-    dice, generator = random.Random(seed), torch.Generator().manual_seed(seed)
-    heads = dice.choice([None, None, 2])
+    def vectors(self, part, head):
+        return (part.z if head is None else part.z[head]).unbind()
+
+    def candidates(self, head):
+        """Return (vector, sample, group, view) of every candidate."""
+        return [
+            candidate
+            for part in self.pairs.candidates
+            for candidate in zip(
+                self.vectors(part, head), part.sample.tolist(), part.group.tolist(), part.view.tolist(), strict=True
+            )
+        ]
+
+    def labelled(self):
+        """Return for each (head, anchor) the similarity to every candidate and the name of their relation."""
+        anchor, result = self.pairs.anchor, {}
+        samples, groups, views = anchor.sample.tolist(), anchor.group.tolist(), anchor.view.tolist()
+        for head, i in self.rows():
+            x, rule = self.vectors(anchor, head)[i], self.pairs.rules[0][1][0][i].item() if self.pairs.rules else None
+            result[head, i] = []
+            for y, sample, group, view in self.candidates(head):
+                s = x @ y
+                ignored = rule is not None and s.item() > rule and group != 0
+                name = relation(self.pairs.across, ignored, (samples[i], groups[i], views[i]), (sample, group, view))
+                result[head, i].append((s, name))
+        return result
+
+    def counted(self, over, above=True):
+        """Return for each (head, anchor) the list of (j, similarity) that count."""
+        result = {}
+        for (head, i), candidates in self.labelled().items():
+            threshold = -math.inf
+            if above and self.above is not None:
+                threshold = float(self.above[i] if self.above.ndim == 1 else self.above[head, i])
+            result[head, i] = [
+                (j, s)
+                for j, (s, name) in enumerate(candidates)
+                if name in NAMES[over] and (self.among is None or self.among[j]) and s.item() >= threshold
+            ]
+        return result
+
+    def stacked(self, values):
+        """Return the numbers of the loops as (N,) or (H, N)."""
+        shape = (len(self.pairs),) if self.heads is None else (self.heads, len(self.pairs))
+        numbers = [torch.as_tensor(values[row], dtype=torch.float64) for row in self.rows()]
+        return torch.stack(numbers).view(shape) if numbers else torch.zeros(shape, dtype=torch.float64)
+
+
+def random_pairs(seed, sizes=None):
+    """Return pairs from one seed; drawn number by number, most of them would be empty.
+
+    Args:
+        seed: of all choices.
+        sizes: of the anchors, of the first and of the second part of the candidates; None for random sizes.
+    """
+    choices, generator = random.Random(seed), torch.Generator().manual_seed(seed)
+    heads = choices.choice([None, None, 2])
+    sizes = sizes or [choices.choice([0, 1, 3, 4, 4, 5, 5, 5]), *choices.choices([0, 1, 5, 6, 7, 7, 8, 8], k=2)]
 
     def part(count, views):
         def some(options):
-            return torch.tensor(dice.choices(options, k=count)).long()
+            return torch.tensor(choices.choices(options, k=count)).long()
 
         shape = (count, DIMS) if heads is None else (heads, count, DIMS)
         z = torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_()
         return Embeddings(z, some(range(6)), some([0, 1, 2]), some(views))
 
-    anchor = part(dice.choice([0, 1, 3, 4, 4, 5, 5, 5]), [0, 1, 0, 1, 0, 1, PADDING])
-    first = part(dice.choice([0, 1, 5, 6, 7, 7, 8, 8]), [0, 1, 0, 1, 0, 1, PADDING])
-    second = part(dice.choice([0, 1, 5, 6, 7, 7, 8, 8]), [REMEMBERED, REMEMBERED, REMEMBERED, 0, 2, PADDING])
-    pairs = Pairs(anchor, (first, second), across=dice.random() < 0.3)
-    if dice.random() < 0.4:
-        pairs = pairs.ignoring(near, torch.rand(len(anchor), generator=generator, dtype=torch.float64) - 0.5)
-    width = len(first) + len(second)
-    among = torch.rand(width, generator=generator) < 0.8 if dice.random() < 0.4 else None
-    rows = (len(anchor),) if heads is None or dice.random() < 0.5 else (heads, len(anchor))
-    above = torch.randn(rows, generator=generator, dtype=torch.float64) - 2 if dice.random() < 0.4 else None
-    return Scene(pairs, heads, among, above, generator)
+    batch_views = [0, 1, 0, 1, 0, 1, PADDING]
+    anchor, first = (part(size, batch_views) for size in sizes[:2])
+    second = part(sizes[2], [REMEMBERED, REMEMBERED, REMEMBERED, 0, 2, PADDING])
+    pairs = Pairs(anchor, (first, second), across=choices.random() < 0.3)
+    if choices.random() < 0.4:
+        pairs = pairs.ignoring(is_similar, torch.rand(len(anchor), generator=generator, dtype=torch.float64) - 0.5)
+    among = torch.rand(sizes[1] + sizes[2], generator=generator) < 0.8 if choices.random() < 0.4 else None
+    rows = (len(anchor),) if heads is None or choices.random() < 0.5 else (heads, len(anchor))
+    above = torch.randn(rows, generator=generator, dtype=torch.float64) - 2 if choices.random() < 0.4 else None
+    return RandomPairs(pairs, heads, among, above, generator)
 
 
-def near(anchor, candidate, similarity, threshold):
-    """Ignore what is more similar than the anchor's threshold, if the candidate's group is not 0."""
+def is_similar(anchor, candidate, similarity, threshold):
+    """Ignore candidates that are more similar than the anchor's threshold, except those of group 0."""
     return (similarity > threshold) & (candidate.group != 0)
 
 
-def single(embeddings, head, row):
-    return embeddings.z[row] if head is None else embeddings.z[head, row]
-
-
-def candidates(pairs):
-    return [(part, row) for part in pairs.candidates for row in range(len(part))]
-
-
-def kind(pairs, i, j, similarity, head=None):
-    """Say how candidate j stands to anchor i, by the table of the design, one case after the other."""
-    part, row = candidates(pairs)[j]
-    sample, group, view = (int(getattr(pairs.anchor, name)[i]) for name in ("sample", "group", "view"))
-    its_sample, its_group, its_view = (int(getattr(part, name)[row]) for name in ("sample", "group", "view"))
-    if PADDING in (view, its_view):
+def relation(across, ignored, anchor, candidate):
+    """Return the name of the relation by the table in `Pairs`, one case after the other."""
+    (sample, group, view), (other_sample, other_group, other_view) = anchor, candidate
+    if PADDING in (view, other_view):
         return "nothing"
-    if sample == its_sample and view == its_view:
+    if sample == other_sample and view == other_view:
         return "itself"
-    if sample == its_sample and its_view == REMEMBERED:
+    if sample == other_sample and other_view == REMEMBERED:
         return "ignored"
-    if pairs.across and view == its_view:
+    if across and view == other_view:
         return "same view"
-    if group == its_group:
+    if group == other_group:
         return "positive"
-    if pairs.rules and similarity > float(pairs.rules[0][1][0][i]) and its_group != 0:
+    if ignored:
         return "false negative"
-    return "remembered negative" if its_view == REMEMBERED else "negative"
+    return "remembered negative" if other_view == REMEMBERED else "negative"
 
 
-KINDS = {
+NAMES = {
     "positive": {"positive"},
     "negative": {"negative", "remembered negative"},
     "remembered": {"remembered negative"},
     "all": {"positive", "negative", "remembered negative"},
 }
+BOUNDARIES = [(0, 5, 5), (4, 0, 0), (5, 0, 6), (1, 1, 0), (1, 0, 1), (3, 3, 3), (4, 4, 1)]
+"""No anchor, no candidate, an empty part, one pair; a tile of 3 that is filled exactly, and exceeded by one."""
 
 
-def walk(scene, over, among=True, above=False):
-    """Give for each (head, anchor) the list of (j, similarity) that count."""
-    pairs = scene.pairs
-    others = candidates(pairs)
-    rows = {}
-    for head in [None] if scene.heads is None else range(scene.heads):
-        for i in range(len(pairs)):
-            rows[head, i] = []
-            for j, (part, row) in enumerate(others):
-                similarity = sum(
-                    a * b for a, b in zip(single(pairs.anchor, head, i), single(part, head, row), strict=True)
-                )
-                counts = kind(pairs, i, j, float(similarity.detach())) in KINDS[over]
-                if among and scene.among is not None and not scene.among[j]:
-                    counts = False
-                if above and scene.above is not None:
-                    least = scene.above[i] if scene.above.ndim == 1 else scene.above[head, i]
-                    counts = counts and bool(similarity >= least)
-                if counts:
-                    rows[head, i].append((j, similarity))
-    return rows
+def property_of_pairs(**values):
+    """Test random pairs with random values of the other arguments; the boundaries first, with each argument's last."""
+
+    def decorate(test):
+        last = {name: options[-1] for name, options in values.items()}
+        for seed, sizes in enumerate(BOUNDARIES):
+            test = example(case=random_pairs(seed, sizes), **last)(test)
+        drawn = {name: st.sampled_from(options) for name, options in values.items()}
+        return given(case=st.builds(random_pairs, st.integers(0, 10**6)), **drawn)(test)
+
+    return decorate
 
 
-def collected(scene, values):
-    """Put the loops' numbers into (N,) or (H, N)."""
-    zero = torch.zeros((), dtype=torch.float64)
-    count = len(scene.pairs)
-    if scene.heads is None:
-        return torch.stack([values[None, i] + zero for i in range(count)]) if count else torch.zeros(0).double()
-    if not count:
-        return torch.zeros(scene.heads, 0).double()
-    return torch.stack([torch.stack([values[head, i] + zero for i in range(count)]) for head in range(scene.heads)])
+a_quarter_of_the_examples = settings(max_examples=settings().max_examples // 4)
+"""For tests that compute eight and more reductions per example, which takes 20 to 40 ms."""
 
 
-def assert_same(scene, found, expected, *parameters):
-    """Compare values and gradients to 1e-9."""
+def assert_same(case, found, expected, *parameters):
+    """Check that values and gradients are equal to 1e-9."""
     torch.testing.assert_close(found.expand(expected.shape), expected, rtol=1e-9, atol=1e-11)
-    leaves = [scene.pairs.anchor.z, *(part.z for part in scene.pairs.candidates), *parameters]
+    leaves = [case.pairs.anchor.z, *(part.z for part in case.pairs.candidates), *parameters]
     mix = torch.linspace(0.5, 1.5, expected.numel(), dtype=torch.float64).view(expected.shape)
     both = []
     for value in (found, expected):
-        total = torch.where(value <= NOTHING, 0, value * mix).sum() if value.requires_grad else None
+        total = torch.where(value <= EMPTY, 0, value * mix).sum() if value.requires_grad else None
         both.append(
             [torch.zeros_like(leaf) for leaf in leaves]
             if total is None
             else torch.autograd.grad(total, leaves, retain_graph=True, allow_unused=True, materialize_grads=True)
         )
-    for ours, theirs in zip(*both, strict=True):
-        assert torch.isfinite(ours).all()
-        torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-10)
+    for gradient, expected_gradient in zip(*both, strict=True):
+        assert torch.isfinite(gradient).all()
+        torch.testing.assert_close(gradient, expected_gradient, rtol=1e-8, atol=1e-10)
 
 
 class Learned(nn.Module):
-    """A PairFunction that knows z and identity: 1 + sum_d w_d a_d b_d + (the candidate's group) / 10."""
+    """A PairFunction of z and identity: 1 + sum_d w_d a_d b_d + (the candidate's group) / 10."""
 
     def __init__(self, weight):
         super().__init__()
@@ -174,177 +204,158 @@ class Learned(nn.Module):
         return 1 + (anchor.z * self.weight) @ candidate.z.transpose(-2, -1) + candidate.group.double() / 10
 
 
-def a_value(scene, form):
-    """Give an argument of that form, the same number as a function of (head, i, j), and the leaf it is learned by."""
-    count, width = len(scene.pairs), len(candidates(scene.pairs))
+def argument(case, form):
+    """Return an argument of that form, the same number as a function of (head, i, j), and the leaf of its gradient."""
+    count, width = len(case.pairs), sum(map(len, case.pairs.candidates))
+    if form is None:
+        return None, None, ()
     if form == "number":
         return 1.7, lambda h, i, j: 1.7, ()
     if form == "learned number":
-        leaf = scene.random()
+        leaf = case.random()
         return leaf, lambda h, i, j: leaf, (leaf,)
     if form == "per anchor":
-        leaf = scene.random(count, 1)
+        leaf = case.random(count, 1)
         return leaf, lambda h, i, j: leaf[i, 0], (leaf,)
     if form == "per candidate":
-        leaf = scene.random(1, width)
+        leaf = case.random(1, width)
         return leaf, lambda h, i, j: leaf[0, j], (leaf,)
     if form == "per head":
-        leaf = scene.random(scene.heads or 1, 1, 1) if scene.heads else scene.random(1, 1)
-        return leaf, lambda h, i, j: leaf[h, 0, 0] if scene.heads else leaf[0, 0], (leaf,)
-    leaf = scene.random(DIMS)
+        leaf = case.random(case.heads or 1, 1, 1) if case.heads else case.random(1, 1)
+        return leaf, lambda h, i, j: leaf[h, 0, 0] if case.heads else leaf[0, 0], (leaf,)
+    leaf = case.random(DIMS)
+    candidates = {
+        head: case.candidates(head) for head in (None, *range(case.heads or 0)) if (head is None) != bool(case.heads)
+    }
 
     def pair(h, i, j):
-        part, row = candidates(scene.pairs)[j]
-        inner = sum(
-            w * a * b for w, a, b in zip(leaf, single(scene.pairs.anchor, h, i), single(part, h, row), strict=True)
-        )
-        return 1 + inner + int(part.group[row]) / 10
+        y, _, group, _ = candidates[h][j]
+        return 1 + (leaf * case.vectors(case.pairs.anchor, h)[i]) @ y + group / 10
 
     return Learned(leaf), pair, (leaf,)
 
 
-every_relation = pytest.mark.parametrize("over", OVER)
-FORMS = st.sampled_from(["number", "learned number", "per anchor", "per candidate", "per head", "pair function"])
+FORMS = ["number", "learned number", "per anchor", "per candidate", "per head", "pair function"]
 
 
-@given(scene=scenes())
-def test_each_candidate_stands_to_an_anchor_as_the_table_says(scene):
-    found = {over: scene.pairs.relation(over) for over in OVER}
-    for head in [None] if scene.heads is None else range(scene.heads):
-        for i in range(len(scene.pairs)):
-            for j, (part, row) in enumerate(candidates(scene.pairs)):
-                similarity = float((single(scene.pairs.anchor, head, i) @ single(part, head, row)).detach())
-                for over in OVER:
-                    tile = found[over] if found[over].ndim == 2 else found[over][head]
-                    assert bool(tile[i, j]) == (kind(scene.pairs, i, j, similarity) in KINDS[over])
+@property_of_pairs()
+def test_the_relation_of_a_candidate_to_an_anchor_is_that_of_the_table(case):
+    masks = {over: case.pairs.relation(over) for over in OVER}
+    for (head, i), candidates in case.labelled().items():
+        for j, (_, name) in enumerate(candidates):
+            for over, mask in masks.items():
+                assert bool((mask if mask.ndim == 2 else mask[head])[i, j]) == (name in NAMES[over])
 
 
-@every_relation
-@given(scene=scenes(), scale=FORMS, weight=st.one_of(st.none(), FORMS))
-def test_logsumexp_equals_loops(scene, over, scale, weight):
-    given_scale, scale_of, first = a_value(scene, scale)
-    log_weight, weight_of, second = (None, lambda h, i, j: 0.0, ()) if weight is None else a_value(scene, weight)
-    found = scene.pairs.logsumexp(given_scale, over, among=scene.among, log_weight=log_weight, above=scene.above)
+@property_of_pairs(over=OVER, scale=FORMS, weight=[None, *FORMS])
+def test_logsumexp_equals_loops(case, over, scale, weight):
+    given_scale, scale_of, first = argument(case, scale)
+    log_weight, weight_of, second = argument(case, weight)
+    found = case.pairs.logsumexp(given_scale, over, among=case.among, log_weight=log_weight, above=case.above)
     values = {}
-    for (h, i), row in walk(scene, over, above=True).items():
-        exponents = [scale_of(h, i, j) * s + weight_of(h, i, j) for j, s in row]
-        values[h, i] = sum(exponent.exp() for exponent in exponents).log() if row else NOTHING
-    assert_same(scene, found, collected(scene, values), *first, *second)
+    for (h, i), row in case.counted(over).items():
+        exponents = [scale_of(h, i, j) * s + (weight_of(h, i, j) if weight else 0) for j, s in row]
+        values[h, i] = sum(exponent.exp() for exponent in exponents).log() if row else EMPTY
+    assert_same(case, found, case.stacked(values), *first, *second)
 
 
-@every_relation
-@given(scene=scenes(), weight=st.one_of(st.none(), FORMS))
-def test_mean_equals_loops(scene, over, weight):
-    given_weight, weight_of, learned = (None, lambda h, i, j: 1.0, ()) if weight is None else a_value(scene, weight)
-    found = scene.pairs.mean(over, among=scene.among, weight=given_weight, above=scene.above)
+@property_of_pairs(over=OVER, weight=[None, *FORMS])
+def test_mean_equals_loops(case, over, weight):
+    given_weight, weight_of, learned = argument(case, weight)
+    found = case.pairs.mean(over, among=case.among, weight=given_weight, above=case.above)
     values = {}
-    for (h, i), row in walk(scene, over, above=True).items():
-        mass = sum(weight_of(h, i, j) for j, _ in row)
-        values[h, i] = sum(weight_of(h, i, j) * s for j, s in row) / mass if row else 0.0
-    assert_same(scene, found, collected(scene, values), *learned)
+    for (h, i), row in case.counted(over).items():
+        weights = [weight_of(h, i, j) if weight else 1.0 for j, _ in row]
+        values[h, i] = sum(w * s for w, (_, s) in zip(weights, row, strict=True)) / sum(weights) if row else 0.0
+    assert_same(case, found, case.stacked(values), *learned)
 
 
-@every_relation
-@given(scene=scenes())
-def test_mean_weighted_by_references_equals_loops(scene, over):
+@property_of_pairs(over=OVER)
+def test_mean_weighted_by_references_equals_loops(case, over):
     def with_reference(embeddings):
-        u = torch.randn(len(embeddings), 2, generator=scene.generator, dtype=torch.float64)
+        u = torch.randn(len(embeddings), 2, generator=case.generator, dtype=torch.float64)
         return replace(embeddings, reference=u / u.norm(dim=1, keepdim=True))
 
-    parts = [with_reference(part) for part in scene.pairs.candidates]
-    scene.pairs = replace(scene.pairs, anchor=with_reference(scene.pairs.anchor), candidates=parts)
-    found = scene.pairs.mean(over, among=scene.among, weight="reference", above=scene.above)
+    parts = [with_reference(part) for part in case.pairs.candidates]
+    case = replace(case, pairs=replace(case.pairs, anchor=with_reference(case.pairs.anchor), candidates=parts))
+    found = case.pairs.mean(over, among=case.among, weight="reference", above=case.above)
+    references = torch.cat([part.reference for part in parts])
     values = {}
-    for (h, i), row in walk(scene, over, above=True).items():
-        weights = {}
-        for j, _ in row:
-            part, place = candidates(scene.pairs)[j]
-            inner = sum(
-                float(a) * float(b) for a, b in zip(scene.pairs.anchor.reference[i], part.reference[place], strict=True)
-            )
-            weights[j] = (inner + 1) / 2
-        values[h, i] = sum(weights[j] * s for j, s in row) / sum(weights.values()) if row else 0.0
-    assert_same(scene, found, collected(scene, values))
+    for (h, i), row in case.counted(over).items():
+        weights = [(float(case.pairs.anchor.reference[i] @ references[j]) + 1) / 2 for j, _ in row]
+        values[h, i] = sum(w * s for w, (_, s) in zip(weights, row, strict=True)) / sum(weights) if row else 0.0
+    assert_same(case, found, case.stacked(values))
 
 
-@every_relation
-@given(scene=scenes(), scale=FORMS)
-@pytest.mark.parametrize("detach", [False, True])
-def test_soft_mean_equals_loops(scene, over, scale, detach):
-    given_scale, scale_of, learned = a_value(scene, scale)
-    found = scene.pairs.soft_mean(given_scale, over, among=scene.among, detach=detach, above=scene.above)
+@property_of_pairs(over=OVER, scale=FORMS, detach=[False, True])
+def test_soft_mean_equals_loops(case, over, scale, detach):
+    given_scale, scale_of, learned = argument(case, scale)
+    found = case.pairs.soft_mean(given_scale, over, among=case.among, detach=detach, above=case.above)
     values = {}
-    for (h, i), row in walk(scene, over, above=True).items():
+    for (h, i), row in case.counted(over).items():
         masses = [(scale_of(h, i, j) * s).exp() for j, s in row]
         masses = [mass.detach() for mass in masses] if detach else masses
         values[h, i] = sum(m * s for m, (_, s) in zip(masses, row, strict=True)) / sum(masses) if row else 0.0
-    assert_same(scene, found, collected(scene, values), *learned)
+    assert_same(case, found, case.stacked(values), *learned)
 
 
-@every_relation
-@given(scene=scenes(), scale=FORMS, bias=st.sampled_from(["number", "anchor", "head"]))
-def test_softplus_sum_equals_loops(scene, over, scale, bias):
-    given_scale, scale_of, learned = a_value(scene, scale)
-    scene.above = None
+@property_of_pairs(over=OVER, scale=FORMS, bias=["number", "anchor", "head"])
+def test_softplus_sum_equals_loops(case, over, scale, bias):
+    given_scale, scale_of, learned = argument(case, scale)
     if bias == "number":
         given_bias, bias_of = -0.7, lambda h, i: -0.7
-    elif bias == "anchor" or scene.heads is None:
-        given_bias = scene.random(len(scene.pairs))
+    elif bias == "anchor" or case.heads is None:
+        given_bias = case.random(len(case.pairs))
         learned, bias_of = (*learned, given_bias), lambda h, i: given_bias[i]
     else:
-        given_bias = scene.random(scene.heads, len(scene.pairs))
+        given_bias = case.random(case.heads, len(case.pairs))
         learned, bias_of = (*learned, given_bias), lambda h, i: given_bias[h, i]
-    found = scene.pairs.softplus_sum(given_scale, given_bias, over, among=scene.among)
+    found = case.pairs.softplus_sum(given_scale, given_bias, over, among=case.among)
     values = {}
-    for (h, i), row in walk(scene, over).items():
+    for (h, i), row in case.counted(over, above=False).items():
         values[h, i] = sum(torch.log1p((scale_of(h, i, j) * s + bias_of(h, i)).exp()) for j, s in row) if row else 0.0
-    assert_same(scene, found, collected(scene, values), *learned)
+    assert_same(case, found, case.stacked(values), *learned)
 
 
-@every_relation
-@given(scene=scenes(), k=st.integers(1, 12))
-def test_topk_equals_sorted_loops(scene, over, k):
-    found, positions = scene.pairs.topk(k, over, among=scene.among)
-    walked = walk(scene, over)
-    heads = () if scene.heads is None else (scene.heads,)
-    assert found.shape == positions.shape == (*heads, len(scene.pairs), k)
-    for place in range(k):
-        values = {}
-        for (h, i), row in walked.items():
-            ordered = sorted(row, key=lambda item: -float(item[1].detach()))
-            values[h, i] = ordered[place][1] if place < len(row) else 0.0
-            where = positions[i, place] if h is None else positions[h, i, place]
-            assert int(where) == (ordered[place][0] if place < len(row) else -1)
-        assert_same(scene, found[..., place], collected(scene, values))
+@property_of_pairs(over=OVER, k=range(1, 13))
+def test_topk_equals_sorted_loops(case, over, k):
+    found, indices = case.pairs.topk(k, over, among=case.among)
+    rows = case.counted(over, above=False)
+    heads = () if case.heads is None else (case.heads,)
+    assert found.shape == indices.shape == (*heads, len(case.pairs), k)
+    values = [{} for _ in range(k)]
+    for (h, i), row in rows.items():
+        ordered = sorted(row, key=lambda item: -item[1].item())
+        for rank in range(k):
+            j, values[rank][h, i] = ordered[rank] if rank < len(row) else (-1, 0.0)
+            assert int(indices[i, rank] if h is None else indices[h, i, rank]) == j
+    assert_same(case, found, torch.stack([case.stacked(of_rank) for of_rank in values], dim=-1))
 
 
-@every_relation
-@given(scene=scenes(), each=st.booleans(), data=st.data())
-def test_kth_equals_sorted_loops(scene, over, each, data):
-    count = len(scene.pairs)
-    ks = data.draw(st.lists(st.integers(1, 9), min_size=count, max_size=count)) if each else [3] * count
-    found = scene.pairs.kth(torch.tensor(ks).long() if each else 3, over, among=scene.among)
+@property_of_pairs(over=OVER, per_anchor=[False, True])
+def test_kth_equals_sorted_loops(case, over, per_anchor):
+    ks = torch.randint(1, 10, (len(case.pairs),), generator=case.generator)
+    found = case.pairs.kth(ks if per_anchor else 3, over, among=case.among)
     values = {}
-    for (h, i), row in walk(scene, over).items():
-        ordered = sorted((float(s.detach()) for _, s in row), reverse=True)
-        values[h, i] = ordered[min(ks[i], len(row)) - 1] if row else 0.0
+    for (h, i), row in case.counted(over, above=False).items():
+        ordered = sorted((s.item() for _, s in row), reverse=True)
+        values[h, i] = ordered[min(int(ks[i]) if per_anchor else 3, len(row)) - 1] if row else 0.0
     assert not found.requires_grad
-    torch.testing.assert_close(found, collected(scene, values))
+    torch.testing.assert_close(found, case.stacked(values))
 
 
-@every_relation
-@given(scene=scenes())
-def test_count_equals_loops(scene, over):
-    found = scene.pairs.count(over, among=scene.among, above=scene.above)
-    values = {where: float(len(row)) for where, row in walk(scene, over, above=True).items()}
+@property_of_pairs(over=OVER)
+def test_count_equals_loops(case, over):
+    found = case.pairs.count(over, among=case.among, above=case.above)
+    expected = case.stacked({row: len(counted) for row, counted in case.counted(over).items()}).long()
     assert found.dtype == torch.int64
-    expected = collected(scene, values).long()
     assert torch.equal(found.expand(expected.shape), expected)
 
 
-@given(scene=scenes())
-def test_several_reductions_in_one_pass_equal_each_alone(scene):
-    pairs, among, above = scene.pairs, scene.among, scene.above
+@a_quarter_of_the_examples
+@property_of_pairs()
+def test_several_reductions_in_one_pass_equal_each_by_itself(case):
+    pairs, among, above = case.pairs, case.among, case.above
     together = pairs.reduce(
         LogSumExp(2.0, "all", among, above=above),
         Mean("positive"),
@@ -353,7 +364,7 @@ def test_several_reductions_in_one_pass_equal_each_alone(scene):
         Kth(2, "all"),
         Count("negative"),
     )
-    alone = (
+    separate = (
         pairs.logsumexp(2.0, "all", among=among, above=above),
         pairs.mean("positive"),
         pairs.soft_mean(-1.0, "negative", detach=True),
@@ -361,33 +372,33 @@ def test_several_reductions_in_one_pass_equal_each_alone(scene):
         pairs.kth(2, "all"),
         pairs.count("negative"),
     )
-    for one, other in zip(together, alone, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(together, separate, rtol=1e-12, atol=1e-12)
 
 
-@given(scene=scenes(), start=st.integers(0, 4), length=st.integers(0, 4))
-def test_a_block_of_anchors_has_the_rows_of_the_whole(scene, start, length):
+@a_quarter_of_the_examples
+@property_of_pairs(start=range(5), length=range(5))
+def test_a_block_of_anchors_has_the_rows_of_all(case, start, length):
     rows = slice(start, start + length)
-    block = scene.pairs.block(rows)
+    block = case.pairs.block(rows)
     for over in OVER:
-        assert torch.equal(block.relation(over), scene.pairs.relation(over)[..., rows, :])
+        assert torch.equal(block.relation(over), case.pairs.relation(over)[..., rows, :])
         torch.testing.assert_close(
-            block.logsumexp(2.0, over), scene.pairs.logsumexp(2.0, over)[..., rows], rtol=1e-12, atol=1e-12
+            block.logsumexp(2.0, over), case.pairs.logsumexp(2.0, over)[..., rows], rtol=1e-12, atol=1e-12
         )
-    assert len(block) == len(scene.pairs.anchor.sample[rows])
+    assert len(block) == len(case.pairs.anchor.sample[rows])
 
 
-@given(scene=scenes())
-def test_kth_is_a_threshold_that_above_agrees_with(scene):
-    least = scene.pairs.kth(2, "all")
-    found = scene.pairs.count("all", above=least)
-    expected = scene.pairs.count("all").clamp(max=2)
+@a_quarter_of_the_examples
+@property_of_pairs()
+def test_kth_is_a_threshold_that_above_includes(case):
+    found = case.pairs.count("all", above=case.pairs.kth(2, "all"))
+    expected = case.pairs.count("all").clamp(max=2)
     assert torch.equal(found, expected.expand(found.shape))
 
 
 @pytest.mark.parametrize("over", OVER)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_over_nothing_a_logsumexp_is_half_the_least_number_and_all_else_zero(over, dtype):
+def test_over_no_candidates_a_logsumexp_is_half_the_smallest_number_and_others_are_zero(over, dtype):
     z = torch.randn(2, DIMS, dtype=dtype, requires_grad=True)
     index = torch.tensor([5, 5])
     same = Embeddings(z, index, index, index * 0)
@@ -416,7 +427,7 @@ def test_over_nothing_a_logsumexp_is_half_the_least_number_and_all_else_zero(ove
     ],
     ids=["logsumexp", "soft_mean", "softplus_sum", "mean", "topk"],
 )
-def test_gradients_are_derivatives_and_second_ones_are_refused_where_there_is_no_matrix(row, request):
+def test_gradients_are_derivatives_and_second_derivatives_need_the_dense_backend(row, request):
     generator = torch.Generator().manual_seed(3)
     index = torch.arange(3)
 
@@ -427,7 +438,7 @@ def test_gradients_are_derivatives_and_second_ones_are_refused_where_there_is_no
     shapes = [(3, DIMS), (3, DIMS), (6, 1), (6,)]
     leaves = [torch.randn(s, generator=generator, dtype=torch.float64, requires_grad=True) for s in shapes]
     assert torch.autograd.gradcheck(function, leaves)
-    if "dense" in request.node.name:
+    if request.node.callspec.params["a_backend"] == "dense":
         assert torch.autograd.gradgradcheck(function, leaves)
         return
     (first,) = torch.autograd.grad(function(*leaves).sum(), leaves[0], create_graph=True)
@@ -444,7 +455,7 @@ def test_a_large_logit_keeps_its_digits():
     assert pairs.logsumexp(1e4, "all").tolist() == pytest.approx([1e4 + math.log(2)] * 2, rel=1e-15)
 
 
-def test_a_broadcast_part_gets_the_sum_of_its_heads_gradients():
+def test_a_part_without_heads_has_the_sum_of_the_gradients_of_all_heads():
     index = torch.arange(3)
     a = torch.randn(2, 3, DIMS, dtype=torch.float64, requires_grad=True)
     b = torch.randn(3, DIMS, dtype=torch.float64, requires_grad=True)
@@ -458,7 +469,7 @@ def test_a_broadcast_part_gets_the_sum_of_its_heads_gradients():
 
 
 @pytest.mark.parametrize("anchor_learns", [True, False])
-def test_parts_with_and_without_a_gradient_may_stand_side_by_side(anchor_learns):
+def test_candidates_may_be_parts_with_and_without_gradient(anchor_learns):
     a = torch.nn.functional.normalize(torch.randn(4, 8, generator=torch.Generator().manual_seed(0)), dim=-1)
     parts = torch.nn.functional.normalize(torch.randn(3, 5, 8, generator=torch.Generator().manual_seed(1)), dim=-1)
     index = torch.arange(5)
@@ -466,12 +477,12 @@ def test_parts_with_and_without_a_gradient_may_stand_side_by_side(anchor_learns)
     leaves = [part.clone().requires_grad_(k != 1) for k, part in enumerate(parts)]
     candidates = [Embeddings(z, index, index, index * 0 + 1 + k) for k, z in enumerate(leaves)]
     pairs = Pairs(Embeddings(a, index[:4], index[:4], index[:4] * 0), candidates)
-    wanted = [tensor for tensor in (a, *leaves) if tensor.requires_grad]
-    for asked in ([LogSumExp(5.0, "negative")], [SoftMean(5.0, "negative"), LogSumExp(2.0, "negative")]):
-        gradients = torch.autograd.grad(sum(one.sum() for one in pairs.reduce(*asked)), wanted)
+    inputs = [tensor for tensor in (a, *leaves) if tensor.requires_grad]
+    for requested in ([LogSumExp(5.0, "negative")], [SoftMean(5.0, "negative"), LogSumExp(2.0, "negative")]):
+        gradients = torch.autograd.grad(sum(row.sum() for row in pairs.reduce(*requested)), inputs)
         with reductions.backend("dense"):
-            expected = sum(one.sum() for one in pairs.reduce(*asked))
-        torch.testing.assert_close(gradients, torch.autograd.grad(expected, wanted))
+            expected = sum(row.sum() for row in pairs.reduce(*requested))
+        torch.testing.assert_close(gradients, torch.autograd.grad(expected, inputs))
 
 
 def test_backward_inside_autocast_keeps_full_precision():
@@ -486,12 +497,12 @@ def test_backward_inside_autocast_keeps_full_precision():
 
 
 @pytest.mark.parametrize("name", ["dense", "tiled"])
-def test_a_candidate_that_changed_before_the_backward_pass_is_named(name):
+def test_a_candidate_that_changed_before_the_backward_pass_raises(name):
     index = torch.arange(4)
     z = torch.randn(4, DIMS, requires_grad=True)
     stored = torch.randn(6, DIMS)
-    strangers = torch.arange(6) + 10
-    queue = Embeddings(stored[1:], strangers[1:], strangers[1:], torch.full((5,), REMEMBERED))
+    sample = torch.arange(6) + 10
+    queue = Embeddings(stored[1:], sample[1:], sample[1:], torch.full((5,), REMEMBERED))
     with reductions.backend(name, tile=2):
         value = Pairs(Embeddings(z, index, index, index * 0), (queue,)).logsumexp(1.0, "remembered").sum()
     stored[3] = 0
@@ -499,7 +510,7 @@ def test_a_candidate_that_changed_before_the_backward_pass_is_named(name):
         value.backward()
 
 
-def test_all_pairs_lets_every_view_meet_every_view_and_the_extras():
+def test_all_pairs_pairs_every_view_with_every_view_and_the_extras():
     index = torch.arange(2)
     a, b = (Embeddings(torch.randn(2, DIMS), index, index, index * 0 + view) for view in range(2))
     queue = Embeddings(
@@ -522,7 +533,7 @@ def test_all_pairs_lets_every_view_meet_every_view_and_the_extras():
     ]
 
 
-def test_two_sided_and_cross_pairs_leave_out_the_anchors_own_view():
+def test_two_sided_and_cross_pairs_exclude_the_anchors_own_view():
     index = torch.arange(2)
     a, b = (Embeddings(torch.randn(2, DIMS), index, index, index * 0 + view) for view in range(2))
     both = two_sided(a, b)
@@ -531,7 +542,7 @@ def test_two_sided_and_cross_pairs_leave_out_the_anchors_own_view():
 
 
 @pytest.mark.parametrize(
-    ("ask", "words"),
+    ("call", "message"),
     [
         (lambda pairs: pairs.count("friends"), "over is 'positive', 'negative', 'remembered' or 'all'; got 'friends'"),
         (lambda pairs: pairs.mean("all", weight="cosine"), "weight is 'reference', a number.*'cosine'"),
@@ -549,11 +560,11 @@ def test_two_sided_and_cross_pairs_leave_out_the_anchors_own_view():
         (lambda pairs: pairs.topk(2.5, "all"), "k is a whole number, 1 or more; got 2.5"),
     ],
 )
-def test_what_cannot_be_asked_is_refused_in_a_sentence(ask, words):
+def test_wrong_arguments_raise(call, message):
     index = torch.arange(2)
     a, b = (Embeddings(torch.randn(2, DIMS), index, index, index * 0 + view) for view in range(2))
-    with pytest.raises(ValueError, match=words):
-        ask(cross_pairs(a, b))
+    with pytest.raises(ValueError, match=message):
+        call(cross_pairs(a, b))
 
 
 def test_anchors_that_were_first_read_without_gradient_have_one_later():
@@ -568,8 +579,8 @@ def test_anchors_that_were_first_read_without_gradient_have_one_later():
     assert all(gradient.abs().sum() > 0 for gradient in gradients)
 
 
-def test_anchors_in_parts_stay_in_parts_through_rules_and_detaching():
-    """Else tiles would no longer serve both directions."""
+def test_rules_and_detaching_preserve_the_parts_of_the_anchors():
+    """Otherwise each similarity would be computed twice."""
     index = torch.arange(3)
     a, b = (Embeddings(torch.randn(3, 2), index, index, index * 0 + view) for view in (0, 1))
     pairs = all_pairs(a, b)
@@ -581,8 +592,8 @@ def test_anchors_in_parts_stay_in_parts_through_rules_and_detaching():
 
 
 @pytest.mark.parametrize("heads", [(), (2,)])
-def test_the_weight_of_all_pairs_alike_has_no_gradient_in_a_mean(heads):
-    """Where tiles serve both directions, the gradient of a weight is a sum over both, and not of products of sums."""
+def test_a_weight_that_is_one_number_has_no_gradient_in_a_mean(heads):
+    """With symmetric tiles the gradient of a weight is a sum over both directions, not a product of sums."""
     index = torch.arange(5)
     z = torch.randn(2, *heads, 5, DIMS, dtype=torch.float64, requires_grad=True)
     weight = torch.full((*heads, 1, 1) if heads else (), 0.7, dtype=torch.float64, requires_grad=True)
