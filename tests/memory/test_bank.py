@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from contrast.core.embeddings import REMEMBERED
@@ -16,6 +16,8 @@ from tests.memory.model import DIM, PlainBank, anchor, entries, rows_of, samples
 SAMPLES = 12
 
 
+@example(updates=[[*range(SAMPLES)], [0], [SAMPLES - 1]], heads=None)  # all samples, then the first and the last again
+@example(updates=[[], [0], []], heads=2)
 @given(updates=samples_of_updates, heads=st.sampled_from([None, 1, 2]))
 def test_any_updates_leave_what_a_plain_dictionary_contains(updates, heads):
     bank, plain = Bank(SAMPLES, DIM, heads), PlainBank()
@@ -34,6 +36,8 @@ def test_any_updates_leave_what_a_plain_dictionary_contains(updates, heads):
         assert bank.metrics["bank_age"] == pytest.approx(sum(known) / max(len(known), 1))
 
 
+@example(updates=[], more=[[SAMPLES - 1]])
+@example(updates=[[*range(SAMPLES)]], more=[[], [0]])
 @given(updates=samples_of_updates, more=samples_of_updates)
 def test_a_resumed_bank_equals_one_without_interruption_bit_for_bit(updates, more):
     unbroken, resumed = Bank(SAMPLES, DIM, reference_dim=2), Bank(SAMPLES, DIM, reference_dim=2)

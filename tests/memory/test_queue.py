@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from contrast.core.embeddings import REMEMBERED, normalise
@@ -13,6 +13,12 @@ from contrast.memory import MEMORIES, Queue
 from tests.memory.model import DIM, PlainQueue, anchor, entries, rows_of, samples_of_updates, saved_and_loaded
 
 
+@example(updates=[[0, 1, 2], [3, 4, 5]], size=6, heads=None)  # filled exactly
+@example(updates=[[0, 1, 2], [3, 4, 5], [6, 7, 8]], size=6, heads=2)  # the next update starts at the first entry
+@example(updates=[[0, 1, 2], [3, 4, 5]], size=5, heads=None)  # wraps by one row
+@example(updates=[[0], [1, 2, 3, 4, 5, 6, 7, 8]], size=3, heads=None)  # a batch larger than the queue
+@example(updates=[[0], [1, 2, 3, 4]], size=4, heads=1)  # a batch as large as the queue
+@example(updates=[[], [0], []], size=1, heads=None)
 @given(updates=samples_of_updates, size=st.integers(1, 14), heads=st.sampled_from([None, 1, 2]))
 def test_any_updates_leave_what_a_plain_list_contains(updates, size, heads):
     queue, plain = Queue(size, DIM, heads), PlainQueue(size)
@@ -26,6 +32,9 @@ def test_any_updates_leave_what_a_plain_list_contains(updates, size, heads):
         assert (found.view == REMEMBERED).all()
 
 
+@example(updates=[[0, 1, 2]], more=[[3, 4]], size=3)  # saved when filled exactly
+@example(updates=[[0, 1], [2, 3]], more=[[4]], size=3)  # saved after it wrapped by one row
+@example(updates=[], more=[[0, 1, 2]], size=2)
 @given(updates=samples_of_updates, more=samples_of_updates, size=st.integers(1, 14))
 def test_a_resumed_queue_equals_one_without_interruption_bit_for_bit(updates, more, size):
     unbroken, resumed = Queue(size, DIM, reference_dim=2), Queue(size, DIM, reference_dim=2)
