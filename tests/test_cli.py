@@ -219,7 +219,7 @@ def test_two_processes_train_as_one(more_words, tmp_path):
     for key, value in one.items():
         if key in ("loss.sums", "loss.epoch_sums"):
             value, two[key] = value / 2**24, two[key] / 2**24  # BadPairs counts in these units
-        if key.startswith("memory.") and f"{key.rpartition('.')[0]}.position" in one:
+        if f"{key.partition('.tensors.')[0]}.counters.position" in one:
             # The processes take turns in a batch, and the queue has the rows of one after those of the other.
             value, two[key] = (torch.as_tensor(rows, dtype=torch.float).sort(0)[0] for rows in (value, two[key]))
         torch.testing.assert_close(two[key], value, rtol=1e-3, atol=1e-5, msg=lambda text, key=key: f"{key}: {text}")
