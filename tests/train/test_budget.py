@@ -18,12 +18,12 @@ from contrast.train.budget import Budget
         ("45 s", Budget(seconds=45)),
     ],
 )
-def test_epochs_steps_and_times_are_read(text, budget):
+def test_epochs_steps_and_times_are_parsed(text, budget):
     assert Budget.parse(text, steps_per_epoch=7) == budget
 
 
 @pytest.mark.parametrize("text", ["", "200", "many epochs", "0 steps", "8 parsecs", "-3 epochs", "epochs"])
-def test_anything_else_is_refused_with_examples(text):
+def test_anything_else_is_refused_with_an_example(text):
     with pytest.raises(InputError, match="200 epochs"):
         Budget.parse(text, steps_per_epoch=7)
 

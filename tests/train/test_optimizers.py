@@ -23,7 +23,7 @@ def test_every_optimizer_lowers_a_simple_loss(name):
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_biases_and_norms_are_not_decayed_and_frozen_weights_not_touched(name):
+def test_biases_and_norms_have_no_weight_decay_and_frozen_weights_no_group(name):
     model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 2).requires_grad_(False))
     groups = OPTIMIZERS.build({"name": name, "weight_decay": 0.1}).build([model]).param_groups
     decay = {id(parameter): group["weight_decay"] for group in groups for parameter in group["params"]}
@@ -46,6 +46,6 @@ def test_the_learning_rate_warms_up_and_falls_along_a_cosine():
 
 
 @pytest.mark.parametrize("wrong", [{"lr": 0}, {"weight_decay": -1}, {"warmup": 10}, {"momentum": 2}, {"momentum": -1}])
-def test_impossible_values_are_refused_by_key(wrong):
+def test_the_message_of_an_impossible_value_names_its_key(wrong):
     with pytest.raises(InputError, match=next(iter(wrong))):
         OPTIMIZERS.build({"name": "sgd", **wrong}, where="optimizer")

@@ -1,4 +1,4 @@
-"""A step with memories: who is asked for what, what is remembered, and when."""
+"""A training step: its views, targets and candidates, and what it stores in memories."""
 
 import pytest
 import torch
@@ -44,27 +44,27 @@ def compute(step, number=0, rows=5):
     return step.compute(batch(rows, rows * number), torch.Generator().manual_seed(number))
 
 
-def test_without_memory_it_is_the_loss_of_the_views():
+def test_without_memory_a_step_is_the_loss_of_the_views():
     step = Step(encoder(), InfoNCE(), views())
     output = compute(step)
     out = step.encoder(output.views)
     torch.testing.assert_close(output.loss, InfoNCE()(*out.z))
 
 
-def test_it_remembers_the_last_view_without_gradient_and_its_samples():
+def test_a_step_stores_the_last_view_without_gradient_and_its_samples():
     queue = Queue(8, dim=4)
     step = Step(encoder(), InfoNCE(), views(), [queue])
     output = compute(step)
     assert queue.filled == 0, "the backward pass is still to come"
     output.loss.backward()
     step.update_memories([output.keys])
-    held = queue.candidates(output.keys)
-    torch.testing.assert_close(held.z, normalise(step.encoder(output.views).z[-1]).detach())
-    assert held.sample.tolist() == [0, 1, 2, 3, 4]
-    assert not held.z.requires_grad
+    stored = queue.candidates(output.keys)
+    torch.testing.assert_close(stored.z, normalise(step.encoder(output.views).z[-1]).detach())
+    assert stored.sample.tolist() == [0, 1, 2, 3, 4]
+    assert not stored.z.requires_grad
 
 
-def test_what_it_remembers_is_the_momentum_key_where_there_is_a_twin():
+def test_a_step_with_a_twin_stores_the_momentum_keys():
     queue = Queue(8, dim=4)
     step = Step(encoder(momentum=0.9), InfoNCE(candidates="memory"), views(), [queue])
     output = compute(step)
@@ -72,7 +72,7 @@ def test_what_it_remembers_is_the_momentum_key_where_there_is_a_twin():
     torch.testing.assert_close(queue.candidates(output.keys).z, normalise(step.encoder(output.views).targets[-1]))
 
 
-def test_remembered_samples_are_candidates_of_the_next_step():
+def test_stored_embeddings_are_candidates_of_the_next_step():
     queue = Queue(8, dim=4)
     loss = InfoNCE()
     step = Step(encoder(), loss, views(), [queue])
@@ -94,8 +94,8 @@ def test_neighbours_become_the_views_and_the_embeddings_their_targets():
     step.update_memories([first.keys])
     output = compute(step, 1)
     out = step.encoder(output.views)
-    held = queue.candidates(output.keys).z
-    near = [held[(normalise(key) @ held.T).argmax(dim=1)] for key in out.targets]
+    stored = queue.candidates(output.keys).z
+    near = [stored[(normalise(key) @ stored.T).argmax(dim=1)] for key in out.targets]
     expected = InfoNCE(candidates="across")(*near, targets=out.z, sample=batch(5, 5).sample)
     torch.testing.assert_close(output.loss, expected)
     step.encoder.zero_grad()
@@ -103,7 +103,7 @@ def test_neighbours_become_the_views_and_the_embeddings_their_targets():
     assert all(parameter.grad.abs().sum() > 0 for parameter in step.encoder.parameters())
 
 
-def test_a_bank_that_two_memories_share_is_written_once_a_step():
+def test_a_bank_of_several_memories_is_updated_once_per_step():
     bank = Bank(20, dim=4)
     step = Step(encoder(), InfoNCE(), views(), [bank, HardNegatives(bank, 2), NearestPositives(bank)])
     step.update_memories([compute(step).keys])
@@ -124,7 +124,7 @@ def test_a_loss_without_rows_trains_without_memories():
     assert torch.isfinite(output.loss)
 
 
-def test_a_frozen_network_s_features_reach_the_loss_and_the_queue():
+def test_the_frozen_features_reach_the_loss_and_the_queue():
     def reference(raw):
         return raw.flatten(1)[:, :3]
 
@@ -137,7 +137,7 @@ def test_a_frozen_network_s_features_reach_the_loss_and_the_queue():
     torch.testing.assert_close(queue.candidates(output.keys).reference, normalise(reference(batch().x)))
 
 
-def test_a_loss_that_asks_for_it_gets_the_frozen_network_s_features_of_each_view():
+def test_a_loss_with_references_per_view_gets_the_frozen_features_of_each_view():
     seen = []
 
     def reference(raw):
@@ -162,14 +162,14 @@ def test_a_loss_that_asks_for_it_gets_the_frozen_network_s_features_of_each_view
         torch.testing.assert_close(*given["reference"])
 
 
-def test_the_frozen_network_takes_no_gradient():
+def test_the_frozen_network_has_no_gradient():
     network = nn.Linear(8, 3)
     step = Step(encoder(), CWCL(), views(), reference=lambda raw: network(raw.flatten(1)))
     compute(step).loss.backward()
     assert network.weight.grad is None
 
 
-def test_a_raw_loss_remembers_raw_embeddings():
+def test_a_loss_of_raw_embeddings_stores_raw_embeddings():
     class Raw(InfoNCE):
         normalise = False
 
