@@ -42,7 +42,7 @@ class Case:
         learned: the inputs that take a gradient.
         heads: 0 where views are (N, D).
         classes: the number of labels; 0: without labels.
-        remembered: whether the negatives are 65,536 remembered candidates.
+        remembered: True if the negatives are 65,536 remembered candidates.
         parameters: the loss's parameters, by the last part of their names.
         libraries: the same loss of other libraries; takes the module of their losses, the inputs and the parameters.
     """

@@ -27,8 +27,8 @@ def test_the_dense_losses_have_the_values_and_gradients_of_the_package(name):
 
 def test_this_checkout_has_the_results_and_about_the_time_of_itself(tmp_path, capsys):
     out = tmp_path / "cells.json"
-    few = ["--sizes", "32", "--rounds", "2", "--seconds", "0.01", "--losses", "info_nce", "siglip", "--out", str(out)]
-    assert core.main([*few, "--base", str(ROOT), "--json"]) == 0
+    words = ["--sizes", "32", "--rounds", "2", "--seconds", "0.01", "--losses", "info_nce", "siglip", "--out", str(out)]
+    assert core.main([*words, "--base", str(ROOT), "--json"]) == 0
     cells = json.loads(capsys.readouterr().out)
     commit = harness.revision(ROOT)["commit"]
     assert [cell["key"] for cell in cells] == [

@@ -28,7 +28,7 @@ def rows(text):
 
 
 def test_a_run_measures_only_what_is_missing(tmp_path):
-    measured, words = [], ["--out", str(tmp_path / "made" / "cells.json")]
+    measured, words = [], ["--out", str(tmp_path / "new" / "cells.json")]
     run([*words, "--cells", "*-0"], measured=measured)
     assert measured == ["clip-0", "cacr-0"]
     cells = run(words, measured=measured)
@@ -38,7 +38,7 @@ def test_a_run_measures_only_what_is_missing(tmp_path):
     assert len(measured) == 4
     run([*words, "--again", "--cells", "clip-*"], measured=measured)
     assert measured[4:] == ["clip-0", "clip-1"]
-    assert len(Results(tmp_path / "made" / "cells.json").cells) == 4
+    assert len(Results(tmp_path / "new" / "cells.json").cells) == 4
 
 
 def test_a_failure_keeps_the_cells_before_it(tmp_path):
