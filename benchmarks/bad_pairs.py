@@ -33,6 +33,7 @@ from harness import Cell, Key
 from real_sets import SETS, probe, source_of
 from torch import Tensor
 
+from contrast.cli import answer
 from contrast.core.seeding import derived
 from contrast.data import Data
 from contrast.data.dataset import Batch
@@ -292,4 +293,4 @@ def main(words: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(answer(main))

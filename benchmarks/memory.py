@@ -29,6 +29,7 @@ import harness
 from harness import Key, Results
 from real_sets import SETS, nearest_same_class, probe, source_of
 
+from contrast.cli import answer
 from contrast.evaluation.features import Encode
 from contrast.experiment import config as configuration
 from contrast.experiment import run as runs
@@ -221,4 +222,4 @@ def main(words: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(answer(main))
