@@ -31,7 +31,7 @@ def test_without_processes_everything_is_the_identity():
         ({"LOCAL_RANK": "1"}, False, 1),
     ],
 )
-def test_before_the_process_group_exists_the_launcher_announces_rank_and_world_size(
+def test_before_the_process_group_exists_rank_and_world_size_come_from_the_environment(
     monkeypatch, announced, first, world
 ):
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
@@ -82,7 +82,7 @@ def gathered(rank, world):
     return results
 
 
-def test_gather_puts_rows_in_rank_order_and_sums_what_everyone_sends_back(processes):
+def test_gather_concatenates_rows_in_rank_order_and_sums_all_gradients(processes):
     answers = processes.run(gathered)
     world = processes.world
     for rank, answer in enumerate(answers):

@@ -65,13 +65,13 @@ def test_the_gradient_of_normalise_is_its_derivative():
 
 
 @pytest.mark.parametrize("shape", [(0, 3), (2, 0, 3), (3, 0)])
-def test_nothing_can_be_normalised(shape):
+def test_empty_tensors_can_be_normalised(shape):
     assert normalise(torch.zeros(shape)).shape == shape
 
 
 @pytest.mark.parametrize("index", [slice(1, 3), torch.tensor([2, 0]), torch.tensor([False, True, True, False])])
 @pytest.mark.parametrize("heads", [None, 2])
-def test_slicing_takes_z_and_identity_together(index, heads):
+def test_slicing_applies_to_z_and_identity(index, heads):
     whole = embeddings(heads=heads, reference=True)
     part = whole[index]
     kept = torch.arange(4)[index].tolist()
@@ -83,7 +83,7 @@ def test_slicing_takes_z_and_identity_together(index, heads):
 
 
 @pytest.mark.parametrize("heads", [None, 2])
-def test_concatenate_keeps_the_order(heads):
+def test_concatenate_preserves_the_order(heads):
     parts = [
         embeddings(3, heads=heads, start=0),
         embeddings(0, heads=heads, start=7),
@@ -95,12 +95,12 @@ def test_concatenate_keeps_the_order(heads):
     assert torch.equal(whole.z[..., 3:, :], parts[2].z)
 
 
-def test_concatenate_keeps_a_reference_that_all_have_and_drops_one_that_some_lack():
+def test_concatenate_has_references_only_if_all_parts_have():
     assert len(concatenate([embeddings(reference=True), embeddings(2, reference=True)]).reference) == 6
     assert concatenate([embeddings(reference=True), embeddings(2)]).reference is None
 
 
-def test_detach_cuts_the_history_and_keeps_the_identity():
+def test_detach_removes_the_history_only():
     z = torch.ones(2, 3, requires_grad=True)
     index = torch.arange(2)
     known = Embeddings(z, index, index, index).detach()
@@ -116,7 +116,7 @@ def test_without_processes_gathering_gives_the_same_embeddings():
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("change", "message"),
     [
         ({"z": torch.zeros(4)}, r"embeddings are \(N, D\), or \(H, N, D\) for H heads; got the shape \(4,\)"),
         ({"z": torch.zeros(1, 2, 4, 3)}, r"got the shape \(1, 2, 4, 3\)"),
@@ -127,14 +127,14 @@ def test_without_processes_gathering_gives_the_same_embeddings():
         ({"reference": torch.zeros(4)}, r"reference must be \(4, R\)"),
     ],
 )
-def test_lengths_that_differ_are_refused_in_a_sentence(change, words):
+def test_lengths_that_differ_raise(change, message):
     index = torch.arange(4)
     fields = {"z": torch.zeros(4, 3), "sample": index, "group": index, "view": index, **change}
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises(ValueError, match=message):
         Embeddings(**fields)
 
 
-def test_unknown_samples_are_negative_and_never_come_twice():
+def test_unknown_samples_are_negative_and_unique():
     calls = torch.cat([unknown_samples(5, torch.device("cpu")) for _ in range(3)])
     assert (calls < 0).all()
     assert (calls != REMEMBERED).sum() >= 14

@@ -27,7 +27,7 @@ here = pytest.mark.skipif(not kernels.INTERPRETED, reason="runs in a process wit
 
 
 @pytest.mark.skipif(kernels.INTERPRETED, reason="is that process")
-def test_the_facts_below_hold_in_the_interpreter():
+def test_the_tests_below_pass_in_the_interpreter():
     command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", __file__]
     done = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -41,7 +41,7 @@ def reduce(term, pairs, *asked):
 
 
 def both_ways(pairs, asked, leaves):
-    """Give values and gradients by the kernels and by the tiles."""
+    """Return values and gradients by the kernels and by the tiles."""
     made = []
     for term in (KernelReductions, TiledReductions):
         outputs = reduce(term, pairs, *asked)
@@ -65,7 +65,7 @@ def assert_same(pairs, asked, leaves, dtype):
 
 
 def a_scene(dice, dtype, dims=5, layout=None):
-    """Give pairs of random identities, and the leaves that have a gradient."""
+    """Return pairs of random identities, and the leaves that have a gradient."""
     generator = torch.Generator().manual_seed(dice.randrange(10**9))
     heads = dice.choice([None, None, 2])
     leaves = []
@@ -94,7 +94,7 @@ def a_scene(dice, dtype, dims=5, layout=None):
 
 
 def a_value(form, pairs, generator, leaves, dtype):
-    """Give an argument of that form, which may be learned."""
+    """Return an argument of that form, which may be learned."""
     if form == "number":
         return 1.3
     width, heads = sum(len(part) for part in pairs.candidates), pairs.anchor.z.shape[:-2]
@@ -112,7 +112,7 @@ def a_value(form, pairs, generator, leaves, dtype):
 
 
 def a_reduction(dice, kind, over, pairs, generator, leaves, dtype):
-    """Give a reduction of that kind with random arguments."""
+    """Return a reduction of that kind with random arguments."""
     count, width = len(pairs), sum(len(part) for part in pairs.candidates)
     form = dice.choice([*FORMS, "head and anchor"])
     value = a_value(form, pairs, generator, leaves, dtype)
@@ -173,7 +173,7 @@ def test_every_form_of_argument_is_learned_as_on_the_tiles(form):
 
 
 @here
-def test_vectors_longer_than_a_chunk_are_walked_in_chunks(monkeypatch):
+def test_vectors_longer_than_a_chunk_are_computed_in_chunks(monkeypatch):
     monkeypatch.setattr(kernels, "CHUNK", 16)
     dice = random.Random(5)
     pairs, leaves, generator = a_scene(dice, torch.float64, dims=37, layout="all pairs")
@@ -183,7 +183,7 @@ def test_vectors_longer_than_a_chunk_are_walked_in_chunks(monkeypatch):
 
 @here
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_over_nothing_there_is_no_gradient(dtype):
+def test_over_no_candidates_there_is_no_gradient(dtype):
     index = torch.tensor([5, 5])
     z = torch.randn(2, 3, dtype=dtype, requires_grad=True)
     pairs = Pairs(Embeddings(z, index, index, index * 0), (Embeddings(z, index, index, index * 0),))
@@ -232,7 +232,7 @@ def test_bfloat16_products_see_the_vectors_with_three_digits(monkeypatch):
 
 
 @here
-def test_what_the_kernels_do_not_know_is_left_to_the_tiles():
+def test_reductions_that_the_kernels_do_not_support_use_the_tiles():
     index = torch.arange(3)
     side = Embeddings(torch.randn(3, 2), index, index, index * 0, torch.ones(3, 1))
     asked = [Kth(1, "all"), Mean("all", weight="reference"), Mean("all"), Count("negative"), Mean("positive")]
@@ -294,7 +294,7 @@ def test_the_kernels_compile_for_a_gpu_with_little_shared_memory():
 
 
 @here
-def test_the_backend_of_that_name_uses_the_kernels(monkeypatch):
+def test_the_triton_backend_uses_the_kernels(monkeypatch):
     """But for thresholds, and what asks for them itself."""
     computed = []
     forward = kernels.Kernels.forward

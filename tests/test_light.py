@@ -55,26 +55,26 @@ def run(code):
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
 
 
-def test_every_loss_runs_where_all_but_torch_and_numpy_is_refused():
+def test_every_loss_runs_where_all_but_torch_and_numpy_raises():
     answer = run(ALONE + USE + ADDED)
     assert answer.returncode == 0, answer.stderr
     ours = set(json.loads(answer.stdout)) - sys.stdlib_module_names
     assert ours <= {"contrast", "torch", "numpy"} | TORCH_NEEDS
 
 
-def test_the_refusal_refuses():
+def test_the_import_hook_refuses_other_packages():
     answer = run(ALONE + "import pandas")
     assert "refused: pandas" in answer.stderr
 
 
-def test_importing_the_losses_adds_modules_of_ours_and_the_standard_library_only():
+def test_importing_the_losses_adds_modules_of_contrast_and_the_standard_library_only():
     code = "import sys, numpy, torch\nbefore = set(sys.modules)\nimport contrast, contrast.losses\n" + ADDED
     answer = run(code)
     assert answer.returncode == 0, answer.stderr
     assert set(json.loads(answer.stdout)) - sys.stdlib_module_names - {"torch", "numpy"} == {"contrast"}
 
 
-def test_importing_the_losses_leaves_the_compiler_of_torch_alone():
+def test_importing_the_losses_does_not_import_the_compiler_of_torch():
     """torch._dynamo takes a second to import."""
     answer = run("import sys, contrast.losses\nassert 'torch._dynamo' not in sys.modules")
     assert answer.returncode == 0, answer.stderr

@@ -17,7 +17,7 @@ TILES = (3, 512)
 
 
 def padded(part):
-    """Give the embeddings with two rows of padding behind them."""
+    """Return the embeddings with two rows of padding behind them."""
     z = torch.full((*part.z.shape[:-2], 2, DIMS), 3.0, dtype=torch.float64)
     index = torch.zeros(2, dtype=torch.int64)
     reference = None if part.reference is None else torch.ones(2, part.reference.shape[1], dtype=torch.float64)
@@ -107,7 +107,7 @@ class Scene:
         return made
 
     def value(self, low=0.2):
-        """Give a number, or a tensor that spans at most one of N and M, perhaps learned."""
+        """Return a number, or a tensor that spans at most one of N and M, perhaps learned."""
         rows, columns = self.rows, sum(self.sizes)
         shapes = [(), (rows, 1), (1, columns)]
         if self.heads:
@@ -125,7 +125,7 @@ class Scene:
         return made
 
     def among(self):
-        """Give nobody, everybody of one part, or anybody."""
+        """Return nobody, everybody of one part, or anybody."""
         kind, columns = self.choose.choice([None, None, "part", "any"]), sum(self.sizes)
         if kind == "part":
             part = self.choose.randrange(len(self.sizes))
@@ -159,7 +159,7 @@ class Scene:
         return LogSumExp(self.value(), log_weight=choose.choice([None, None, self.value()]), **given)
 
     def outcome(self):
-        """Give the reductions of all pairs, and the gradient of all that has one."""
+        """Return the reductions of all pairs, and the gradient of all that has one."""
         found = [output for pairs in self.pairs() for output in pairs.reduce(*self.asked)] if self.fits() else []
         generator = torch.Generator().manual_seed(1)
         total = torch.zeros((), dtype=torch.float64)
@@ -172,7 +172,7 @@ class Scene:
         return found, list(torch.autograd.grad(total, self.leaves, allow_unused=True, materialize_grads=True))
 
     def fits(self):
-        """Say whether all pairs have the shape that the arguments were made for."""
+        """True if all pairs have the shape that the arguments were made for."""
         return all([len(part) for part in pairs.candidates] == self.sizes for pairs in self.pairs())
 
 
@@ -180,7 +180,7 @@ class Scene:
 @pytest.mark.parametrize(
     "start", [0, 100, *(pytest.param(start, marks=pytest.mark.long) for start in range(200, 1000, 100))]
 )
-def test_no_way_of_computing_changes_a_reduction(start, few, monkeypatch):
+def test_every_term_computes_the_same_reduction(start, few, monkeypatch):
     monkeypatch.setattr(layout, "MAX_LISTED", few)
     for seed in range(start, start + 100):
         scene = Scene(seed)

@@ -46,7 +46,7 @@ def outcome(z, queue):
 
 
 @pytest.mark.parametrize("queued", [0, 90])
-def test_what_lies_above_thresholds_is_the_same_from_either_side(queued):
+def test_pairs_above_thresholds_are_the_same_from_either_side(queued):
     """Symmetric tiles serve anchors and candidates, each by its own threshold."""
     generator = torch.Generator().manual_seed(2)
     z = torch.randn(2, 150, 16, generator=generator)
@@ -61,7 +61,7 @@ def test_what_lies_above_thresholds_is_the_same_from_either_side(queued):
 @pytest.mark.parametrize("scale", [3.0, 900.0, 20000.0, -4.0, 0.0])
 @pytest.mark.parametrize("size", [16, 64])
 @pytest.mark.parametrize("labelled", [False, True])
-def test_a_log_sum_exp_finds_its_own_thresholds(scale, size, labelled):
+def test_a_log_sum_exp_computes_its_own_thresholds(scale, size, labelled):
     """Whatever the exponents: bounded, shifted, out of range, falling, all alike."""
     generator = torch.Generator().manual_seed(3)
     own, queue = (torch.randn(*shape, 16, generator=generator).double() for shape in [(2, 75), (40,)])
@@ -82,7 +82,7 @@ def test_a_log_sum_exp_finds_its_own_thresholds(scale, size, labelled):
         torch.testing.assert_close(outcome(), expected)
 
 
-def test_a_call_with_thresholds_is_not_taken_for_one_beside_them():
+def test_reductions_with_and_without_thresholds_do_not_share_masks():
     """What is kept of one call serves only those that are like it."""
     (pairs,) = InfoNCE().pairs(*torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0)))
     hard = Mean("positive", above=Kth(1, "negative"))
@@ -92,7 +92,7 @@ def test_a_call_with_thresholds_is_not_taken_for_one_beside_them():
     torch.testing.assert_close(pairs.reduce(hard)[0], expected)
 
 
-def test_strips_are_written_one_over_the_other(monkeypatch):
+def test_strips_share_one_buffer(monkeypatch):
     """Strips made one after the other, with what is kept between them, once filled as much memory as the matrix."""
     seen, kth = [], strips.kth_largest
     monkeypatch.setattr(strips, "STRIP", 1)
@@ -107,7 +107,7 @@ def test_strips_are_written_one_over_the_other(monkeypatch):
 
 @pytest.mark.parametrize("dims", [5, 17, 33, 128])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_nobody_loses_its_hardest_negative(dims, dtype):
+def test_every_anchor_has_its_hardest_negative(dims, dtype):
     """Vectors that start anywhere in a line of the cache may have products with another last digit."""
     for seed in range(4):
         generator = torch.Generator().manual_seed(seed)

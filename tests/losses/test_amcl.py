@@ -1,4 +1,4 @@
-"""AMCL against loops from the paper's table, with the network as one perceptron on both vectors side by side."""
+"""AMCL against loops from the paper's table, with the network as one perceptron on both vectors concatenated."""
 
 import math
 
@@ -16,7 +16,7 @@ from tests.losses.reference import anchors, assert_same, pair_temperature, rando
 LOW, HIGH, BETA = 0.1, 1.5, 0.3
 
 
-def made(dim=3, **arguments):
+def amcl(dim=3, **arguments):
     settings = {"hidden": 5, "lowest_temperature": LOW, "highest_temperature": HIGH, "regulariser_weight": BETA}
     return AMCL(dim, **{**settings, **arguments}).double()
 
@@ -26,7 +26,7 @@ def temperature(loss, a, b):
 
 
 def by_loops(loss, views, group, *, targets=None, extra=(), over="negative", weight=BETA):
-    """Return the mean over all anchors of table 2's row, one pair at a time."""
+    """Return the mean over all anchors of the row in table 2, one pair at a time."""
 
     def score(z, u):
         tau = temperature(loss, z, u)
@@ -53,7 +53,7 @@ def test_every_form_equals_loops(form, network, over, views, labels, extras):
     tensors = [random(4, 3, seed=seed) for seed in range(views)]
     group = [0, 1, 0, 2] if labels else [0, 1, 2, 3]
     queue = random(5, 3, seed=9)
-    loss = made(form=form, network=network, positive_in_denominator=over == "all")
+    loss = amcl(form=form, network=network, positive_in_denominator=over == "all")
     found = loss(*tensors, group=torch.tensor(group) if labels else None, extra=[queue] if extras else [])
     expected = by_loops(loss, tensors, group, extra=list(unit(queue)) if extras else [], over=over)
     assert_same(found, expected, *tensors, *loss.parameters(), *([queue] if extras else []))
@@ -75,7 +75,7 @@ def test_tiles_of_any_size_change_nothing(form, network, hidden, heads, over):
     views = [random(*heads, 7, 3, seed=seed) for seed in range(3)]
     for group in (None, torch.tensor([0, 0, 1, 2, 2, 2, 3])):
         for given in (views, views[:2]):
-            loss = made(form=form, network=network, hidden=hidden, positive_in_denominator=over == "all")
+            loss = amcl(form=form, network=network, hidden=hidden, positive_in_denominator=over == "all")
             weight = random(7 * len(given), seed=8).detach()
             with reductions.backend("dense"):
                 expected = loss(*given, group=group, reduction="none") @ weight
@@ -86,20 +86,20 @@ def test_tiles_of_any_size_change_nothing(form, network, hidden, heads, over):
 
 
 @pytest.mark.parametrize("form", ["max", "logsumexp"])
-def test_moco_is_targets_and_a_queue(form):
+def test_momentum_keys_and_a_queue_equal_loops(form):
     query, key, queue = random(4, 3), random(4, 3, seed=1), random(6, 3, seed=2)
-    loss = made(form=form)
+    loss = amcl(form=form)
     found = loss(query, targets=(None, key), extra=[queue])
     assert_same(found, by_loops(loss, [query], range(4), targets=[None, key], extra=unit(queue)), query, key, queue)
 
 
 @pytest.mark.parametrize("form", ["max", "logsumexp"])
-def test_heads_are_compared_each_by_itself_with_one_network_and_averaged(form):
+def test_heads_share_one_network_and_are_averaged(form):
     a, b = random(3, 4, 3), random(3, 4, 3, seed=1)
     queue = random(5, 3, seed=2)
-    loss = made(form=form)
-    alone = [by_loops(loss, [a[head], b[head]], range(4), extra=unit(queue)) for head in range(3)]
-    assert_same(loss(a, b, extra=[queue]), sum(alone) / 3, a, b, queue, *loss.parameters())
+    loss = amcl(form=form)
+    heads = [by_loops(loss, [a[head], b[head]], range(4), extra=unit(queue)) for head in range(3)]
+    assert_same(loss(a, b, extra=[queue]), sum(heads) / 3, a, b, queue, *loss.parameters())
     one_head = loss(a[:1], b[:1])
     torch.testing.assert_close(loss(a[0], b[0]), one_head)
     torch.testing.assert_close(loss(a[:1].expand(3, 4, 3), b[:1].expand(3, 4, 3)), one_head)
@@ -109,7 +109,7 @@ def test_heads_are_compared_each_by_itself_with_one_network_and_averaged(form):
 def test_the_printed_form_bounds_decoupled_nt_xent_from_below_within_log_n(seed):
     a, b = random(5, 3, seed=seed), random(5, 3, seed=seed + 10)
     settings = {"network": "constant", "temperature": 0.2, "regulariser_weight": 0.0}
-    nearest, every = (made(form=form, **settings)(a, b, reduction="none") for form in ("max", "logsumexp"))
+    nearest, every = (amcl(form=form, **settings)(a, b, reduction="none") for form in ("max", "logsumexp"))
     assert (nearest <= every).all()
     assert (every <= nearest + math.log(8)).all()
     z = unit(torch.cat([a, b]))
@@ -121,7 +121,7 @@ def test_the_printed_form_bounds_decoupled_nt_xent_from_below_within_log_n(seed)
 
 
 def test_the_smooth_form_of_k_equal_negatives_is_the_printed_one_and_log_k():
-    loss, printed = (made(form=form, network="mlp") for form in ("logsumexp", "max"))
+    loss, printed = (amcl(form=form, network="mlp") for form in ("logsumexp", "max"))
     a, b, other = random(1, 3), random(1, 3, seed=1), random(1, 3, seed=2)
     for k in (1, 4):
         given = {"targets": (None, b), "extra": [other.expand(k, 3)]}
@@ -138,8 +138,8 @@ def test_the_regulariser_is_smallest_at_two_over_the_dimensions():
 
 
 @pytest.mark.parametrize(("start", "sign"), [(0.3, 1), (1.2, -1)])
-def test_positives_are_drawn_to_the_regularisers_minimum_and_negatives_driven_away(start, sign):
-    """With D = 4 the minimum lies at 1/2. Similarities are 0, so that the regulariser alone moves a temperature."""
+def test_the_regulariser_attracts_temperatures_of_positives_to_its_minimum_and_repels_those_of_negatives(start, sign):
+    """With D = 4 the minimum is at 1/2. Similarities are 0, so that only the regulariser has a gradient."""
     a, b = torch.tensor([[1.0, 0, 0, 0], [0, 1, 0, 0]]), torch.tensor([[0.0, 0, 1, 0], [0, 0, 0, 1]])
     loss = AMCL(4, network="inner_product", temperature=start, lowest_temperature=LOW, highest_temperature=HIGH)
     for weight in (loss.temperatures.anchor_weight, loss.temperatures.candidate_weight):
@@ -159,27 +159,26 @@ def test_positives_are_drawn_to_the_regularisers_minimum_and_negatives_driven_aw
 @pytest.mark.parametrize("size", [0.0, 1.0, 1e6, -1e6])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_temperatures_stay_strictly_between_their_bounds(network, bounds, size, dtype):
-    made = PairTemperature(4, network, 6, *bounds, sum(bounds) / 2, 0).to(dtype)
-    torch.nn.init.constant_(made.bias, size)
+    temperatures = PairTemperature(4, network, 6, *bounds, sum(bounds) / 2, 0).to(dtype)
+    torch.nn.init.constant_(temperatures.bias, size)
     a, b = random(5, 4).detach().to(dtype) * abs(size), random(6, 4, seed=1).detach().to(dtype)
     index = torch.arange(6)
-    called = made.shared(a)
-    tile = called(Embeddings(a, index[:5], index[:5], index[:5]), Embeddings(b, index, index, index))
+    tile = temperatures.shared(a)(Embeddings(a, index[:5], index[:5], index[:5]), Embeddings(b, index, index, index))
     assert tile.shape == (5, 6)
     assert (tile.double() > torch.tensor(bounds[0], dtype=dtype).double()).all()
     assert (tile.double() < torch.tensor(bounds[1], dtype=dtype).double()).all()
 
 
-def test_the_temperature_of_a_pair_is_not_that_of_the_turned_pair():
-    made = PairTemperature(3, "mlp", 6, LOW, HIGH, 0.5, 0).double()
-    nobody = torch.zeros(2, dtype=torch.int64)
-    a, b = (Embeddings(random(2, 3, seed=seed), nobody, nobody, nobody) for seed in (0, 1))
-    assert (made(a, b) - made(b, a).mT).abs().min() > 1e-6
+def test_the_temperature_of_a_pair_is_not_symmetric():
+    temperatures = PairTemperature(3, "mlp", 6, LOW, HIGH, 0.5, 0).double()
+    index = torch.zeros(2, dtype=torch.int64)
+    a, b = (Embeddings(random(2, 3, seed=seed), index, index, index) for seed in (0, 1))
+    assert (temperatures(a, b) - temperatures(b, a).mT).abs().min() > 1e-6
 
 
 @pytest.mark.parametrize("heads", [(), (2,)])
 @pytest.mark.parametrize("piece", [1, 13, 2**20])
-def test_the_network_walks_a_tile_in_pieces_of_any_size(monkeypatch, heads, piece):
+def test_the_network_computes_a_tile_in_pieces_of_any_size(monkeypatch, heads, piece):
     monkeypatch.setattr(module, "CACHED_PAIRS", piece)
     a, b, w = random(*heads, 4, 7), random(5, 7, seed=1), random(7, seed=2)
     expected = (a.unsqueeze(-2) + b).relu() @ w
@@ -187,16 +186,16 @@ def test_the_network_walks_a_tile_in_pieces_of_any_size(monkeypatch, heads, piec
     assert torch.autograd.gradcheck(module._Perceptron.apply, (a, b, w))
 
 
-def test_the_row_by_row_score_is_the_tiles_diagonal():
+def test_the_row_by_row_score_is_the_diagonal_of_a_tile():
     for network in ("mlp", "inner_product", "constant"):
-        made = module.Score(PairTemperature(3, network, 6, LOW, HIGH, 0.5, 0), 0.3, 3).double()
+        score = module.Score(PairTemperature(3, network, 6, LOW, HIGH, 0.5, 0), 0.3, 3).double()
         a, b = random(2, 4, 3).detach(), random(2, 4, 3, seed=1).detach()
-        nobody = torch.zeros(4, dtype=torch.int64)
-        tile = made(Embeddings(a, nobody, nobody, nobody), Embeddings(b, nobody, nobody, nobody))
-        torch.testing.assert_close(made.row_by_row(a, b), tile.diagonal(dim1=-2, dim2=-1))
+        index = torch.zeros(4, dtype=torch.int64)
+        tile = score(Embeddings(a, index, index, index), Embeddings(b, index, index, index))
+        torch.testing.assert_close(score.row_by_row(a, b), tile.diagonal(dim1=-2, dim2=-1))
 
 
-def test_temperatures_start_near_what_was_asked_and_alike_everywhere():
+def test_temperatures_start_equal_on_all_pairs_and_close_to_the_argument():
     torch.manual_seed(0)
     first = AMCL(16, temperature=0.3)
     torch.manual_seed(1)
@@ -209,8 +208,8 @@ def test_temperatures_start_near_what_was_asked_and_alike_everywhere():
     assert first.metrics["negative_temperature"] == pytest.approx(0.3, abs=0.1)
 
 
-def test_the_metrics_hold_the_mean_temperatures():
-    loss, (a, b) = made(), (random(3, 3), random(3, 3, seed=1))
+def test_the_metrics_contain_the_mean_temperatures():
+    loss, (a, b) = amcl(), (random(3, 3), random(3, 3, seed=1))
     loss(a, b)
     z, positive, negative = unit(torch.cat([a, b])), [], []
     for i in range(6):
@@ -234,18 +233,18 @@ def test_temperatures_at_their_bounds_are_finite(form, bounds):
 
 
 def test_an_anchor_without_negatives_is_left_out():
-    loss = made()
+    loss = amcl()
     a, b = random(1, 3), random(1, 3, seed=1)
     assert loss(a, b) == 0
     for form in ("max", "logsumexp"):
-        loss = made(form=form)
+        loss = amcl(form=form)
         (pairs,) = loss.pairs(a, b)
         attract = module.mean_score(pairs, loss.temperatures.shared(pairs.anchor.z), BETA)
         torch.testing.assert_close(loss.rows(pairs), -attract)
 
 
 @pytest.mark.parametrize(
-    ("arguments", "words"),
+    ("arguments", "message"),
     [
         ({"dim": None}, "network='mlp' needs the embeddings' width, for example dim=128"),
         ({"dim": 0}, "dim and hidden must be 1 or more; got 0 and 128"),
@@ -259,24 +258,24 @@ def test_an_anchor_without_negatives_is_left_out():
         ({"network": "linear"}, "network is 'mlp', 'inner_product' or 'constant'; got 'linear'"),
     ],
 )
-def test_wrong_arguments_are_answered_in_a_sentence(arguments, words):
-    with pytest.raises(ValueError, match=words):
+def test_wrong_arguments_raise(arguments, message):
+    with pytest.raises(ValueError, match=message):
         AMCL(**{"dim": 4, **arguments})
 
 
-def test_embeddings_of_another_width_are_answered_in_a_sentence():
+def test_embeddings_of_another_width_raise():
     with pytest.raises(ValueError, match=r"made for embeddings of dim=4; these have 3"):
         AMCL(4)(torch.ones(2, 3), torch.ones(2, 3))
 
 
-def test_it_is_built_by_name():
+def test_it_can_be_built_by_name():
     assert LOSSES.build({"name": "amcl", "form": "logsumexp"}, dim=8).temperatures.dim == 8
     with pytest.raises(ValueError, match="is called 'amcl' here"):
         LOSSES["adaptive_multi_head"]
 
 
 def test_heads_without_samples_have_a_loss_of_zero():
-    nobody = torch.zeros(3, 0, 4, requires_grad=True)
-    value = AMCL(dim=4)(nobody, nobody)
+    empty = torch.zeros(3, 0, 4, requires_grad=True)
+    value = AMCL(dim=4)(empty, empty)
     assert value == 0
     value.backward()

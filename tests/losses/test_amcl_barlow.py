@@ -9,13 +9,13 @@ from tests.losses.reference import assert_same, random, regulariser
 from tests.losses.test_amcl import HIGH, LOW, temperature
 
 
-def made(dim=3, **arguments):
+def amcl_barlow(dim=3, **arguments):
     settings = {"hidden": 5, "lowest_temperature": LOW, "highest_temperature": HIGH, "off_diagonal_weight": 0.05}
     return AMCLBarlow(dim, **{**settings, **arguments}).double()
 
 
 def correlations(a, b):
-    """Give C entry by entry, with the biased standard deviation."""
+    """Return C entry by entry, with the biased standard deviation."""
     count, dim = a.shape
     one, other = [
         [[(z[n, column] - z[:, column].mean()) / z[:, column].var(correction=0).sqrt() for n in range(count)]
@@ -46,19 +46,13 @@ def by_loops(loss, a, b, off, beta):
 @pytest.mark.parametrize("network", ["mlp", "inner_product"])
 def test_it_equals_loops(network):
     a, b = random(6, 3), random(6, 3, seed=1)
-    loss = made(network=network, regulariser_weight=0.3)
+    loss = amcl_barlow(network=network, regulariser_weight=0.3)
     assert_same(loss(a, b), by_loops(loss, a, b, 0.05, 0.3), a, b, *loss.parameters())
-
-
-def test_heads_are_averaged():
-    a, b = random(2, 6, 3), random(2, 6, 3, seed=1)
-    loss = made()
-    torch.testing.assert_close(loss(a, b), (loss(a[0], b[0]) + loss(a[1], b[1])) / 2)
 
 
 def test_temperature_one_without_regulariser_is_barlow_twins():
     a, b = random(6, 3), random(6, 3, seed=1)
-    loss = made(None, network="constant", temperature=1.0, regulariser_weight=0.0, off_diagonal_weight=5e-3)
+    loss = amcl_barlow(None, network="constant", temperature=1.0, regulariser_weight=0.0, off_diagonal_weight=5e-3)
     c = correlations(a, b)
     plain = sum((1 - c[i, i]) ** 2 for i in range(3)) + 5e-3 * sum(
         c[i, j] ** 2 for i in range(3) for j in range(3) if i != j
@@ -69,12 +63,12 @@ def test_temperature_one_without_regulariser_is_barlow_twins():
 
 
 def test_it_is_the_derivative():
-    loss = made(hidden=3)
+    loss = amcl_barlow(hidden=3)
     assert torch.autograd.gradcheck(loss, (random(4, 3), random(4, 3, seed=1)))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_constant_dimensions_single_samples_and_nobody_are_finite(dtype):
+def test_constant_dimensions_single_samples_and_empty_batches_are_finite(dtype):
     loss = AMCLBarlow(3, hidden=4)
     for size in (0, 1, 5):
         a, b = (random(size, 3, seed=seed).detach().to(dtype) for seed in range(2))
@@ -98,7 +92,7 @@ def test_autocast_changes_nothing_forward_or_backward():
 
 
 def test_metrics_describe_the_last_call():
-    loss, (a, b) = made(), (random(6, 3), random(6, 3, seed=1))
+    loss, (a, b) = amcl_barlow(), (random(6, 3), random(6, 3, seed=1))
     assert loss.metrics == {}
     loss(a, b)
     c = correlations(a, b)
@@ -109,14 +103,14 @@ def test_metrics_describe_the_last_call():
     assert loss.end_epoch() is None
 
 
-def one_share(rank, world, sizes):
-    """Give value, and gradients as DistributedDataParallel averages them, of one process's rows."""
+def train_on_part(rank, world, sizes):
+    """Return value, and gradients as DistributedDataParallel averages them, of one process's rows."""
     views = [random(7, 3), random(7, 3, seed=1)]
     if rank is not None:
         start = sum(sizes[:rank])
         views = [z[start : start + sizes[rank]].detach() for z in views]
     weight = random(3, 3, seed=2)
-    loss = made()
+    loss = amcl_barlow()
     value = loss(*[z @ weight for z in views], sample=torch.arange(len(views[0])))
     value.backward()
     if rank is not None:
@@ -128,15 +122,15 @@ def one_share(rank, world, sizes):
 @pytest.mark.parametrize("sizes", [(4, 3, 0, 0), (7, 0, 0, 0), (2, 1, 2, 2)])
 def test_processes_equal_one(processes, sizes):
     sizes = (*sizes[: processes.world - 1], 7 - sum(sizes[: processes.world - 1]))
-    value, gradients = one_share(None, 1, sizes)
-    for found, its_gradients in processes.run(one_share, sizes):
+    value, gradients = train_on_part(None, 1, sizes)
+    for found, its_gradients in processes.run(train_on_part, sizes):
         torch.testing.assert_close(found, value, rtol=1e-12, atol=1e-13)
         for one, other in zip(its_gradients, gradients, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize(
-    ("views", "given", "words"),
+    ("views", "given", "message"),
     [
         ((torch.ones(4, 3),), {}, r"takes two views of one shape.*got \(4, 3\)"),
         ((torch.ones(4, 3),) * 3, {}, "takes two views of one shape"),
@@ -148,12 +142,12 @@ def test_processes_equal_one(processes, sizes):
         ((torch.ones(4, 2),) * 2, {}, "made for embeddings of dim=3; these have 2"),
     ],
 )
-def test_wrong_input_is_answered_in_a_sentence(views, given, words):
-    with pytest.raises(ValueError, match=words):
-        made()(*views, **given)
+def test_wrong_inputs_raise(views, given, message):
+    with pytest.raises(ValueError, match=message):
+        amcl_barlow()(*views, **given)
 
 
-def test_wrong_arguments_are_answered_in_a_sentence():
+def test_wrong_arguments_raise():
     for name in ("off_diagonal_weight", "regulariser_weight"):
         with pytest.raises(ValueError, match=f"{name} must be a number of 0 or more; got -1"):
             AMCLBarlow(4, **{name: -1})

@@ -1,4 +1,4 @@
-"""Every loss has one value and one gradient, whatever the backend behind its reductions."""
+"""Every loss has the same value and gradient with every backend."""
 
 import gc
 
@@ -12,7 +12,7 @@ from contrast.losses import InfoNCE
 from tests.losses.cases import CASES, DIMS
 
 LABELS = torch.tensor([0, 1, 0, 2, 1, 1, 0])
-ASKED = {
+INPUTS = {
     "two views": {},
     "four views": {"views": 4},
     "labels": {"views": 3, "group": LABELS},
@@ -22,19 +22,19 @@ ASKED = {
     "queue": {"sample": torch.arange(7), "queue": True},
     "heads and a learned extra": {"heads": 2, "learned": True},
 }
-SCENES = [
-    pytest.param(case, asked, id=f"{case}-{name}")
+COMBINATIONS = [
+    pytest.param(case, options, id=f"{case}-{name}")
     for case in CASES
-    for name, asked in ASKED.items()
-    if case.plain_extra or not {"queue", "learned"} & asked.keys()
+    for name, options in INPUTS.items()
+    if case.plain_extra or not {"queue", "learned"} & options.keys()
 ]
 
 
-def outcome(case, asked):
-    asked = dict(asked)
+def outcome(case, options):
+    options = dict(options)
     generator = torch.Generator().manual_seed(8)
-    queue, learned = asked.pop("queue", False), asked.pop("learned", False)
-    views, given = case.inputs(samples=7, **asked)
+    queue, learned = options.pop("queue", False), options.pop("learned", False)
+    views, given = case.inputs(samples=7, **options)
     more = torch.randn(6, DIMS, generator=generator, dtype=torch.float64)
     leaves = [*views]
     if queue and "extra" not in given:
@@ -50,15 +50,14 @@ def outcome(case, asked):
     return value, gradients, loss.metrics
 
 
-@pytest.mark.parametrize(("case", "asked"), SCENES)
-def test_tiles_change_nothing(case, asked):
-    """Computing the similarities in tiles bounds memory; it must not change the value or the gradient."""
+@pytest.mark.parametrize(("case", "options"), COMBINATIONS)
+def test_tiles_change_nothing(case, options):
     with reductions.backend("dense"):
-        expected = outcome(case, asked)
-    torch.testing.assert_close(outcome(case, asked), expected, rtol=1e-10, atol=1e-12)
+        expected = outcome(case, options)
+    torch.testing.assert_close(outcome(case, options), expected, rtol=1e-10, atol=1e-12)
     for size in (3, 512):
         with reductions.backend("tiled", tile=size):
-            found = outcome(case, asked)
+            found = outcome(case, options)
         torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
 
 
@@ -83,8 +82,8 @@ def test_a_view_without_gradient_changes_nothing_for_the_others(case):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_call_in_inference_mode_spoils_none_in_training(case):
-    """Nothing that is kept from call to call may come from inference mode, where validation may have been first."""
+def test_a_call_in_inference_mode_does_not_affect_training(case):
+    """Validation may be the first call: no cached tensor may be an inference tensor."""
     views, given = case.inputs(samples=7)
     loss = case.make().double()
     with torch.inference_mode():
@@ -94,14 +93,14 @@ def test_a_call_in_inference_mode_spoils_none_in_training(case):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_what_a_loss_held_is_free_with_it(case):
-    """A cycle of references would keep every step's activations until Python looks for cycles."""
+def test_a_loss_leaves_no_cycle_of_references(case):
+    """A cycle would keep the activations of a step in memory until the garbage collector runs."""
     views, given = case.inputs(samples=7)
     loss = case.make().double()
     calls = 5
     loss(*views, **given)
     gc.disable()
-    gc.freeze()  # what was there before is not looked at, which takes most of the time
+    gc.freeze()  # older objects are not examined, which would take most of the time
     try:
         for _ in range(calls):
             loss(*views, **given)
@@ -111,16 +110,15 @@ def test_what_a_loss_held_is_free_with_it(case):
         gc.enable()
 
 
-def test_reductions_of_the_same_pairs_may_go_back_one_after_the_other():
-    """What the first found out for the second must not depend on its history."""
+def test_reductions_of_the_same_pairs_have_separate_backward_passes():
     z = torch.randn(2, 5, DIMS, dtype=torch.float64, requires_grad=True)
-    asked = LogSumExp(3.0, "negative"), SoftplusSum(2.0, 0.5, "positive")
+    requested = LogSumExp(3.0, "negative"), SoftplusSum(2.0, 0.5, "positive")
 
     def gradient(pairs, one):
         return torch.autograd.grad(pairs.reduce(one)[0].sum(), pairs.anchor_parts[0].z)[0]
 
     (pairs,) = InfoNCE().pairs(*z)
-    found = [gradient(pairs, one) for one in asked]
+    found = [gradient(pairs, one) for one in requested]
     with reductions.backend("dense"):
-        expected = [gradient(InfoNCE().pairs(*z)[0], one) for one in asked]
+        expected = [gradient(InfoNCE().pairs(*z)[0], one) for one in requested]
     torch.testing.assert_close(found, expected)

@@ -1,4 +1,4 @@
-"""BadPairs: the memory and the weights against a plain dictionary of lists, and the bits of the loss that it wraps."""
+"""BadPairs: its memory and weights against a plain dictionary of lists, and the loss that it wraps, bit for bit."""
 
 import copy
 import io
@@ -17,7 +17,7 @@ from tests.losses.reference import random
 SAMPLES = 6
 
 
-def made(loss=None, **arguments):
+def bad_pairs(loss=None, **arguments):
     settings = {"samples": SAMPLES, "warmup_epochs": 0, "noisy_width": 0.8, "faulty_width": 0.9}
     return BadPairs(loss or InfoNCE(0.3), **{**settings, **arguments})
 
@@ -27,7 +27,7 @@ def batch(seed, index, width=3):
 
 
 def epochs(criterion, count, *, first=0, step=None):
-    """Train for some epochs of two batches each; give what every call got and gave."""
+    """Train for some epochs of two batches each; return the inputs and results of every call."""
     calls = []
     for epoch in range(first, first + count):
         for part, index in enumerate(([0, 1, 2, 3], [4, 5])):
@@ -41,7 +41,7 @@ def epochs(criterion, count, *, first=0, step=None):
 
 
 class Dictionary:
-    """The same method, as the authors tell it: sample -> list of its losses, read at the start of an epoch."""
+    """The method as the authors describe it: sample -> list of its losses, read at the start of an epoch."""
 
     def __init__(self, inner, *, published, epochs=None, noisy_width=0.8, faulty_width=0.9, peak_one=False):
         self.inner, self.published, self.epochs, self.peak_one = inner, published, epochs, peak_one
@@ -49,7 +49,7 @@ class Dictionary:
         self.losses = {}
 
     def start(self, epoch):
-        """Find the bad ones from all epochs before this one."""
+        """Find the bad samples from all epochs before this one."""
         self.mean = {}
         for sample, history in self.losses.items():
             past = [(e, value) for e, value in history if e < epoch]
@@ -81,7 +81,7 @@ class Dictionary:
 @pytest.mark.parametrize("weight", ["density", "peak_one"])
 def test_four_epochs_equal_a_dictionary_of_lists(statistics, weight):
     length = 8 if statistics == "published_code" else None
-    criterion = made(statistics=statistics, weight=weight, epochs=length)
+    criterion = bad_pairs(statistics=statistics, weight=weight, epochs=length)
     expected = Dictionary(
         InfoNCE(0.3), published=statistics == "published_code", epochs=length, peak_one=weight == "peak_one"
     )
@@ -106,25 +106,20 @@ def test_four_epochs_equal_a_dictionary_of_lists(statistics, weight):
 
 @pytest.mark.parametrize("arguments", [{"noisy_width": math.inf, "faulty_width": math.inf}, {"warmup_epochs": 3}])
 def test_without_bad_pairs_and_in_the_warm_up_it_is_the_inner_loss_bit_for_bit(arguments):
-    criterion = made(**arguments)
+    criterion = bad_pairs(**arguments)
     for _, a, b, sample, value, gradients in epochs(criterion, 3):
-        alone = InfoNCE(0.3)(a, b, sample=sample)
-        assert torch.equal(value, alone)
-        for one, other in zip(gradients, torch.autograd.grad(alone, [a, b]), strict=True):
+        inner = InfoNCE(0.3)(a, b, sample=sample)
+        assert torch.equal(value, inner)
+        for one, other in zip(gradients, torch.autograd.grad(inner, [a, b]), strict=True):
             assert torch.equal(one, other)
     assert criterion.metrics["weight"] == 1
 
 
 def test_the_warm_up_ends_after_its_epochs():
-    criterion, other = made(warmup_epochs=2), made(warmup_epochs=0)
-    differing = [
-        one[0]
-        for one, two in zip(epochs(criterion, 4), epochs(other, 4), strict=True)
-        if not torch.equal(one[4], InfoNCE(0.3)(one[1], one[2])) or not torch.equal(one[4], two[4])
-    ]
-    assert set(differing) <= {1, 2, 3}
-    weighed = {one[0] for one in epochs(made(warmup_epochs=2), 4) if not torch.equal(one[4], InfoNCE(0.3)(*one[1:3]))}
-    assert weighed and min(weighed) == 2
+    for warmup_epochs, first in ((0, 1), (2, 2)):  # epoch 0 has no history
+        calls = epochs(bad_pairs(warmup_epochs=warmup_epochs), 4)
+        weighted = [epoch for epoch, a, b, _, value, _ in calls if not torch.equal(value, InfoNCE(0.3)(a, b))]
+        assert min(weighted) == first
 
 
 def remembered(criterion):
@@ -133,18 +128,18 @@ def remembered(criterion):
 
 
 def test_the_order_of_a_batch_does_not_change_the_memory():
-    first, second = made(), made()
+    first, second = bad_pairs(), bad_pairs()
     a, b, sample = batch(0, [5, 0, 3, 2])
     order = torch.tensor([2, 0, 3, 1])
     first(a, b, sample=sample)
     second(a[order], b[order], sample=sample[order])
     for one, other in zip(remembered(first), remembered(second), strict=True):
-        assert (one - other).abs().max() <= 1  # one unit, where a sum in another order rounds
+        assert (one - other).abs().max() <= 1  # one unit of rounding, for a sum in another order
     assert first.epoch_counts.tolist() == [1, 0, 1, 1, 0, 1]
 
 
 def test_a_sample_twice_in_a_batch_is_remembered_twice():
-    criterion = made()
+    criterion = bad_pairs()
     a, b, sample = batch(0, [4, 4, 1])
     rows = InfoNCE(0.3)(a, b, sample=sample, reduction="none").view(2, 3).mean(dim=0)
     criterion(a, b, sample=sample)
@@ -155,8 +150,8 @@ def test_a_sample_twice_in_a_batch_is_remembered_twice():
 
 
 def filled(means, **arguments):
-    """Give a criterion whose samples have these mean losses."""
-    criterion = made(samples=len(means), **arguments)
+    """Return a criterion whose samples have these mean losses."""
+    criterion = bad_pairs(samples=len(means), **arguments)
     criterion.epoch_sums += (torch.tensor(means, dtype=torch.float64) * 2**24).round().long()
     criterion.epoch_counts += 1
     criterion.end_epoch()
@@ -191,7 +186,7 @@ def test_the_gradient_of_a_bad_sample_is_its_weight_times_the_inner_gradient():
 
 @pytest.mark.parametrize("statistics", ["paper", "published_code"])
 @pytest.mark.parametrize("value", [0.0, 0.1, 3.3, -7.7, 1e4])
-def test_histories_that_are_all_alike_flag_nobody(statistics, value):
+def test_equal_histories_flag_no_sample(statistics, value):
     criterion = filled([value] * 7, statistics=statistics, epochs=3, noisy_width=1e-6, faulty_width=1e-6)
     for _ in range(2):
         criterion.epoch_sums[:5] += round(value * 2**24)
@@ -208,13 +203,13 @@ def test_the_density_may_exceed_one_and_the_peak_may_not():
     a, b, sample = batch(0, [5])
     for weight, expected in (("density", 1 / (plain.pstdev(means) * math.sqrt(2 * math.pi))), ("peak_one", 1.0)):
         criterion = filled(means, weight=weight, faulty_width=1.0, noisy_width=9.0)
-        criterion.center.zero_()  # where the loss of a sample alone lies
+        criterion.center.zero_()  # the loss of a single sample
         criterion(a, b, sample=sample)
         assert float(criterion.metrics["weight"]) == pytest.approx(expected, rel=1e-5)
 
 
-def test_only_a_call_in_training_is_remembered():
-    criterion = made()
+def test_only_a_call_in_training_updates_the_memory():
+    criterion = bad_pairs()
     a, b, sample = batch(0, [0, 1])
     with contrast.local():
         criterion(a, b, sample=sample)
@@ -238,7 +233,7 @@ def test_only_a_call_in_training_is_remembered():
 
 
 def test_within_an_epoch_the_weights_do_not_move():
-    criterion = made()
+    criterion = bad_pairs()
     epochs(criterion, 2)
     a, b, sample = batch(77, [0, 1, 2, 3, 4, 5])
     values = [criterion(a, b, sample=sample) for _ in range(4)]
@@ -247,8 +242,8 @@ def test_within_an_epoch_the_weights_do_not_move():
 
 
 def test_a_checkpoint_has_all_of_the_memory():
-    whole = epochs(made(), 4, step=BadPairs.update)
-    criterion = made()
+    uninterrupted = epochs(bad_pairs(), 4, step=BadPairs.update)
+    criterion = bad_pairs()
     epochs(criterion, 2, step=BadPairs.update)
     a, b, sample = batch(20, [0, 1, 2, 3])
     criterion(a, b, sample=sample)
@@ -256,27 +251,27 @@ def test_a_checkpoint_has_all_of_the_memory():
     file = io.BytesIO()
     torch.save(criterion.state_dict(), file)
     file.seek(0)
-    resumed = made()
+    resumed = bad_pairs()
     resumed.load_state_dict(torch.load(file, weights_only=True))
     a, b, sample = batch(21, [4, 5])
-    assert torch.equal(resumed(a, b, sample=sample), whole[5][4])
+    assert torch.equal(resumed(a, b, sample=sample), uninterrupted[5][4])
     resumed.end_epoch()
-    for one, other in zip(epochs(resumed, 1, first=3), whole[6:], strict=True):
+    for one, other in zip(epochs(resumed, 1, first=3), uninterrupted[6:], strict=True):
         assert torch.equal(one[4], other[4])
     assert resumed.epoch == 4
 
 
-def test_a_cast_of_the_module_leaves_the_memory_alone():
-    criterion = made()
+def test_a_cast_of_the_module_does_not_change_the_memory():
+    criterion = bad_pairs()
     epochs(criterion, 2)
     cast = copy.deepcopy(criterion).bfloat16()
     assert torch.equal(cast.history, criterion.history)
     assert torch.equal(cast.noisy, criterion.noisy)
 
 
-def test_rows_that_do_not_count_are_not_remembered():
-    """The only target is view 1's, so view 1's anchors have no positive and sample losses are view 0's alone."""
-    criterion = made()
+def test_invalid_rows_do_not_update_the_memory():
+    """The only target is view 1's, so view 1's anchors have no positive, and a sample's loss is that of view 0."""
+    criterion = bad_pairs()
     a, b, sample = batch(0, [3, 1])
     targets = (None, random(2, 3, seed=5))
     criterion(a, b, targets=targets, sample=sample)
@@ -287,8 +282,8 @@ def test_rows_that_do_not_count_are_not_remembered():
 
 @pytest.mark.parametrize("loss", [InfoNCE(0.2, candidates="across"), CACR(), InfoNCE(positives="alone")], ids=str)
 @pytest.mark.parametrize("targets", [False, True])
-def test_any_loss_with_rows_can_be_weighed(loss, targets):
-    criterion = made(loss)
+def test_any_loss_with_rows_can_be_weighted(loss, targets):
+    criterion = bad_pairs(loss)
     given = {"targets": tuple(random(3, 6, 3, seed=9))} if targets else {}
     sample = torch.arange(6)
     views = list(random(3, 6, 3))
@@ -305,18 +300,18 @@ def test_any_loss_with_rows_can_be_weighed(loss, targets):
     assert bad.any() and (ratio[0, ~bad] == 1).all() and (ratio[0, bad] != 1).all()
 
 
-def test_the_inner_loss_keeps_its_needs_and_its_parameters():
+def test_the_needs_and_parameters_are_those_of_the_inner_loss():
     inner = InfoNCE(0.2, learn_temperature=True)
-    criterion = made(inner)
+    criterion = bad_pairs(inner)
     assert [id(p) for p in criterion.parameters()] == [id(inner.log_scale)]
-    assert not NegativeCosine().needs_negative and not made(NegativeCosine()).needs_negative
+    assert not NegativeCosine().needs_negative and not bad_pairs(NegativeCosine()).needs_negative
     a, b, sample = batch(0, [0, 1])
     criterion(a, b, sample=sample)
     assert {"temperature", "anchors", "noisy", "faulty", "weight"} <= set(criterion.metrics)
 
 
 @pytest.mark.parametrize(
-    ("arguments", "words"),
+    ("arguments", "message"),
     [
         ({"loss": nn.Identity()}, "BadPairs weighs the rows of a PairLoss; Identity has none"),
         ({"samples": 0}, "samples must be 1 or more, the size of the data set; got 0"),
@@ -328,29 +323,29 @@ def test_the_inner_loss_keeps_its_needs_and_its_parameters():
         ({"statistics": "published_code"}, "needs epochs, the length of the training; got None"),
     ],
 )
-def test_wrong_arguments_are_answered_in_a_sentence(arguments, words):
-    with pytest.raises(ValueError, match=words):
-        made(**arguments)
+def test_wrong_arguments_raise(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        bad_pairs(**arguments)
 
 
-def test_wrong_samples_are_answered_in_a_sentence():
+def test_wrong_samples_raise():
     a, b, _ = batch(0, [0, 1])
     with pytest.raises(ValueError, match=r"call loss\(z_a, z_b, sample=index\)"):
-        made()(a, b)
+        bad_pairs()(a, b)
     for index in ([0, 6], [-1, 0]):
         with pytest.raises(ValueError, match=r"must be in \[0, 6\), since samples=6; got"):
-            made()(a, b, sample=torch.tensor(index))
+            bad_pairs()(a, b, sample=torch.tensor(index))
     with pytest.raises(ValueError, match="sample must be a tensor of"):
-        made()(a, b, sample=torch.arange(3))
+        bad_pairs()(a, b, sample=torch.arange(3))
 
 
-def test_aliases_point_to_it():
+def test_aliases_name_it():
     with pytest.raises(ValueError, match="the loss 'dbpm' is called 'bad_pairs' here"):
         LOSSES["dbpm"]
 
 
-def share(rank, world, sizes):
-    """Train three epochs on one process's part of every batch; give values, gradients and the memory."""
+def train_on_part(rank, world, sizes):
+    """Train three epochs on one process's part of every batch; return values, gradients and the memory."""
     criterion = BadPairs(InfoNCE(0.3), samples=9, warmup_epochs=0, noisy_width=0.8, faulty_width=0.9)
     values = []
     for epoch in range(3):
@@ -372,17 +367,17 @@ def share(rank, world, sizes):
 
 
 @pytest.mark.parametrize("sizes", [(4, 3, 0, 0), (5, 2, 0, 0), (7, 0, 0, 0)])
-def test_processes_hold_one_memory_and_equal_one_process(processes, sizes):
+def test_processes_have_one_memory_and_equal_one_process(processes, sizes):
     sizes = sizes[: processes.world]
-    values, memory = share(None, 1, sizes)
-    answers = processes.run(share, sizes)
+    values, memory = train_on_part(None, 1, sizes)
+    answers = processes.run(train_on_part, sizes)
     for found, its_memory in answers:
         for (value, gradient), (one, its_gradient) in zip(found, values, strict=True):
             torch.testing.assert_close(value, one, rtol=1e-6, atol=1e-9)
             torch.testing.assert_close(gradient, its_gradient, rtol=1e-6, atol=1e-9)
         for key, entry in its_memory.items():
             assert torch.equal(entry, answers[0][1][key])
-            units = 3 if key in ("sums", "epoch_sums") else 1e-7  # a sum in another order rounds
+            units = 3 if key in ("sums", "epoch_sums") else 1e-7  # rounding of a sum in another order
             torch.testing.assert_close(entry.double(), memory[key].double(), rtol=1e-6, atol=units)
     assert memory["counts"].tolist() == [3, 6, 3, 3, 3, 0, 0, 0, 3]
     assert memory["kind"].any()

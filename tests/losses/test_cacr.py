@@ -13,7 +13,7 @@ from tests.losses.reference import assert_same, distance, random, unit
 
 
 def weighted(distances, scale, detach=False):
-    """Give sum_j w_j d_j with w = softmax(scale * d)."""
+    """Return sum_j w_j d_j with w = softmax(scale * d)."""
     masses = [(scale * d.detach() if detach else scale * d).exp() for d in distances]
     return sum(mass * d for mass, d in zip(masses, distances, strict=True)) / sum(masses)
 
@@ -46,14 +46,14 @@ def repulsion(views, scale, detach=False, extra=()):
 
 @pytest.mark.parametrize("views", [2, 3, 4, 5])
 @pytest.mark.parametrize("detach", [False, True])
-def test_it_is_the_authors_small_scale_form(views, detach):
+def test_it_equals_loops_of_the_authors_form(views, detach):
     tensors = [random(4, 3, seed=seed) for seed in range(views)]
     found = CACR(1.7, 0.9, attraction_weight=0.8, repulsion_weight=1.3, detach_weights=detach)(*tensors)
     expected = 0.8 * attraction(tensors, 1.7, detach) - 1.3 * repulsion(tensors, 0.9, detach)
     assert_same(found, expected, *tensors)
 
 
-def test_the_defaults_are_the_authors():
+def test_the_defaults_are_the_published_ones():
     a, b, c = random(3, 4, 3).unbind()
     assert_same(CACR()(a, b, c), attraction([a, b, c], 1.0) - repulsion([a, b, c], 1.0), a, b, c)
 
@@ -64,7 +64,7 @@ def test_extras_join_the_repulsion_of_every_view_pair():
     assert_same(found, attraction(tensors, 1.0) - repulsion(tensors, 2.0, extra=unit(queue)), *tensors, queue)
 
 
-def test_a_sample_alone_is_attracted_and_meets_the_extras():
+def test_a_single_sample_is_attracted_and_repelled_by_the_extras():
     tensors, queue = [random(1, 3, seed=seed) for seed in range(2)], random(6, 3, seed=9)
     assert_same(CACR()(*tensors), attraction(tensors, 1.0), *tensors)
     assert_same(
@@ -72,7 +72,7 @@ def test_a_sample_alone_is_attracted_and_meets_the_extras():
     )
 
 
-def test_with_targets_every_view_meets_the_targets_of_all_others():
+def test_with_targets_every_view_is_compared_with_the_targets_of_all_others():
     queries, keys = random(3, 4, 3), random(3, 4, 3, seed=1)
     q, k, rows = unit(queries), unit(keys), []
     for x in range(3):
@@ -85,7 +85,7 @@ def test_with_targets_every_view_meets_the_targets_of_all_others():
     assert_same(found, sum(rows) / len(rows), queries, keys)
 
 
-def test_one_way_targets_leave_the_other_view_out():
+def test_a_target_of_one_view_excludes_that_view():
     (query,), (key,) = random(1, 4, 3), random(1, 4, 3, seed=1)
     q, k = unit(query), unit(key)
     rows = [distance(q[i], k[i]) - weighted([distance(q[i], k[j]) for j in range(4) if j != i], -1.0) for i in range(4)]
@@ -104,7 +104,7 @@ def test_repulsion_over_all_is_one_softmax_over_the_negatives_of_every_view():
     assert_same(found, attraction(tensors, 1.0) - sum(rows) / len(rows), *tensors)
 
 
-def test_labels_attract_the_whole_class_and_repel_the_others():
+def test_labels_attract_the_class_and_repel_the_others():
     tensors, group = [random(4, 3, seed=seed) for seed in range(2)], [0, 1, 0, 2]
     z = [unit(view) for view in tensors]
     pull = []
@@ -122,7 +122,7 @@ def test_with_two_views_the_attraction_scale_has_no_effect():
     assert values == pytest.approx([values[0]] * 3, rel=1e-13)
 
 
-def test_scales_of_zero_leave_mean_distances():
+def test_scales_of_zero_give_mean_distances():
     tensors = [random(4, 3, seed=seed) for seed in range(3)]
     z = [unit(view) for view in tensors]
     ordered = list(itertools.permutations(range(3), 2))
@@ -132,7 +132,7 @@ def test_scales_of_zero_leave_mean_distances():
     assert_same(found, 2 * near - 0.5 * sum(far) / len(far), *tensors)
 
 
-def test_large_scales_leave_the_farthest_positive_and_the_nearest_negative():
+def test_large_scales_select_the_farthest_positive_and_the_nearest_negative():
     tensors = [random(4, 3, seed=seed) for seed in range(3)]
     z = [unit(view) for view in tensors]
     far = [max(distance(z[x][i], z[y][i]) for y in range(3) if y != x) for x in range(3) for i in range(4)]
@@ -158,7 +158,7 @@ def test_detached_weights_have_the_gradient_of_decoupled_info_nce(temperature):
 
 
 @pytest.mark.parametrize("scale", [0.5, 2.0])
-def test_the_repulsion_is_a_log_sum_exp_less_the_entropy_of_its_weights(scale):
+def test_the_repulsion_is_a_log_sum_exp_minus_the_entropy_of_its_weights(scale):
     """sum_j w_j (-d_j) = (LSE_j(-t d_j) - H(w)) / t."""
     a, b = random(4, 3), random(4, 3, seed=1)
     u, v, rows = unit(a), unit(b), []
@@ -171,7 +171,7 @@ def test_the_repulsion_is_a_log_sum_exp_less_the_entropy_of_its_weights(scale):
     )
 
 
-def test_a_larger_attraction_scale_pulls_more_at_the_farthest_positive():
+def test_a_larger_attraction_scale_increases_the_gradient_of_the_farthest_positive():
     angles = [0.0, 0.3, 1.2]
     pulls = []
     for scale in (0.0, 1.0, 4.0):
@@ -181,13 +181,13 @@ def test_a_larger_attraction_scale_pulls_more_at_the_farthest_positive():
     assert pulls[0] < pulls[1] < pulls[2]
 
 
-def test_coincident_positives_cost_nothing_to_attract():
+def test_equal_positives_have_an_attraction_of_zero():
     z = random(4, 3)
     assert abs(CACR(repulsion_weight=0)(z, z, z).item()) < 1e-14
 
 
 @pytest.mark.parametrize("weights", [(0.0, 1.0), (1.0, 0.0), (0.0, 0.0)])
-def test_a_weight_of_zero_switches_its_half_off(weights):
+def test_a_weight_of_zero_removes_its_term(weights):
     a, b = random(4, 3), random(4, 3, seed=1)
     found = CACR(1.0, 1.0, *weights)(a, b)
     expected = weights[0] * attraction([a, b], 1.0) - weights[1] * repulsion([a, b], 1.0)
@@ -197,7 +197,7 @@ def test_a_weight_of_zero_switches_its_half_off(weights):
 @pytest.mark.parametrize("views", [2, 3])
 @pytest.mark.parametrize("repulsion_over", ["view_pairs", "all"])
 @pytest.mark.parametrize("labels", [False, True])
-def test_the_positive_prior_takes_the_positives_out_of_the_repulsion(views, repulsion_over, labels):
+def test_the_positive_prior_subtracts_the_positives_from_the_repulsion(views, repulsion_over, labels):
     tensors, group, prior = [random(4, 3, seed=seed) for seed in range(views)], [0, 1, 2, 3], 0.2
     if labels:
         group = [0, 1, 0, 2]
@@ -219,7 +219,7 @@ def test_the_positive_prior_takes_the_positives_out_of_the_repulsion(views, repu
 
 @pytest.mark.parametrize("scale", [0.0, 1.4])
 def test_the_positive_prior_gives_the_repulsion_of_the_true_negatives(scale):
-    """Among the negatives of anchor 0 hide copies of its positive; the prior is the mass that they hold."""
+    """Some negatives of anchor 0 are copies of its positive; the prior is their share of the weights."""
     anchor, positive, true = random(1, 3), random(1, 3, seed=1), random(4, 3, seed=2)
     hidden = positive.expand(2, 3)
     d = ((unit(anchor) - unit(torch.cat([hidden, true]))) ** 2).sum(dim=1)
@@ -239,35 +239,30 @@ def test_the_positive_prior_has_the_derived_sign_and_beta():
         assert loss(a, -a).item() == pytest.approx(-3 * (2 - 4 * prior) / (1 - prior), rel=1e-13)
 
 
-def test_the_positive_prior_leaves_an_anchor_without_negatives_alone():
+def test_the_positive_prior_does_not_change_an_anchor_without_negatives():
     a, b = random(1, 3), random(1, 3, seed=1)
     assert_same(CACR(positive_prior=0.3)(a, b), attraction([a, b], 1.0), a, b)
 
 
 @pytest.mark.parametrize("prior", [-0.1, 1.0, float("nan")])
-def test_a_prior_that_is_no_share_is_refused(prior):
+def test_a_prior_that_is_no_share_raises(prior):
     with pytest.raises(ValueError, match="positive_prior is a share, 0 or more and below 1"):
         CACR(positive_prior=prior)
 
 
 @pytest.mark.parametrize("views", [2, 4])
-def test_all_view_pairs_repel_in_one_pass_that_meets_only_them(monkeypatch, views):
+def test_all_view_pairs_repel_in_one_pass_over_these_pairs_only(monkeypatch, views):
     tensors, passes = [random(4, 3, seed=seed) for seed in range(views)], []
     (pairs,) = CACR().pairs(*tensors)
-    plain = Pairs.reduce
-
-    def watched(self, *asked):
-        passes.append(asked)
-        return plain(self, *asked)
-
-    monkeypatch.setattr(Pairs, "reduce", watched)
+    reduce = Pairs.reduce
+    monkeypatch.setattr(Pairs, "reduce", lambda pairs, *given: passes.append(given) or reduce(pairs, *given))
     CACR().rows(pairs)
-    far = [[one for one in asked if one.over != "positive" and not isinstance(one, Count)] for asked in passes]
-    (sweep,) = filter(None, far)
-    met = {
+    negative = [[each for each in given if each.over != "positive" and not isinstance(each, Count)] for given in passes]
+    (repulsion,) = filter(None, negative)
+    compared = {
         (int(x), int(y))
-        for one in sweep
-        for x in pairs.anchor.view[one.rows].unique()
-        for y in torch.cat([part.view for part in pairs.candidates])[one.among].unique()
+        for each in repulsion
+        for x in pairs.anchor.view[each.rows].unique()
+        for y in torch.cat([part.view for part in pairs.candidates])[each.among].unique()
     }
-    assert met == set(itertools.combinations(range(views), 2))
+    assert compared == set(itertools.combinations(range(views), 2))

@@ -82,7 +82,7 @@ Outcome = Works | Refused | Nothing
 
 
 def value_of(loss, views, given):
-    """Give the value of a call, whose gradient is finite."""
+    """Return the value of a call, whose gradient is finite."""
     value = loss(*views, **given)
     leaves = [*views, *loss.parameters()]
     gradients = torch.autograd.grad(value, leaves, allow_unused=True, materialize_grads=True)
@@ -92,7 +92,7 @@ def value_of(loss, views, given):
 
 
 def outcome(call: Callable[..., float], first, second) -> Outcome:
-    """Give what comes of a call that is made with one thing, and with another in its place."""
+    """Return what comes of a call that is made with one thing, and with another in its place."""
     try:
         one, other = call(first), call(second)
     except ValueError as error:
@@ -101,7 +101,7 @@ def outcome(call: Callable[..., float], first, second) -> Outcome:
 
 
 def queue(seed, *, labels=False, reference=None):
-    """Give a queue that holds nine samples, two of which are in the batch."""
+    """Return a queue that holds nine samples, two of which are in the batch."""
     sample = torch.tensor([0, 3, *range(40, 47)])
     filled = Queue(9, DIMS, reference_dim=None if reference is None else reference.shape[1])
     group = torch.arange(9) % 3 if labels else sample
@@ -110,7 +110,7 @@ def queue(seed, *, labels=False, reference=None):
 
 
 def hard_negatives(seed, *, labels=False, reference=None):
-    """Give the two nearest strangers of each sample of the batch, in a bank of nine that has the batch."""
+    """Return the two nearest strangers of each sample of the batch, in a bank of nine that has the batch."""
     sample = torch.arange(9)
     bank = Bank(9, DIMS, reference_dim=None if reference is None else reference.shape[1])
     bank.update(
@@ -139,7 +139,7 @@ def with_hard_negatives(case: Case) -> Outcome:
 
 
 def with_a_memory(case: Case, made: Callable[..., Memory]) -> Outcome:
-    """Give what comes of candidates of a memory, where it needs them with labels or references."""
+    """Return what comes of candidates of a memory, where it needs them with labels or references."""
     views, given = case.inputs(SAMPLES)
     given["sample"] = torch.arange(SAMPLES)
 
@@ -270,7 +270,7 @@ for the first column.
 
 
 def written() -> str:
-    """Give the page."""
+    """Return the page."""
     notes: dict[str, int] = {}
 
     def noted(sentence: str) -> str:

@@ -1,4 +1,4 @@
-"""torch.compile of a training step: the same numbers, and the tiles are one operator of its graph."""
+"""torch.compile of a training step: the same numbers, and the reductions are one operator of its graph."""
 
 import operator
 
@@ -14,7 +14,7 @@ ONE_GRAPH = ["info_nce", "cacr", "decoupled", "hard_negative", "siglip", "cwcl"]
 
 
 def step(case, compiled):
-    """Give the loss and the gradients of one training step, and the graphs that were compiled."""
+    """Return the loss and the gradients of one training step, and the graphs that were compiled."""
     graphs = []
 
     def backend(graph, inputs):
@@ -39,15 +39,15 @@ def step(case, compiled):
 
 
 FIRST = {case.name: case for case in reversed(CASES)}.values()
-"""One form of each loss; tracing takes seconds."""
+"""One form of each loss, since tracing takes seconds."""
 
 
-def sometimes(case):
-    """Leave to --all the further forms, and networks for each pair, whose tracing is the slowest."""
+def long_if_slow(case):
+    """Mark as long the further forms of a loss, and AMCL, which takes longest to trace."""
     return pytest.param(case, marks=pytest.mark.long if case not in FIRST or case.name.startswith("amcl") else ())
 
 
-@pytest.mark.parametrize("case", map(sometimes, CASES), ids=str)
+@pytest.mark.parametrize("case", map(long_if_slow, CASES), ids=str)
 def test_a_compiled_step_has_the_same_numbers(case):
     value, gradients, _ = step(case, compiled=False)
     found, its_gradients, graphs = step(case, compiled=True)
@@ -57,7 +57,7 @@ def test_a_compiled_step_has_the_same_numbers(case):
 
 
 @pytest.mark.parametrize("case", [Case(name) for name in ONE_GRAPH], ids=str)
-def test_the_forward_pass_is_one_graph_with_the_sweep_as_one_operator(case):
+def test_the_forward_pass_is_one_graph_with_the_reductions_as_one_operator(case):
     loss = case.make()
     views, given = case.inputs(samples=40)
     graphs = []
@@ -75,7 +75,7 @@ def test_the_forward_pass_is_one_graph_with_the_sweep_as_one_operator(case):
     assert not any("mm" in name for name in called)
 
 
-def test_references_that_only_some_embeddings_have_are_told_apart():
+def test_references_may_be_missing_from_some_embeddings():
     a, b = torch.randn(2, 6, DIMS)
     queue = Queue(8, dim=DIMS, reference_dim=3)
     queue.update(b, sample=torch.arange(6), reference=torch.randn(6, 3))
@@ -87,8 +87,8 @@ def test_references_that_only_some_embeddings_have_are_told_apart():
 
 
 @pytest.mark.parametrize("name", ["amcl", "false_negatives"])
-def test_what_the_compiler_cannot_trace_it_calls_as_it_is(name):
-    """Batches of changing sizes, with and without labels and extras, compile nothing of the loss."""
+def test_a_loss_that_the_compiler_cannot_trace_runs_uncompiled(name):
+    """Batches of different sizes, with and without labels and extras, compile nothing of the loss."""
     loss = AMCL(dim=DIMS, hidden=3) if name == "amcl" else FalseNegatives(InfoNCE(), above=0.9)
     loss, graphs = loss.double(), []
 
@@ -111,7 +111,7 @@ def test_what_the_compiler_cannot_trace_it_calls_as_it_is(name):
 
 
 @pytest.mark.parametrize("given", [{}, {"extra": torch.randn(6, DIMS, dtype=torch.float64)}], ids=["views", "extra"])
-def test_further_calls_compile_nothing_anew(given):
+def test_further_calls_do_not_compile_again(given):
     loss, compiled = Case("info_nce").make(), []
 
     def backend(graph, inputs):

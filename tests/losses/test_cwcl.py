@@ -1,4 +1,4 @@
-"""CWCL against loops of its formula, and what follows from it for weights of a known kind."""
+"""CWCL against loops of its formula, and its value for special weights."""
 
 import math
 
@@ -14,7 +14,7 @@ from tests.losses.reference import assert_same, random, unit
 
 
 def by_loops(p, q, reference, temperature, *, group=None, extra=(), extra_reference=()):
-    """Give L_UV + L_VU, one pair at a time; extras are candidates of both directions."""
+    """Return L_UV + L_VU, one pair at a time; extras are candidates of both directions."""
     p, q, u, count = unit(p), unit(q), unit(reference.detach()), len(p)
     group = list(range(count)) if group is None else group
     frozen, trained = [], []
@@ -34,7 +34,7 @@ def by_loops(p, q, reference, temperature, *, group=None, extra=(), extra_refere
 
 
 def from_logits(logits, reference):
-    """Give Pairs whose frozen anchors have these logits at temperature 1: p is the identity, q the logits' columns."""
+    """Return Pairs with these logits at temperature 1: p is the identity, q the columns of the logits."""
     count, index = len(logits), torch.arange(len(logits))
     z = torch.eye(count, dtype=logits.dtype), logits.T
     return two_sided(*(Embeddings(z[view], index, index, torch.full_like(index, view), reference) for view in (0, 1)))
@@ -42,7 +42,7 @@ def from_logits(logits, reference):
 
 @pytest.mark.parametrize("labels", [False, True])
 @pytest.mark.parametrize("extras", [False, True])
-def test_it_is_the_published_formula(labels, extras):
+def test_it_equals_loops(labels, extras):
     p, q, reference = random(5, 3), random(5, 3, seed=1), random(5, 6, seed=2)
     z, u, unknown = random(4, 3, seed=3), random(4, 6, seed=4).detach(), torch.arange(100, 104)
     queue = Embeddings(unit(z), unknown, unknown, torch.full_like(unknown, REMEMBERED), unit(u))
@@ -71,7 +71,7 @@ def test_with_heads_and_no_reference_the_weights_are_the_heads_mean_cosine():
     assert_same(CWCL(0.3)(p, q), expected, p, q)
 
 
-def test_identity_weights_give_the_sum_of_clips_directions():
+def test_identity_weights_give_the_sum_of_both_directions_of_clip():
     # (<u_i, u_j> + 1) / 2 is the identity for two opposite vectors only.
     p, q = random(2, 3), random(2, 3, seed=1)
     reference = torch.tensor([[1.0, 2.0], [-1.0, -2.0]], dtype=torch.float64)
@@ -81,7 +81,7 @@ def test_identity_weights_give_the_sum_of_clips_directions():
     torch.testing.assert_close(clip, 2 * InfoNCE(0.3, candidates="across")(p, q), rtol=1e-12, atol=0)
 
 
-def test_weights_that_are_label_equality_give_supcon_between_the_modalities():
+def test_weights_of_equal_labels_give_supcon_between_the_modalities():
     p, q, labels = random(5, 3), random(5, 3, seed=1), torch.tensor([0, 1, 0, 0, 1])
     reference = torch.tensor([[1.0], [-1.0]], dtype=torch.float64)[labels]
     logits = unit(p) @ unit(q).T / 0.3
@@ -89,7 +89,7 @@ def test_weights_that_are_label_equality_give_supcon_between_the_modalities():
     supcon = -(same * logits.log_softmax(dim=1)).sum(dim=1) / same.sum(dim=1)
     expected = supcon.mean() + F.cross_entropy(logits.T, torch.arange(5))
     assert_same(CWCL(0.3)(p, q, reference=reference), expected, p, q)
-    # With the labels as groups the other direction is SupCon too, and the whole is twice InfoNCE's.
+    # With the labels as groups both directions are SupCon, and the sum is twice InfoNCE.
     both = CWCL(0.3)(p, q, reference=reference, group=labels)
     torch.testing.assert_close(both, 2 * InfoNCE(0.3, candidates="across")(p, q, group=labels), rtol=1e-12, atol=0)
 
@@ -101,7 +101,7 @@ def test_equal_weights_make_the_target_uniform():
     assert_same(CWCL(0.3)(p, q, reference=torch.ones(5, 2, dtype=torch.float64)), expected, p, q)
 
 
-def test_the_gradient_by_the_logits_is_the_softmax_less_the_normalised_weights():
+def test_the_gradient_of_the_logits_is_the_softmax_minus_the_normalised_weights():
     logits, u = random(5, 5), unit(random(5, 3, seed=1)).detach()
     weight = (u @ u.T + 1) / 2
     rows = CWCL(1.0).per_anchor(from_logits(logits, u))[:5] / 2
@@ -110,13 +110,13 @@ def test_the_gradient_by_the_logits_is_the_softmax_less_the_normalised_weights()
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-13)
 
 
-def test_the_floor_of_the_weighted_direction_is_the_entropy_of_its_weights():
+def test_the_minimum_of_the_weighted_direction_is_the_entropy_of_its_weights():
     u = unit(random(5, 3, seed=1)).detach()
     weight = (u @ u.T + 1) / 2
     share = weight / weight.sum(dim=1, keepdim=True)
     entropy, loss = -(share * share.log()).sum(dim=1), CWCL(1.0)
-    at_the_floor = loss.per_anchor(from_logits(share.log(), u))[:5] / 2
-    torch.testing.assert_close(at_the_floor, entropy, rtol=1e-12, atol=0)
+    at_the_minimum = loss.per_anchor(from_logits(share.log(), u))[:5] / 2
+    torch.testing.assert_close(at_the_minimum, entropy, rtol=1e-12, atol=0)
     measured = loss.measure(from_logits(share.log(), u))
     torch.testing.assert_close(measured["entropy"], entropy.mean(), rtol=1e-12, atol=0)
     assert abs(measured["excess"]) < 1e-12
@@ -149,13 +149,13 @@ def test_no_gradient_reaches_the_frozen_tower_through_the_weights():
     assert not torch.autograd.grad(value, reference, allow_unused=True, materialize_grads=True, retain_graph=True)[
         0
     ].any()
-    # Where p is its own reference, its gradient is the one that it has with the reference given as a constant.
+    # Without a reference, the gradient of p is the same as with p as a constant reference.
     own = torch.autograd.grad(CWCL(0.3)(p, q), p)[0]
     given = torch.autograd.grad(CWCL(0.3)(p, q, reference=p.detach()), p)[0]
     torch.testing.assert_close(own, given, rtol=1e-12, atol=1e-15)
 
 
-def test_targets_take_the_candidates_place():
+def test_targets_replace_the_candidates():
     p, q, keys = random(5, 3), random(5, 3, seed=1), random(2, 5, 3, seed=2)
     reference = random(5, 4, seed=4)
     u, logits = unit(reference).detach(), [unit(p) @ unit(keys[1]).T / 0.3, unit(q) @ unit(keys[0]).T / 0.3]
@@ -179,7 +179,7 @@ def test_the_temperature_is_learned():
 
 @pytest.mark.parametrize("reference", ["zero", "opposite", "none"])
 @pytest.mark.parametrize("temperature", [1e-4, 0.01, 10.0])
-def test_odd_references_stay_finite(reference, temperature):
+def test_unusual_references_give_finite_values(reference, temperature):
     p, q = torch.randn(2, 4, 3, generator=torch.Generator().manual_seed(0)).requires_grad_().unbind()
     u = {"zero": torch.zeros(4, 2), "opposite": torch.tensor([[1.0], [-1.0], [-1.0], [-1.0]]), "none": None}[reference]
     loss = CWCL(temperature)
@@ -202,7 +202,7 @@ INDEX = torch.arange(4)
 
 
 @pytest.mark.parametrize(
-    ("views", "given", "words"),
+    ("views", "given", "message"),
     [
         ((Z, Z, Z), {}, r"CWCL takes two views, the frozen tower's first: loss\(p, q\); got 3"),
         ((Z,), {"targets": (None, Z)}, r"CWCL takes two views.*got 1"),
@@ -212,12 +212,12 @@ INDEX = torch.arange(4)
         ((Z, Z), {"reference": Z[:2]}, r"reference is \(4, R\), or one"),
     ],
 )
-def test_wrong_input_is_answered_in_a_sentence(views, given, words):
-    with pytest.raises(ValueError, match=words):
+def test_wrong_inputs_raise(views, given, message):
+    with pytest.raises(ValueError, match=message):
         CWCL()(*views, **given)
 
 
-def test_wrong_arguments_are_answered_in_a_sentence():
+def test_wrong_arguments_raise():
     with pytest.raises(ValueError, match="temperature must be a positive number; got 0"):
         CWCL(0)
     with pytest.raises(ValueError, match=r"a learned temperature starts at 0.01 or above; got 0.001"):

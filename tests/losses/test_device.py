@@ -1,4 +1,4 @@
-"""No loss waits for its device: on meta tensors, which hold no numbers, reading one raises an error."""
+"""No loss waits for its device: on meta tensors, which have no values, reading a value raises an error."""
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ def test_a_step_reads_no_number_from_the_device(case, labelled):
     assert any(z.grad is not None and z.grad.is_meta for z in views)
 
 
-def test_reading_a_number_would_be_noticed():
+def test_reading_a_number_raises_on_meta_tensors():
     class Reads(InfoNCE):
         def per_anchor(self, pairs):
             return pairs.mean("positive") * float(pairs.count("negative").max())

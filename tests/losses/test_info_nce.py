@@ -1,4 +1,4 @@
-"""InfoNCE in all its uses, against loops from the formulas and against torch's own cross-entropy."""
+"""InfoNCE in all its forms, against loops of the formulas and against torch's cross-entropy."""
 
 import math
 
@@ -49,9 +49,9 @@ def test_every_form_equals_loops(positives, candidates, views, labels, extras):
 
 @pytest.mark.parametrize("targets", [(True, True), (False, True)])
 @pytest.mark.parametrize("candidates", ["all", "memory"])
-def test_targets_take_the_candidates_place(targets, candidates):
+def test_targets_replace_the_candidates(targets, candidates):
     views, keys = [random(4, 3, seed=seed) for seed in (0, 1)], [random(4, 3, seed=seed) for seed in (2, 3)]
-    given = tuple(key if there else None for key, there in zip(keys, targets, strict=True))
+    given = tuple(key if present else None for key, present in zip(keys, targets, strict=True))
     queue = random(5, 3, seed=9)
     found = InfoNCE(0.3, candidates=candidates)(*views, targets=given, extra=queue)
     expected = by_loops("outside", views, range(4), 0.3, candidates=candidates, targets=given, extra=unit(queue))
@@ -65,14 +65,14 @@ def test_nt_xent_is_a_cross_entropy_over_all_2n_minus_1_others():
         assert_same(InfoNCE(0.5, positives=positives)(a, b), info_nce(a, b, 0.5), a, b)
 
 
-def test_supcon_is_its_authors_masked_mean_of_log_probabilities():
+def test_supcon_is_the_authors_masked_mean_of_log_probabilities():
     """Khosla et al.'s own code: mean over positives outside the logarithm, denominator over all but the anchor."""
     a, b, labels = random(6, 4), random(6, 4, seed=1), torch.tensor([0, 1, 0, 2, 1, 0])
     expected = supcon(torch.cat([a, b]), labels.repeat(2), 0.07)
     assert_same(InfoNCE(0.07)(a, b, group=labels), expected, a, b)
 
 
-def test_moco_v2_is_a_cross_entropy_of_the_own_key_against_the_queue():
+def test_moco_v2_is_a_cross_entropy_of_the_key_against_the_queue():
     query, key, queue = random(5, 4), random(5, 4, seed=1), random(7, 4, seed=2)
     found = InfoNCE(0.2, candidates="memory")(query, targets=(None, key), extra=[queue])
     assert_same(found, moco(query, key, unit(queue), 0.2), query, key, queue)
@@ -100,7 +100,7 @@ def test_moco_v3_with_three_views_has_a_softmax_for_each_query_and_key_view():
     torch.testing.assert_close(loss(*queries, targets=tuple(keys), reduction="none"), torch.cat(rows))
 
 
-def test_rows_of_moco_v3_come_view_after_view():
+def test_rows_of_moco_v3_are_in_the_order_of_the_views():
     queries, keys = random(2, 5, 4), random(2, 5, 4, seed=1)
     across, plain = (InfoNCE(0.2, candidates=form) for form in ("across", "all"))
     rows = across(*queries, targets=tuple(keys), reduction="none")
@@ -120,7 +120,7 @@ def test_labels_make_clip_supervised_and_never_pair_within_a_view():
     assert_same(found, by_loops("outside", [image, text], [0, 0, 1, 2], 0.3, candidates="across"), image, text)
 
 
-def test_pytorch_metric_learnings_nt_xent_puts_each_positive_alone_before_the_negatives():
+def test_pytorch_metric_learnings_nt_xent_has_one_positive_per_denominator():
     """Its rows are positive pairs (a, p): -log e^{s_ap / t} / (e^{s_ap / t} + sum over negatives of a)."""
     z, labels = random(6, 3), [0, 0, 1, 1, 2, 2]
     a, b = z[:3], z[3:]
@@ -143,38 +143,38 @@ def test_identical_embeddings_give_the_logarithm_of_the_number_of_candidates():
     assert float(InfoNCE(candidates="across")(z, z)) == pytest.approx(math.log(8), rel=1e-6)
 
 
-def test_a_sample_alone_has_nothing_to_learn():
+def test_a_single_sample_has_a_loss_of_zero():
     a, b = random(1, 3), random(1, 3, seed=1)
     value = InfoNCE()(a, b)
     assert value.item() == pytest.approx(0, abs=1e-14)
     assert torch.autograd.grad(value, a)[0].abs().max() < 1e-12
 
 
-def test_a_learned_scale_stays_at_or_below_its_bound_and_can_come_back():
+def test_a_learned_scale_is_bounded_and_can_decrease_again():
     loss = InfoNCE(0.01, candidates="across", learn_temperature=True)
     loss.log_scale.data += 0.5
     a, b = torch.eye(4), torch.eye(4).roll(1, 0)
-    # The wrong pairs are the alike ones: a smaller scale is better, and its gradient must pass although it is bounded.
+    # The wrong pairs are equal: a smaller scale is better, and the bound must not remove its gradient.
     value = loss(a, b)
     assert value.item() == pytest.approx(LARGEST_SCALE, rel=1e-5)
     (back,) = torch.autograd.grad(value, loss.log_scale)
     assert back > 0
-    # Where a larger scale is better, nothing pushes it further.
-    near = torch.tensor([[1.0, 0.0], [math.cos(0.1), math.sin(0.1)]])
-    (further,) = torch.autograd.grad(loss(near, near), loss.log_scale)
+    # If a larger scale is better, the gradient at the bound is zero.
+    close = torch.tensor([[1.0, 0.0], [math.cos(0.1), math.sin(0.1)]])
+    (further,) = torch.autograd.grad(loss(close, close), loss.log_scale)
     assert further == 0
     assert loss.metrics["temperature"] == pytest.approx(0.01)
     loss.log_scale.data -= 1.0
-    (further,) = torch.autograd.grad(loss(near, near), loss.log_scale)
+    (further,) = torch.autograd.grad(loss(close, close), loss.log_scale)
     assert further < 0
 
 
-def test_a_temperature_can_be_learned_from_its_smallest_start():
+def test_the_smallest_initial_temperature_can_be_learned():
     loss = InfoNCE(0.01, candidates="across", learn_temperature=True)
     loss(torch.eye(4), torch.eye(4).roll(1, 0)).backward()
     assert loss.log_scale.grad > 0
 
 
-def test_a_memory_is_asked_for_where_it_is_needed():
+def test_a_missing_memory_raises():
     with pytest.raises(ValueError, match=r"candidates='memory' uses the negatives of extra=\[queue\]"):
         InfoNCE(candidates="memory")(torch.ones(2, 2), torch.ones(2, 2))

@@ -1,4 +1,4 @@
-"""One view with labels, unlabelled rows, and labels in the wrong place."""
+"""One view with labels, unlabelled rows, and labels that are passed in the wrong argument."""
 
 import pytest
 import torch
@@ -25,8 +25,7 @@ def test_one_view_with_labels_is_sup_con():
 
 
 @pytest.mark.parametrize("case", ONE_VIEW, ids=str)
-def test_one_view_is_a_set_of_rows_with_names(case):
-    """Neither the order of the rows nor the numbers of the labels matter."""
+def test_the_order_of_rows_and_the_numbers_of_labels_do_not_matter(case):
     z, order = random(6, DIMS), torch.tensor([3, 1, 5, 0, 2, 4])
     labels = torch.tensor([0, 0, 1, 1, 2, 2])
 
@@ -41,7 +40,7 @@ def test_one_view_is_a_set_of_rows_with_names(case):
 
 @pytest.mark.parametrize("name", ["info_nce", "decoupled", "hard_negative"])
 def test_one_view_of_pairs_equals_two_views_of_one_sample_each(name):
-    """Where a class is a pair, its two rows are what two views of a sample are."""
+    """Two rows of one class are paired like two views of one sample."""
     z, pairs = random(8, DIMS), torch.arange(4).repeat(2)
     loss = LOSSES.build(name)
     one, two = loss(z, group=pairs), loss(z[:4], z[4:])
@@ -64,13 +63,13 @@ def test_cacr_with_one_view_repels_all_negatives_at_once():
 
 @pytest.mark.parametrize("samples", [None, torch.arange(7), torch.tensor([1, 0, 2, 3, 4, 5, 6])])
 def test_a_negative_group_is_a_sample_of_its_own_even_where_its_index_is_a_label(samples):
-    """Sample 2 is unlabelled, and 2 is a label of others: they must not become its positives."""
+    """Sample 2 is unlabelled, and others have the label 2: they are not its positives."""
     views = random(2, 7, DIMS).unbind()
     labels = torch.tensor([0, 2, -1, 2, -1, -7, 0])
-    alone = torch.tensor([0, 2, 100, 2, 101, 102, 0])
+    separate = torch.tensor([0, 2, 100, 2, 101, 102, 0])
     for given in (views, views[:1]):
         found = InfoNCE()(*given, group=labels, sample=samples, reduction="none")
-        torch.testing.assert_close(found, InfoNCE()(*given, group=alone, sample=samples, reduction="none"))
+        torch.testing.assert_close(found, InfoNCE()(*given, group=separate, sample=samples, reduction="none"))
 
 
 def test_unlabelled_rows_of_two_views_keep_their_views_as_positives():
@@ -79,7 +78,7 @@ def test_unlabelled_rows_of_two_views_keep_their_views_as_positives():
     torch.testing.assert_close(nothing_labelled, InfoNCE()(a, b))
 
 
-def test_what_a_queue_holds_without_a_label_is_a_negative():
+def test_unlabelled_entries_of_a_queue_are_negatives():
     queue, index = Queue(4, dim=DIMS), torch.arange(4)
     queue.update(random(4, DIMS, seed=1).float(), sample=index + 10, group=torch.tensor([0, -1, -1, 1]))
     z = random(4, DIMS).float()
@@ -88,8 +87,8 @@ def test_what_a_queue_holds_without_a_label_is_a_negative():
     assert pairs.count("remembered").tolist() == [3, 4, 3, 3]
 
 
-def test_identities_made_by_hand_are_taken_as_they_are():
-    """Unlabelled is a matter of the loss's entry: in `Embeddings` a negative group is a group like any other."""
+def test_a_negative_group_of_given_embeddings_is_an_ordinary_group():
+    """Only the arguments of a loss mark unlabelled rows by a negative group; `Embeddings` do not."""
     group = torch.tensor([-1, -1, 0])
     part = Embeddings(normalise(random(3, DIMS)), torch.arange(3) + 20, group, torch.full((3,), REMEMBERED))
     (pairs,) = InfoNCE().pairs(random(2, DIMS), sample=torch.arange(2), group=torch.tensor([0, 0]), extra=[part])
@@ -97,7 +96,7 @@ def test_identities_made_by_hand_are_taken_as_they_are():
 
 
 @pytest.mark.parametrize(
-    ("call", "error", "words"),
+    ("call", "error", "message"),
     [
         (lambda z: InfoNCE()(z), ValueError, "InfoNCE got one view and no targets; pass two views"),
         (lambda z: SigLIP()(z, group=LABELS), ValueError, "SigLIP got one view and no targets"),
@@ -118,6 +117,6 @@ def test_identities_made_by_hand_are_taken_as_they_are():
         (lambda z: InfoNCE()(z, z, targets=(z,)), ValueError, "got 1 targets for 2 views"),
     ],
 )
-def test_what_does_not_fit_is_answered_in_a_sentence(call, error, words):
-    with pytest.raises(error, match=words):
+def test_inputs_that_do_not_fit_raise(call, error, message):
+    with pytest.raises(error, match=message):
         call(random(7, DIMS))

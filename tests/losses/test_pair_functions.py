@@ -1,4 +1,4 @@
-"""PairFunctions: their parameters belong to the call, also inside torch.func, and no gradient is lost in silence."""
+"""PairFunctions: their parameters are those of the call, also inside torch.func, and no gradient is lost silently."""
 
 import pytest
 import torch
@@ -37,7 +37,7 @@ def views(dims=4):
 
 
 def test_a_call_with_other_parameters_has_their_gradients():
-    """`functional_call` takes the parameters away before the backward pass."""
+    """`functional_call` replaces the parameters only during the forward pass."""
     weight = torch.tensor(5.0, dtype=torch.float64, requires_grad=True)
     z = views().requires_grad_()
 
@@ -64,7 +64,7 @@ def test_torch_func_differentiates_what_a_function_learns(loss):
 
 
 def test_a_tensor_that_follows_from_a_parameter_has_its_gradient():
-    """Held as an attribute, it takes the gradient back itself."""
+    """As an attribute, it has its own backward pass."""
     loss = Scaled()
     loss.scale.power = loss.scale.weight.exp()
     loss.scale.forward = lambda anchor, candidate: loss.scale.power * (1 + anchor.z[:, :1] * candidate.z[:, :1].mT)
@@ -75,10 +75,10 @@ def test_a_tensor_that_follows_from_a_parameter_has_its_gradient():
     torch.testing.assert_close(found, expected)
 
 
-def test_a_learned_tensor_out_of_sight_is_refused():
+def test_a_learned_tensor_that_is_no_attribute_raises():
     loss = Scaled()
-    held = [torch.tensor(3.0, dtype=torch.float64, requires_grad=True)]
-    loss.scale.forward = lambda anchor, candidate: held[0] * torch.ones(len(anchor), len(candidate))
+    hidden = [torch.tensor(3.0, dtype=torch.float64, requires_grad=True)]
+    loss.scale.forward = lambda anchor, candidate: hidden[0] * torch.ones(len(anchor), len(candidate))
     with pytest.raises(ValueError, match="Scale reads a tensor that has a gradient and is neither its parameter nor"):
         loss(*views())
 
@@ -86,8 +86,8 @@ def test_a_learned_tensor_out_of_sight_is_refused():
 @pytest.mark.parametrize("dims", [2, 32, 128])
 @pytest.mark.parametrize("over", ["positive", "negative"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_a_threshold_keeps_its_own_candidate_also_for_raw_vectors(dims, over, dtype):
-    """Rounding of a product grows with the lengths of the vectors, and not with the product."""
+def test_a_threshold_includes_its_own_candidate_also_for_raw_vectors(dims, over, dtype):
+    """The rounding error of a product is relative to the lengths of the vectors, not to the product."""
     index = torch.arange(64)
     for seed in range(3):
         x, y = torch.randn(2, 64, dims, dtype=dtype, generator=torch.Generator().manual_seed(seed)) * 3
@@ -101,7 +101,7 @@ def test_a_threshold_keeps_its_own_candidate_also_for_raw_vectors(dims, over, dt
 
 
 @pytest.mark.parametrize(
-    "ask",
+    "call",
     [
         lambda pairs: pairs.logsumexp(torch.ones(1, 13), "all"),
         lambda pairs: pairs.logsumexp(torch.ones(13), "positive"),
@@ -113,11 +113,11 @@ def test_a_threshold_keeps_its_own_candidate_also_for_raw_vectors(dims, over, dt
     ],
 )
 @pytest.mark.parametrize("name", ["dense", "tiled"])
-def test_an_argument_of_another_length_is_refused(ask, name):
+def test_an_argument_of_another_length_raises(call, name):
     index = torch.arange(5)
     a, b = (Embeddings(z.float(), index, index, index * 0 + view) for view, z in enumerate(views()))
     with reductions.backend(name), pytest.raises(ValueError, match="got the shape"):
-        ask(Pairs(a, [b]))
+        call(Pairs(a, [b]))
 
 
 def test_the_dense_backend_takes_embeddings_of_two_types():
