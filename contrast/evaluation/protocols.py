@@ -306,7 +306,7 @@ def evaluate(
         InputError: for an unknown protocol or setting, data without the required labels, an encoder that does not
             return one vector per item. NaN features and a collapsed encoder are no error, but reported in `health`.
     """
-    chosen = _build(protocols, draws, labels_per_class)
+    chosen = _build(protocols, draws=draws, labels_per_class=labels_per_class, classes=len(data.classes))
     if not models:
         raise InputError("evaluation needs at least one model; none was given.")
     train, validation = _labelled_train(data)
@@ -352,10 +352,9 @@ def evaluate(
     return found
 
 
-def _build(protocols: Sequence[str | Mapping[str, Any]], draws: int, labels_per_class: int) -> list[ProbeProtocol]:
+def _build(protocols: Sequence[str | Mapping[str, Any]], **facts: int) -> list[ProbeProtocol]:
     built: list[ProbeProtocol] = [
-        PROTOCOLS.build(part, where="evaluate.protocols", draws=draws, labels_per_class=labels_per_class)
-        for part in protocols
+        PROTOCOLS.build(part, where=f"evaluate.protocols[{number}]", **facts) for number, part in enumerate(protocols)
     ]
     names = [protocol.name for protocol in built]
     if not names or len(set(names)) < len(names):

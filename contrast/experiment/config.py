@@ -1,4 +1,4 @@
-"""The typed experiment: one YAML file and overrides, checked completely before any data is read."""
+"""The typed config: one YAML file and overrides, checked completely before any data is read."""
 
 from __future__ import annotations
 
@@ -33,7 +33,8 @@ class DataSettings:
         labels: a table next to an image folder, one row per image; for other sources the same as `target`.
         target: the column or array that has the labels; "none" reads no labels.
         split_by: a column (patient, slide, recording); items with equal values are never on two sides of a split.
-        positives: whose items are positives of each other: "sample" (each item's own views), "label", or a column.
+        positives: which items are positives of each other: "sample" (only views of the same item), "label" (equal
+            labels), or a column (equal values).
         splits: shares {test: 0.2, validation: 0.2} where the source has no split; validation is a share of train.
         size: height and width in pixels to which images are resized and cropped; null: chosen from the images.
         channels: 1, 3 or 4 channels to which images are converted; null: chosen from the images.
@@ -56,14 +57,15 @@ class EncoderSettings:
     """The network that is trained.
 
     Args:
-        backbone: from inputs to features; `pretrained: true` starts from published weights, a path from a file.
+        backbone: from inputs to features; `pretrained: true` starts from published weights, `pretrained: PATH` from a
+            file.
         head: from features to the embeddings that the loss compares; it is dropped after pretraining.
-        momentum: share of the momentum encoder that is kept at each step, in [0, 1); null: no momentum encoder.
-        predictor: a second head on the trained side (BYOL, SimSiam, MoCo v3); null: none.
-        joint: true sends all views through the network in one batch; false view by view, so that batch normalisation
-            sees one view at a time.
-        reference: a frozen network, named as MODEL of `contrast evaluate`; its features tell the losses that ask for
-            them (cwcl, false_negatives with guide) how similar samples are.
+        momentum: decay of the momentum encoder's moving average per step, in [0, 1]; null: no momentum encoder.
+        predictor: a further head after the head of the trained encoder only (BYOL, SimSiam, MoCo v3); null: none.
+        joint: true encodes all views of equal shape in one batch; false encodes them one by one, so that batch
+            normalisation uses the statistics of one view (SimSiam, MoCo).
+        reference: a frozen network, named as MODEL of `contrast evaluate`; losses such as cwcl and false_negatives
+            with guide use the similarities of its features.
     """
 
     backbone: Part = "auto"
@@ -76,11 +78,11 @@ class EncoderSettings:
 
 @dataclass(frozen=True)
 class ProbeSettings:
-    """The online probe: a linear classifier on frozen features, solved now and then during training.
+    """The online probe: a linear classifier on frozen features, fitted at intervals during training.
 
     Args:
-        every: steps between two probes; null: twenty times per run.
-        items: labelled items, at most, to fit it on, and as many to test it on; 0: no online probe.
+        every: steps between two probes; null: a twentieth of the run.
+        items: maximum number of labelled items for fitting, and the same number for testing; 0: no online probe.
     """
 
     every: int | None = None
@@ -115,20 +117,20 @@ class ReportSettings:
 
 @dataclass(frozen=True)
 class Config:
-    """An experiment. "auto" is chosen from the data, and the choice is written into the run's own config.yaml.
+    """The settings of a run. "auto" is chosen from the data; the choice is written into the run's own config.yaml.
 
     Args:
-        version: of this format.
+        version: the version of the config format.
         seed: decides every random number of the run.
-        name: of the run, in its folder's name; empty: the name of the config file or of the loss.
+        name: the name of the run, used in its folder's name; empty: the name of the config file or of the loss.
         plugins: `.py` files or modules that register parts of your own.
         data: what to read and how to split it.
         views: a recipe, or a list of operations, or one list of operations per view.
         encoder: backbone, head, momentum encoder, predictor.
         loss: what is minimised.
-        memory: where further candidates or other positives come from; a list.
-        sampler: in which order items are drawn.
-        optimizer: with its learning rate, weight decay and warm-up.
+        memory: sources of further candidates or of other positives; a list.
+        sampler: the order in which items are drawn.
+        optimizer: the optimiser and its arguments, such as lr, weight_decay and warmup.
         batch_size: items per step over all processes together.
         budget: how long to train: "200 epochs", "50000 steps", "8h" or "auto"; the schedule ends there.
         trainer: arguments of Lightning's Trainer, such as devices and precision.
@@ -165,7 +167,7 @@ SECTIONS: dict[str, type] = {
     "evaluate": EvaluateSettings,
     "report": ReportSettings,
 }
-"""The parts of the config that have keys of their own, by key."""
+"""The sections of the config, by key."""
 _AT_LEAST = {
     "seed": 0,
     "data.workers": 0,
@@ -191,7 +193,7 @@ class Loaded:
     """A checked config and where each of its values came from.
 
     Args:
-        config: the experiment.
+        config: the settings.
         origins: dotted key -> "command line", "call" or a file; what is not in it has its default.
     """
 
@@ -389,7 +391,7 @@ def _registry_at(tree: Mapping[str, Any], path: Sequence[str]) -> Registry | Non
 
 
 def check(tree: Mapping[str, Any]) -> Config:
-    """Return the typed experiment of a tree of settings, with every part checked against its signature.
+    """Return the typed config of a tree of settings, with every part checked against its signature.
 
     Raises:
         InputError: naming the key, for the first thing that does not fit.
@@ -406,6 +408,9 @@ def check(tree: Mapping[str, Any]) -> Config:
         if kind.trial is not None:  # for the values that its constructor refuses
             for where, part in parts_of(config, kind):
                 kind.build(part, where=where, **kind.trial)
+    names = [part["name"] if isinstance(part, Mapping) else part for part in config.evaluate.protocols]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise InputError(f"evaluate.protocols: '{twice[0]}' is given twice; give each protocol once.")
     return config
 
 

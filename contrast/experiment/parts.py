@@ -1,6 +1,7 @@
 """The kinds of parts: the config's key of each, its registry, and the facts of a run that its constructors may use.
 
-Config, builder, `contrast list` and the documentation read this one table.
+A part is what a config names: a loss, a backbone, a view. A fact is a value that is known only when the run is built,
+such as the number of samples. Config, builder, `contrast list` and the documentation read this one table.
 """
 
 from __future__ import annotations
@@ -34,13 +35,13 @@ class Kind:
 
     Args:
         key: the dotted key of the config that has a part of this kind.
-        title: the word of `contrast list`.
+        title: its heading in `contrast list`.
         registry: name -> class or function.
         many: whether the key has a list of parts.
-        facts: facts of a run by name. A constructor that has a parameter of such a name gets the value, unless the
-            config gives one.
-        trial: values of the facts with which a part can be constructed before any data is read, so that a value that
-            its constructor refuses is found at once; None where that is impossible.
+        facts: names of values that are known only when the run is built. A constructor that has a parameter of such a
+            name gets the value, unless the config gives one.
+        trial: placeholder values of the facts. With them each part is constructed once when the config is checked, so
+            that a value that its constructor refuses is found before any data is read; None: it is not constructed.
     """
 
     key: str
@@ -53,6 +54,11 @@ class Kind:
     def build(self, part: Part, *, where: str = "", **facts: Any) -> Any:
         """Construct a part; of the facts, it gets those of its kind that its constructor has a parameter for.
 
+        Args:
+            part: a name, or {name: ..., its arguments}.
+            where: the key for messages; that of the kind where it is not given.
+            **facts: values by name.
+
         Raises:
             InputError: naming the key, for an unknown name, a wrong argument, or a value that is refused.
         """
@@ -61,6 +67,8 @@ class Kind:
 
 
 _OF_DATA = ("samples", "classes")
+_LARGE = {"samples": 65_536, "classes": 100}
+"""Large, so that a number of neighbours or clusters that the data set allows is not refused before it is read."""
 
 KINDS = {
     kind.key: kind
@@ -74,7 +82,7 @@ KINDS = {
             "losses",
             LOSSES,
             facts=(*_OF_DATA, "dim", "epochs"),
-            trial={"samples": 1, "classes": 1, "dim": 1, "epochs": 1},
+            trial=_LARGE | {"dim": 128, "epochs": 100},
         ),
         Kind(
             "memory",
@@ -83,15 +91,15 @@ KINDS = {
             many=True,
             facts=(*_OF_DATA, "dim", "heads", "reference_dim", "bank", "store", "seed"),
         ),
-        Kind("sampler", "samplers", SAMPLERS, facts=_OF_DATA, trial={"samples": 1, "classes": 1}),
-        Kind("optimizer", "optimizers", OPTIMIZERS, facts=("epochs",), trial={"epochs": 1}),
+        Kind("sampler", "samplers", SAMPLERS, facts=_OF_DATA, trial=_LARGE),
+        Kind("optimizer", "optimizers", OPTIMIZERS, facts=("epochs",), trial={"epochs": 100}),
         Kind(
             "evaluate.protocols",
             "protocols",
             PROTOCOLS,
             many=True,
             facts=("classes", "draws", "labels_per_class"),
-            trial={"classes": 2, "draws": 1, "labels_per_class": 1},
+            trial={"classes": 100, "draws": 1, "labels_per_class": 1},
         ),
     )
 }

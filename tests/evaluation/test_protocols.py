@@ -239,6 +239,22 @@ def test_a_protocol_takes_settings(make_data):
     assert found.results[0].labels == "2 per class" and found.results[0].n == 2
 
 
+def test_a_protocol_of_the_user_gets_the_number_of_classes(make_data, monkeypatch):
+    monkeypatch.setattr(PROTOCOLS, "_parts", dict(PROTOCOLS._parts))
+    monkeypatch.setattr(PROTOCOLS, "_aliases", dict(PROTOCOLS._aliases))
+
+    @PROTOCOLS.register("mine")
+    class Mine(NearestNeighbours):
+        name = "mine"
+
+        def __init__(self, classes: int) -> None:
+            super().__init__(neighbours=classes)
+
+    data = make_data()
+    found = evaluate({"flat": flat}, data, protocols=["mine"])
+    assert found.results[0].settings["neighbours"] == len(data.classes)
+
+
 def test_missing_labels_are_refused_before_any_encoding(make_data):
     data = make_data()
     data.test.target[:] = -1

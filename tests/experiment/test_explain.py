@@ -43,7 +43,7 @@ def test_a_key_is_explained_with_its_type_default_value_and_origin(tmp_path):
         ("budget", [], ["budget = auto  (default)", "How long to train"]),
         ("data", [], ["What to read and how to split it", "a section"]),
         ("data.split_by", [], ["never on two sides of a split", "text or nothing"]),
-        ("encoder.momentum", [], ["encoder.momentum = null", "in [0, 1)"]),
+        ("encoder.momentum", [], ["encoder.momentum = null", "in [0, 1]"]),
         ("loss", [], ["What is minimised", "  info_nce ", "  cacr "]),
         ("loss.name", [], ["loss.name = info_nce", "  cacr "]),
         (
