@@ -1,4 +1,4 @@
-"""The losses need torch, numpy and the standard library: shown in processes where everything else is missing."""
+"""The losses need only torch, numpy and the standard library; shown in processes of their own."""
 
 import json
 import statistics
@@ -10,26 +10,27 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 
-TORCH_NEEDS = {"sympy", "mpmath", "networkx", "jinja2", "markupsafe", "filelock", "fsspec", "typing_extensions"}
-"""What torch brings and imports of itself when it is first used."""
+DEPENDENCIES_OF_TORCH = {
+    "sympy", "mpmath", "networkx", "jinja2", "markupsafe", "filelock", "fsspec", "typing_extensions"
+}  # fmt: skip
+"""What torch itself imports when it is first used."""
 
-ALONE = f"""
-import sys
+USE = f"""
+import json, sys
 import numpy, torch
 
+allowed = {{"contrast", "torch", "numpy", *{DEPENDENCIES_OF_TORCH}, *sys.stdlib_module_names}}
 class Refuse:
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] not in {{"contrast", "torch", "numpy", *{TORCH_NEEDS}, *sys.stdlib_module_names}}:
+        if name.split(".")[0] not in allowed:
             raise ModuleNotFoundError("refused: " + name, name=name)
 
 before = set(sys.modules)
 sys.meta_path.insert(0, Refuse())
-"""
-USE = """
+
 from contrast.losses import (
     AMCL, CACR, CWCL, BadPairs, DecoupledInfoNCE, HardContrastive, HardNegative, InfoNCE, SigLIP
 )
-from contrast.losses import LOSSES
 import contrast
 
 z = torch.randn(2, 200, 8, requires_grad=True)
@@ -43,63 +44,72 @@ for loss in (
     loss.end_epoch()
 with contrast.local():
     InfoNCE()(*z, extra=[torch.randn(9, 8)])
+added = sorted({{name.split(".")[0] for name in set(sys.modules) - before}})
+
+try:
+    import pandas
+except ModuleNotFoundError as error:
+    refusal = str(error)
+print(json.dumps([added, refusal]))
 """
-ADDED = """
-import json
-print(json.dumps(sorted({name.split(".")[0] for name in set(sys.modules) - before})))
+IMPORT = """
+import json, sys
+import numpy, torch
+
+before = set(sys.modules)
+import contrast, contrast.losses
+of_losses = sorted({name.split(".")[0] for name in set(sys.modules) - before})
+has_compiler = "torch._dynamo" in sys.modules
+import contrast.models.backbones, contrast.models.heads, contrast.views.views, contrast.data.loader
+assert contrast.data.SOURCES and contrast.data.loader.SAMPLERS and contrast.views.views.RECIPES
+print(json.dumps([of_losses, has_compiler, sorted(sys.modules)]))
 """
 
 
 def run(code):
-    command = [sys.executable, "-c", code]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
-def test_every_loss_runs_where_all_but_torch_and_numpy_raises():
-    answer = run(ALONE + USE + ADDED)
-    assert answer.returncode == 0, answer.stderr
-    ours = set(json.loads(answer.stdout)) - sys.stdlib_module_names
-    assert ours <= {"contrast", "torch", "numpy"} | TORCH_NEEDS
+@pytest.fixture(scope="module")
+def imported():
+    """The modules that the losses add, whether torch's compiler is imported, and all modules after the registries."""
+    return json.loads(run(IMPORT))
 
 
-def test_the_import_hook_refuses_other_packages():
-    answer = run(ALONE + "import pandas")
-    assert "refused: pandas" in answer.stderr
+def test_every_loss_runs_with_torch_and_numpy_only():
+    """Every other package is refused by an import hook."""
+    added, refusal = json.loads(run(USE))
+    assert refusal == "refused: pandas"
+    assert set(added) - sys.stdlib_module_names <= {"contrast", "torch", "numpy"} | DEPENDENCIES_OF_TORCH
 
 
-def test_importing_the_losses_adds_modules_of_contrast_and_the_standard_library_only():
-    code = "import sys, numpy, torch\nbefore = set(sys.modules)\nimport contrast, contrast.losses\n" + ADDED
-    answer = run(code)
-    assert answer.returncode == 0, answer.stderr
-    assert set(json.loads(answer.stdout)) - sys.stdlib_module_names - {"torch", "numpy"} == {"contrast"}
+def test_importing_the_losses_adds_modules_of_contrast_and_the_standard_library_only(imported):
+    of_losses, _, _ = imported
+    assert set(of_losses) - sys.stdlib_module_names - {"torch", "numpy"} == {"contrast"}
 
 
-def test_importing_the_losses_does_not_import_the_compiler_of_torch():
+def test_importing_the_losses_does_not_import_the_compiler_of_torch(imported):
     """torch._dynamo takes a second to import."""
-    answer = run("import sys, contrast.losses\nassert 'torch._dynamo' not in sys.modules")
-    assert answer.returncode == 0, answer.stderr
+    _, has_compiler, _ = imported
+    assert not has_compiler
 
 
-def test_importing_the_registries_of_the_trainer_imports_no_library_of_an_extra():
-    """`contrast list` answers from these modules; each of the libraries takes up to seconds to import."""
-    code = (
-        "import sys, contrast.models.backbones, contrast.models.heads, contrast.views.views, contrast.data.loader\n"
-        "assert contrast.data.SOURCES and contrast.data.loader.SAMPLERS and contrast.views.views.RECIPES\n"
-        "heavy = {'torchvision', 'timm', 'sklearn', 'pandas', 'aeon', 'scipy', 'PIL', 'torch._dynamo'}\n"
-        "assert not heavy & set(sys.modules), heavy & set(sys.modules)"
-    )
-    answer = run(code)
-    assert answer.returncode == 0, answer.stderr
+def test_importing_the_registries_of_the_trainer_imports_no_library_of_an_extra(imported):
+    """`contrast list` reads these modules; each of the libraries takes up to seconds to import."""
+    _, _, modules = imported
+    assert not {"torchvision", "timm", "sklearn", "pandas", "aeon", "scipy", "PIL", "torch._dynamo"} & set(modules)
 
 
 @pytest.mark.long
 def test_importing_the_losses_takes_little_time_beyond_torch(capsys):
-    """A bound of the product, not a comparison: the median of five processes."""
+    """The bound is a requirement: the median of five processes."""
     code = (
         "import time, numpy, torch\nstart = time.perf_counter()\n"
         "from contrast.losses import InfoNCE\nprint(time.perf_counter() - start)"
     )
-    seconds = statistics.median(float(run(code).stdout) for _ in range(5))
+    seconds = statistics.median(float(run(code)) for _ in range(5))
     with capsys.disabled():
         print(f" {seconds:.3f} s beyond torch")
     assert seconds < 0.3
