@@ -1,4 +1,4 @@
-"""The gather and its companions over gloo processes, and what they are without any."""
+"""The functions that communicate, over gloo processes and without any."""
 
 import os
 from unittest import mock
@@ -23,7 +23,7 @@ def test_without_processes_everything_is_the_identity():
 
 
 @pytest.mark.parametrize(
-    ("announced", "first", "world"),
+    ("environment", "first", "world"),
     [
         ({}, True, 1),
         ({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "4"}, True, 4),
@@ -32,18 +32,18 @@ def test_without_processes_everything_is_the_identity():
     ],
 )
 def test_before_the_process_group_exists_rank_and_world_size_come_from_the_environment(
-    monkeypatch, announced, first, world
+    monkeypatch, environment, first, world
 ):
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
-    for name, value in announced.items():
+    for name, value in environment.items():
         monkeypatch.setenv(name, value)
     assert distributed.is_first_process() is first
     assert distributed.announced_world_size() == world
 
 
 def first_and_announced(rank, world):
-    """Return what a process of an existing group answers, also where the environment contradicts it."""
+    """Return the results for an existing group and an environment that contradicts it."""
     with mock.patch.dict(os.environ, {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "9"}):
         return distributed.is_first_process(), distributed.announced_world_size()
 
@@ -67,30 +67,30 @@ def sizes_of(world):
     return (3, 0, 2, 4)[:world]
 
 
-def gathered(rank, world):
-    """Gather rows that say where they come from, and send back a gradient that says who sent it."""
+def gather_rows(rank, world):
+    """Gather rows with values that depend on their rank, and differentiate with a factor that depends on the rank."""
     results = {}
     for shape in ((), (2,), (2, 3)):
         for sizes in (sizes_of(world), (0,) * world, (2,) * world):
             own = torch.full((sizes[rank], *shape), float(rank), dtype=torch.float64)
             own += torch.arange(sizes[rank]).view(-1, *[1] * len(shape)) / 10
             x = own.requires_grad_()
-            everyone = distributed.gather(x, sizes)
-            factor = torch.arange(1.0, len(everyone) + 1).view(-1, *[1] * len(shape)).double() * (rank + 1)
-            (everyone * factor).sum().backward()
-            results[shape, sizes] = (everyone.detach(), x.grad)
+            all_rows = distributed.gather(x, sizes)
+            factor = torch.arange(1.0, len(all_rows) + 1).view(-1, *[1] * len(shape)).double() * (rank + 1)
+            (all_rows * factor).sum().backward()
+            results[shape, sizes] = (all_rows.detach(), x.grad)
     return results
 
 
 def test_gather_concatenates_rows_in_rank_order_and_sums_all_gradients(processes):
-    answers = processes.run(gathered)
+    answers = processes.run(gather_rows)
     world = processes.world
     for rank, answer in enumerate(answers):
-        for (shape, sizes), (everyone, gradient) in answer.items():
+        for (shape, sizes), (all_rows, gradient) in answer.items():
             rows = [float(other) + row / 10 for other in range(world) for row in range(sizes[other])]
-            assert everyone.shape == (len(rows), *shape)
+            assert all_rows.shape == (len(rows), *shape)
             assert torch.allclose(
-                everyone.reshape(len(rows), everyone[:1].numel()).t()[:1].flatten(), torch.tensor(rows).double()
+                all_rows.reshape(len(rows), all_rows[:1].numel()).t()[:1].flatten(), torch.tensor(rows).double()
             )
             start, senders = sum(sizes[:rank]), sum(range(1, world + 1))
             expected = torch.arange(start + 1.0, start + sizes[rank] + 1).double() * senders
@@ -138,27 +138,27 @@ def identified(rank, world):
     original = dist.all_gather
     dist.all_gather = lambda *given: (calls.append(1), original(*given))[1]
     try:
-        everyone = gather_all(views)
+        all_rows = gather_all(views)
     finally:
         dist.all_gather = original
     with distributed.local():
-        alone = gather_all(views)
+        local = gather_all(views)
     counts = len(all_pairs(*views).candidates[0]), len(cross_pairs(*views).candidates[0])
-    return views, everyone, len(calls), alone[0].sample, counts, unknown_samples(4, index.device)
+    return views, all_rows, len(calls), local[0].sample, counts, unknown_samples(4, index.device)
 
 
 def test_embeddings_are_gathered_with_their_identities_in_one_exchange(processes):
     answers = processes.run(identified)
     total = sum(sizes_of(processes.world))
-    for own, everyone, calls, alone, counts, _ in answers:
+    for own, all_rows, calls, local, counts, _ in answers:
         for view in range(2):
-            whole = concatenate([answer[0][view] for answer in answers])
-            assert torch.equal(everyone[view].z, whole.z)
-            assert torch.equal(everyone[view].reference, whole.reference)
+            full = concatenate([answer[0][view] for answer in answers])
+            assert torch.equal(all_rows[view].z, full.z)
+            assert torch.equal(all_rows[view].reference, full.reference)
             for name in ("sample", "group", "view"):
-                assert torch.equal(getattr(everyone[view], name), getattr(whole, name))
+                assert torch.equal(getattr(all_rows[view], name), getattr(full, name))
         assert calls == 4  # sizes, identities, z, references
-        assert torch.equal(alone, own[0].sample)
+        assert torch.equal(local, own[0].sample)
         assert counts == (total, total)
 
 

@@ -1,4 +1,4 @@
-"""Embeddings: unit length at the door, slicing, and shapes that are refused in a sentence."""
+"""Embeddings: normalisation, slicing, concatenation, and errors."""
 
 import math
 
@@ -53,7 +53,7 @@ def test_a_zero_row_stays_zero_with_zero_gradient(dtype):
     assert gradient[1].abs().sum() > 0
 
 
-def test_nan_stays_nan_and_touches_no_other_row():
+def test_nan_stays_nan_and_changes_no_other_row():
     unit = normalise(torch.tensor([[float("nan"), 1.0], [0.0, 2.0]]))
     assert unit[0].isnan().all()
     assert unit[1].tolist() == [0, 1]
@@ -72,14 +72,14 @@ def test_empty_tensors_can_be_normalised(shape):
 @pytest.mark.parametrize("index", [slice(1, 3), torch.tensor([2, 0]), torch.tensor([False, True, True, False])])
 @pytest.mark.parametrize("heads", [None, 2])
 def test_slicing_applies_to_z_and_identity(index, heads):
-    whole = embeddings(heads=heads, reference=True)
-    part = whole[index]
-    kept = torch.arange(4)[index].tolist()
+    full = embeddings(heads=heads, reference=True)
+    part = full[index]
+    positions = torch.arange(4)[index].tolist()
     assert len(part) == 2
-    for place, original in enumerate(kept):
-        assert torch.equal(part.z[..., place, :], whole.z[..., original, :])
-        assert torch.equal(part.reference[place], whole.reference[original])
-        assert [part.sample[place], part.group[place], part.view[place]] == [original, original + 10, original + 20]
+    for i, original in enumerate(positions):
+        assert torch.equal(part.z[..., i, :], full.z[..., original, :])
+        assert torch.equal(part.reference[i], full.reference[original])
+        assert [part.sample[i], part.group[i], part.view[i]] == [original, original + 10, original + 20]
 
 
 @pytest.mark.parametrize("heads", [None, 2])
@@ -89,10 +89,10 @@ def test_concatenate_preserves_the_order(heads):
         embeddings(0, heads=heads, start=7),
         embeddings(2, heads=heads, start=5),
     ]
-    whole = concatenate(parts)
-    assert whole.sample.tolist() == [0, 1, 2, 5, 6]
-    assert whole.view.tolist() == [20, 21, 22, 25, 26]
-    assert torch.equal(whole.z[..., 3:, :], parts[2].z)
+    full = concatenate(parts)
+    assert full.sample.tolist() == [0, 1, 2, 5, 6]
+    assert full.view.tolist() == [20, 21, 22, 25, 26]
+    assert torch.equal(full.z[..., 3:, :], parts[2].z)
 
 
 def test_concatenate_has_references_only_if_all_parts_have():
@@ -103,9 +103,9 @@ def test_concatenate_has_references_only_if_all_parts_have():
 def test_detach_removes_the_history_only():
     z = torch.ones(2, 3, requires_grad=True)
     index = torch.arange(2)
-    known = Embeddings(z, index, index, index).detach()
-    assert not known.z.requires_grad
-    assert known.sample is index
+    detached = Embeddings(z, index, index, index).detach()
+    assert not detached.z.requires_grad
+    assert detached.sample is index
 
 
 def test_without_processes_gathering_gives_the_same_embeddings():

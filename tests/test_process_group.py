@@ -96,14 +96,14 @@ def primitives(rank, world):
     x = torch.tensor([1.0 + rank], requires_grad=True)
     parameter = torch.tensor(0.0, requires_grad=True)
     with contrast.process_group(data_group()[0]):
-        everyone, total = distributed.gather_rows(x), distributed.total(x)
-        loss = (everyone * torch.tensor([1.0, 10.0])).sum() + total.sum() * 100 + distributed.shared(parameter)
+        rows, total = distributed.gather_rows(x), distributed.total(x)
+        loss = (rows * torch.tensor([1.0, 10.0])).sum() + total.sum() * 100 + distributed.shared(parameter)
         sizes = distributed.exchange_sizes([rank], x.device)
         named = distributed.rank(), distributed.world_size()
         if rank in (0, 2):
             distributed.barrier()  # not called by the other group
     (loss * (rank + 1)).backward()
-    return named, everyone.tolist(), total.item(), sizes, x.grad.item(), parameter.grad.item()
+    return named, rows.tolist(), total.item(), sizes, x.grad.item(), parameter.grad.item()
 
 
 def test_all_communication_is_within_the_group(four):
@@ -145,16 +145,16 @@ def choices(rank, world):
 
 def test_a_block_overrides_the_set_group_and_local_overrides_both(four):
     for rank, found in enumerate(four.run(choices)):
-        everyone, data, tensor = (rank, 4), (rank // 2, 2), (rank % 2, 2)
+        all_processes, data, tensor = (rank, 4), (rank // 2, 2), (rank % 2, 2)
         assert found == {
-            "none": everyone,
+            "none": all_processes,
             "set": data,
             "block": tensor,
-            "all": everyone,
+            "all": all_processes,
             "local inside": (0, 1),
             "local outside": (0, 1),
             "after": data,
-            "unset": everyone,
+            "unset": all_processes,
         }
 
 

@@ -1,4 +1,4 @@
-"""Every reduction has one value and one gradient, however it is computed and whatever the candidates are."""
+"""Every reduction has the same value and gradient by every term and for any candidates."""
 
 import random
 from dataclasses import replace
@@ -17,7 +17,7 @@ TILES = (3, 512)
 
 
 def padded(part):
-    """Return the embeddings with two rows of padding behind them."""
+    """Return the embeddings, then two rows of padding."""
     z = torch.full((*part.z.shape[:-2], 2, DIMS), 3.0, dtype=torch.float64)
     index = torch.zeros(2, dtype=torch.int64)
     reference = None if part.reference is None else torch.ones(2, part.reference.shape[1], dtype=torch.float64)
@@ -40,7 +40,7 @@ class OfPair(nn.Module):
 
 
 class OfSides(OfPair):
-    """The same from one number of each side."""
+    """The same function from one number per anchor and one per candidate."""
 
     def anchor_side(self, z):
         return z[..., :1]
@@ -52,7 +52,7 @@ class OfSides(OfPair):
         return self.slope * (2 + a * b.mT) + 0 * s
 
 
-class Scene:
+class RandomCase:
     """Random anchors and candidates, and random reductions of them; the same for the same seed."""
 
     def __init__(self, seed):
@@ -82,13 +82,13 @@ class Scene:
         self.padding, self.rule = choose.random() < 0.2, choose.choice([None] * 4 + [0.3, -0.2])
         (first, *_) = self.pairs()
         self.rows, self.heads, self.sizes = len(first), heads, [len(part) for part in first.candidates]
-        self.asked = [self.reduction() for _ in range(choose.randint(1, 3))]
+        self.requested = [self.reduction() for _ in range(choose.randint(1, 3))]
 
     def leaf(self, *shape):
-        made = torch.randn(shape, generator=self.generator, dtype=torch.float64)
+        z = torch.randn(shape, generator=self.generator, dtype=torch.float64)
         if self.choose.random() < 0.8:
-            self.leaves.append(made.requires_grad_())
-        return made
+            self.leaves.append(z.requires_grad_())
+        return z
 
     def whole_numbers(self, below, count):
         return torch.randint(below, (count,), generator=self.generator)
@@ -98,34 +98,36 @@ class Scene:
         if "extra" in given:
             z, *identities = given["extra"]
             given = {**given, "extra": [Embeddings(normalise(z), *identities)]}
-        made = list(pairs(*own, **given))
+        parts = list(pairs(*own, **given))
         if self.padding:
-            made = [replace(one, anchor=padded(one.anchor), candidates=[*map(padded, one.candidates)]) for one in made]
+            parts = [
+                replace(part, anchor=padded(part.anchor), candidates=[*map(padded, part.candidates)]) for part in parts
+            ]
         if self.rule is not None:
-            bounds = [torch.linspace(self.rule, self.rule + 0.5, len(one), dtype=torch.float64) for one in made]
-            made = [one.ignoring(above_bound, bound) for one, bound in zip(made, bounds, strict=True)]
-        return made
+            bounds = [torch.linspace(self.rule, self.rule + 0.5, len(part), dtype=torch.float64) for part in parts]
+            parts = [part.ignoring(above_bound, bound) for part, bound in zip(parts, bounds, strict=True)]
+        return parts
 
     def value(self, low=0.2):
-        """Return a number, or a tensor that spans at most one of N and M, perhaps learned."""
+        """Return a number, a function, or a tensor that spans at most one of N and M; some have a gradient."""
         rows, columns = self.rows, sum(self.sizes)
         shapes = [(), (rows, 1), (1, columns)]
         if self.heads:
             shapes += [(*self.heads, 1, 1), (*self.heads, rows, 1), (*self.heads, 1, columns)]
         shape = self.choose.choice([None, None, *shapes, "function"])
         if shape == "function":
-            made = self.choose.choice([OfPair, OfSides])(self.choose.random() + low)
-            self.leaves.append(made.slope)
-            return made
+            function = self.choose.choice([OfPair, OfSides])(self.choose.random() + low)
+            self.leaves.append(function.slope)
+            return function
         if shape is None:
             return self.choose.choice([1.5, 4.0, -2.0]) if low < 1 else self.choose.random() + low
-        made = torch.rand(shape, generator=self.generator, dtype=torch.float64) + low
+        tensor = torch.rand(shape, generator=self.generator, dtype=torch.float64) + low
         if self.choose.random() < 0.5:
-            self.leaves.append(made.requires_grad_())
-        return made
+            self.leaves.append(tensor.requires_grad_())
+        return tensor
 
     def among(self):
-        """Return nobody, everybody of one part, or anybody."""
+        """Return None, the mask of one part, or a random mask."""
         kind, columns = self.choose.choice([None, None, "part", "any"]), sum(self.sizes)
         if kind == "part":
             part = self.choose.randrange(len(self.sizes))
@@ -159,8 +161,8 @@ class Scene:
         return LogSumExp(self.value(), log_weight=choose.choice([None, None, self.value()]), **given)
 
     def outcome(self):
-        """Return the reductions of all pairs, and the gradient of all that has one."""
-        found = [output for pairs in self.pairs() for output in pairs.reduce(*self.asked)] if self.fits() else []
+        """Return the reductions of all pairs, and the gradients of the leaves."""
+        found = [output for pairs in self.pairs() for output in pairs.reduce(*self.requested)] if self.fits() else []
         generator = torch.Generator().manual_seed(1)
         total = torch.zeros((), dtype=torch.float64)
         for output in found:
@@ -172,23 +174,23 @@ class Scene:
         return found, list(torch.autograd.grad(total, self.leaves, allow_unused=True, materialize_grads=True))
 
     def fits(self):
-        """True if all pairs have the shape that the arguments were made for."""
+        """True if all pairs have the shape of the arguments."""
         return all([len(part) for part in pairs.candidates] == self.sizes for pairs in self.pairs())
 
 
-@pytest.mark.parametrize("few", [layout.MAX_LISTED, 2], ids=["listed", "too many to list"])
+@pytest.mark.parametrize("longest", [layout.MAX_LISTED, 2], ids=["listed", "too many to list"])
 @pytest.mark.parametrize(
     "start", [0, 100, *(pytest.param(start, marks=pytest.mark.long) for start in range(200, 1000, 100))]
 )
-def test_every_term_computes_the_same_reduction(start, few, monkeypatch):
-    monkeypatch.setattr(layout, "MAX_LISTED", few)
+def test_every_term_computes_the_same_reduction(start, longest, monkeypatch):
+    monkeypatch.setattr(layout, "MAX_LISTED", longest)
     for seed in range(start, start + 100):
-        scene = Scene(seed)
+        case = RandomCase(seed)
         with reductions.backend("dense"):
-            expected = scene.outcome()
+            expected = case.outcome()
         for tile in TILES:
             with reductions.backend("tiled", tile=tile):
-                found = scene.outcome()
+                found = case.outcome()
             torch.testing.assert_close(
                 found, expected, rtol=1e-9, atol=1e-11, msg=lambda text, s=seed, t=tile: f"seed {s}, tile {t}: {text}"
             )

@@ -1,4 +1,4 @@
-"""Thresholds: the k-th largest of long rows, and what lies at or above it, tile by tile."""
+"""Thresholds: the k-th largest similarity of long rows, and reductions over similarities at or above it."""
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ def long_rows(kind, count=40, length=3000):
     if kind == "blank":
         return rows.masked_fill_(torch.rand(rows.shape, generator=generator) < 0.7, -torch.inf)
     if kind == "misleading":
-        # What is looked at first holds all that is large.
+        # All large numbers are in the sample from which the bound is estimated.
         rows[:, :: strips.SAMPLED] += 100
     return rows
 
@@ -33,9 +33,9 @@ def long_rows(kind, count=40, length=3000):
 @pytest.mark.parametrize("k", [1, 20, 300, 3000, "various"])
 def test_the_kth_largest_of_long_rows_is_that_of_sorted_rows(kind, dtype, k):
     rows = long_rows(kind).to(dtype)
-    places = torch.arange(1, 41) * 7 if k == "various" else torch.full((40,), k)
-    expected = sorted_kth(rows, places)
-    assert torch.equal(strips.kth_largest(rows, places), expected)
+    ranks = torch.arange(1, 41) * 7 if k == "various" else torch.full((40,), k)
+    expected = sorted_kth(rows, ranks)
+    assert torch.equal(strips.kth_largest(rows, ranks), expected)
 
 
 def outcome(z, queue):
@@ -47,7 +47,7 @@ def outcome(z, queue):
 
 @pytest.mark.parametrize("queued", [0, 90])
 def test_pairs_above_thresholds_are_the_same_from_either_side(queued):
-    """Symmetric tiles serve anchors and candidates, each by its own threshold."""
+    """In symmetric tiles anchors and candidates have thresholds of their own."""
     generator = torch.Generator().manual_seed(2)
     z = torch.randn(2, 150, 16, generator=generator)
     queue = [torch.randn(queued, 16, generator=generator)] if queued else []
@@ -62,7 +62,7 @@ def test_pairs_above_thresholds_are_the_same_from_either_side(queued):
 @pytest.mark.parametrize("size", [16, 64])
 @pytest.mark.parametrize("labelled", [False, True])
 def test_a_log_sum_exp_computes_its_own_thresholds(scale, size, labelled):
-    """Whatever the exponents: bounded, shifted, out of range, falling, all alike."""
+    """For exponents that are bounded, shifted, out of range, decreasing, or equal."""
     generator = torch.Generator().manual_seed(3)
     own, queue = (torch.randn(*shape, 16, generator=generator).double() for shape in [(2, 75), (40,)])
     group = torch.arange(75) % 30 if labelled else None
@@ -72,9 +72,9 @@ def test_a_log_sum_exp_computes_its_own_thresholds(scale, size, labelled):
         (pairs,) = HardContrastive().pairs(a, b, group=group, extra=[queue])
         k = torch.arange(1, len(pairs) + 1) % 50 + 1
         rows = pairs.logsumexp(scale, "negative", above=Kth(k, "negative"))
-        near = pairs.logsumexp(scale, "positive", above=Kth(1, "positive"))
-        total = (rows * torch.linspace(0, 1, len(rows), dtype=rows.dtype)).sum() + near.sum()
-        return rows.detach(), near.detach(), *torch.autograd.grad(total, [a, b])
+        attract = pairs.logsumexp(scale, "positive", above=Kth(1, "positive"))
+        total = (rows * torch.linspace(0, 1, len(rows), dtype=rows.dtype)).sum() + attract.sum()
+        return rows.detach(), attract.detach(), *torch.autograd.grad(total, [a, b])
 
     with reductions.backend("dense"):
         expected = outcome()
@@ -83,7 +83,7 @@ def test_a_log_sum_exp_computes_its_own_thresholds(scale, size, labelled):
 
 
 def test_reductions_with_and_without_thresholds_do_not_share_masks():
-    """What is kept of one call serves only those that are like it."""
+    """A later reduction must not reuse a mask or threshold of an earlier one."""
     (pairs,) = InfoNCE().pairs(*torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0)))
     hard = Mean("positive", above=Kth(1, "negative"))
     with reductions.backend("dense"):
@@ -93,7 +93,7 @@ def test_reductions_with_and_without_thresholds_do_not_share_masks():
 
 
 def test_strips_share_one_buffer(monkeypatch):
-    """Strips made one after the other, with what is kept between them, once filled as much memory as the matrix."""
+    """Strips of their own would use as much memory as the matrix."""
     seen, kth = [], strips.kth_largest
     monkeypatch.setattr(strips, "STRIP", 1)
     monkeypatch.setattr(strips, "kth_largest", lambda strip, k: seen.append(strip) or kth(strip, k))
@@ -108,7 +108,7 @@ def test_strips_share_one_buffer(monkeypatch):
 @pytest.mark.parametrize("dims", [5, 17, 33, 128])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_every_anchor_has_its_hardest_negative(dims, dtype):
-    """Vectors that start anywhere in a line of the cache may have products with another last digit."""
+    """The last digit of a product depends on the alignment of the vectors in memory."""
     for seed in range(4):
         generator = torch.Generator().manual_seed(seed)
         z = torch.randn(4, 140 + 13 * seed, dims, dtype=dtype, generator=generator)
