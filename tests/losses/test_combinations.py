@@ -1,6 +1,6 @@
-"""The table of docs/combinations.md: which loss goes with what, and the sentence of each that does not.
+"""The table of docs/combinations.md: which loss can be combined with what, and the error of each that cannot.
 
-`python -m tests.losses.test_combinations` writes the page anew.
+`python -m tests.losses.test_combinations` writes the page.
 """
 
 from collections.abc import Callable
@@ -35,7 +35,7 @@ NEEDS = {
     "bad_pairs": {"loss": {"name": "info_nce"}, "samples": 64},
     "false_negatives": {"loss": {"name": "info_nce"}, "above": 0.5},
 }
-"""Arguments without which a loss cannot be made."""
+"""Required arguments of a loss."""
 TARGETS = {"cacr_queue", "cacr_multi_crop", "amcl_cosine", "negative_cosine"}
 SAMPLE = {"bad_pairs"}
 SUBJECTS = [
@@ -56,10 +56,10 @@ LABELS = torch.tensor([0, 1, 0, 2, 1, 1])
 
 @dataclass(frozen=True)
 class Works:
-    """Value and gradient are finite, and what was asked for makes a difference.
+    """Value and gradient are finite, and the option changes the value.
 
     Args:
-        given: what else had to be given for that.
+        given: a further argument that this needs.
         without: what happens without it.
     """
 
@@ -68,21 +68,21 @@ class Works:
 
 
 @dataclass(frozen=True)
-class Refused:
-    """The call raises a ValueError with this sentence, or cannot do anything for this reason."""
+class Fails:
+    """The call raises a ValueError with this sentence, or has no effect for this reason."""
 
     sentence: str
 
 
-class Nothing:
-    """The call gives what it gives without: what was asked for makes no difference."""
+class NoEffect:
+    """The option does not change the value."""
 
 
-Outcome = Works | Refused | Nothing
+Outcome = Works | Fails | NoEffect
 
 
 def value_of(loss, views, given):
-    """Return the value of a call, whose gradient is finite."""
+    """Return the value of a call, after a check that value and gradient are finite."""
     value = loss(*views, **given)
     leaves = [*views, *loss.parameters()]
     gradients = torch.autograd.grad(value, leaves, allow_unused=True, materialize_grads=True)
@@ -92,16 +92,16 @@ def value_of(loss, views, given):
 
 
 def outcome(call: Callable[..., float], first, second) -> Outcome:
-    """Return what comes of a call that is made with one thing, and with another in its place."""
+    """Return the outcome of a call with each of two values of an option."""
     try:
         one, other = call(first), call(second)
     except ValueError as error:
-        return Refused(str(error))
-    return Works() if abs(one - other) > 1e-9 else Nothing()
+        return Fails(str(error))
+    return Works() if abs(one - other) > 1e-9 else NoEffect()
 
 
 def queue(seed, *, labels=False, reference=None):
-    """Return a queue that holds nine samples, two of which are in the batch."""
+    """Return a queue of nine samples, two of which are in the batch."""
     sample = torch.tensor([0, 3, *range(40, 47)])
     filled = Queue(9, DIMS, reference_dim=None if reference is None else reference.shape[1])
     group = torch.arange(9) % 3 if labels else sample
@@ -110,7 +110,7 @@ def queue(seed, *, labels=False, reference=None):
 
 
 def hard_negatives(seed, *, labels=False, reference=None):
-    """Return the two nearest strangers of each sample of the batch, in a bank of nine that has the batch."""
+    """Return the two hardest negatives per sample of the batch, from a bank of nine with the batch."""
     sample = torch.arange(9)
     bank = Bank(9, DIMS, reference_dim=None if reference is None else reference.shape[1])
     bank.update(
@@ -138,20 +138,20 @@ def with_hard_negatives(case: Case) -> Outcome:
     return with_a_memory(case, hard_negatives)
 
 
-def with_a_memory(case: Case, made: Callable[..., Memory]) -> Outcome:
-    """Return what comes of candidates of a memory, where it needs them with labels or references."""
+def with_a_memory(case: Case, memory: Callable[..., Memory]) -> Outcome:
+    """Return the outcome of candidates from a memory, if necessary with labels or references."""
     views, given = case.inputs(SAMPLES)
     given["sample"] = torch.arange(SAMPLES)
 
     def call(extra, **more):
         return value_of(case.make(), views, {**given, **more, "extra": [extra]})
 
-    found = outcome(call, made(5), made(6))
-    if isinstance(found, Nothing):
-        again = outcome(lambda extra: call(extra, group=LABELS), *(made(seed, labels=True) for seed in (5, 6)))
+    found = outcome(call, memory(5), memory(6))
+    if isinstance(found, NoEffect):
+        again = outcome(lambda extra: call(extra, group=LABELS), *(memory(seed, labels=True) for seed in (5, 6)))
         return Works("with labels", NO_NEGATIVES) if isinstance(again, Works) else found
-    if isinstance(found, Refused) and "reference" in found.sentence:
-        memories = (made(seed, reference=random(9, 3, seed=8)) for seed in (5, 6))
+    if isinstance(found, Fails) and "reference" in found.sentence:
+        memories = (memory(seed, reference=random(9, 3, seed=8)) for seed in (5, 6))
         again = outcome(lambda extra: call(extra, reference=random(SAMPLES, 3, seed=9)), *memories)
         return Works("with `reference=`", found.sentence) if isinstance(again, Works) else found
     return found
@@ -205,7 +205,7 @@ def inside_bad_pairs(case: Case) -> Outcome:
 
 
 def ignoring(loss: PairLoss, rule) -> PairLoss:
-    """Make the loss ignore the negatives that the rule names."""
+    """Return the loss, made to ignore the negatives that the rule names."""
     if not isinstance(loss, PairLoss):
         raise ValueError(f"{type(loss).__name__} has no pairs of samples.")
     plain = loss.pairs
@@ -221,18 +221,18 @@ def with_ignoring(case: Case) -> Outcome:
         return value_of(ignoring(case.make(), rule), views, given)
 
     found = outcome(call, 2.0, 0.2)
-    if isinstance(found, Nothing) and with_a_queue(case) == Works("with labels", NO_NEGATIVES):
-        return Refused(NO_NEGATIVES)
+    if isinstance(found, NoEffect) and with_a_queue(case) == Works("with labels", NO_NEGATIVES):
+        return Fails(NO_NEGATIVES)
     if isinstance(found, Works):
         assert call(2.0) == pytest.approx(value_of(case.make(), views, given), rel=1e-12)
-        call(-2.0)  # nobody is left to repel
+        call(-2.0)  # no negative remains
     return found
 
 
 def inside_false_negatives(case: Case) -> Outcome:
     views, given = case.inputs(SAMPLES)
     found = outcome(lambda bound: value_of(FalseNegatives(case.make(), above=bound), views, given), 2.0, 0.2)
-    return with_ignoring(case) if isinstance(found, Nothing) else found
+    return with_ignoring(case) if isinstance(found, NoEffect) else found
 
 
 COLUMNS: dict[str, Callable[[Case], Outcome]] = {
@@ -248,32 +248,31 @@ COLUMNS: dict[str, Callable[[Case], Outcome]] = {
 }
 
 
-GLOSSARY = """# What goes with what
+GLOSSARY = """# Combinations
 
-Made by `python -m tests.losses.test_combinations`; the tests compute every cell anew. *Works* says that value and
-gradient are finite and that what the column names makes a difference. A number leads to the sentence with which the
-call refuses, or to the reason why nothing changes. Losses that need `targets`, `sample` or `dim` were given them, but
-for the first column.
+Written by `python -m tests.losses.test_combinations`; the tests compute every cell again. *Works* means that value and
+gradient are finite and that the option of the column changes the value. A number refers to the error message, or to the
+reason why nothing changes. Losses that need `targets`, `sample` or `dim` have them, except in the first column.
 
 | column | the call |
 |---|---|
 | `loss(z_a, z_b)` | two views and nothing else |
 | queue | `extra=[Queue(...)]`, remembered samples, two of them in the batch |
-| hard negatives | `extra=[HardNegatives(bank)]`, the nearest strangers of the batch's samples |
+| hard negatives | `extra=[HardNegatives(bank)]`, the nearest other samples of each sample in the batch |
 | labels | `group=labels` |
 | three views | `loss(z_a, z_b, z_c)` |
 | heads | views (H, N, D) |
 | bad pairs | `BadPairs(loss, samples=...)` around it, after an epoch |
 | false negatives | `FalseNegatives(loss, above=...)` around it |
-| ignoring | its pairs with a rule that leaves near negatives out, [as in your own loss](your_own_loss.md) |
+| ignoring | its pairs with a rule that ignores similar negatives, [as in your own loss](your_own_loss.md) |
 """
 
 
-def written() -> str:
+def page() -> str:
     """Return the page."""
     notes: dict[str, int] = {}
 
-    def noted(sentence: str) -> str:
+    def note(sentence: str) -> str:
         return f"({notes.setdefault(sentence, len(notes) + 1)})"
 
     def cell(found: Outcome) -> str:
@@ -281,15 +280,15 @@ def written() -> str:
             case Works(given="", without=""):
                 return "works"
             case Works(given, without):
-                return f"works {given} {noted(without)}"
-            case Refused(sentence):
-                return noted(sentence)
-        return noted(NOTHING)
+                return f"works {given} {note(without)}"
+            case Fails(sentence):
+                return note(sentence)
+        return note(NOTHING)
 
     rows = []
     for subject in SUBJECTS:
-        words = [f"{key}={value!r}" for key, value in subject.arguments.items() if key == "candidates"]
-        cells = [" ".join(f"`{word}`" for word in (subject.name, *words))]
+        arguments = [f"{key}={value!r}" for key, value in subject.arguments.items() if key == "candidates"]
+        cells = [" ".join(f"`{word}`" for word in (subject.name, *arguments))]
         rows.append([*cells, *(cell(column(subject)) for column in COLUMNS.values())])
     table = [["loss", *COLUMNS], ["---"] * (len(COLUMNS) + 1), *rows]
     lines = ["| " + " | ".join(cells) + " |" for cells in table]
@@ -297,8 +296,8 @@ def written() -> str:
     return "\n".join([GLOSSARY, *lines, "", *numbered, ""])
 
 
-def test_the_page_is_what_the_losses_do():
-    assert PAGE.read_text() == written(), "write it anew: python -m tests.losses.test_combinations"
+def test_the_page_is_up_to_date():
+    assert PAGE.read_text() == page(), "write it again: python -m tests.losses.test_combinations"
 
 
 def test_every_registered_loss_is_in_the_table():
@@ -309,17 +308,17 @@ def test_every_registered_loss_is_in_the_table():
 @pytest.mark.parametrize(
     "case", [case for case in SUBJECTS if not (case.targets or case.sample or case.extra)], ids=str
 )
-def test_a_loss_that_needs_two_views_only_takes_two_views_only(case):
+def test_a_loss_without_needs_takes_two_views_only(case):
     assert isinstance(two_views(case), Works)
 
 
 @pytest.mark.parametrize("case", [case for case in SUBJECTS if case.targets or case.sample or case.extra], ids=str)
-def test_a_loss_that_needs_more_says_in_a_sentence_what(case):
+def test_a_loss_that_needs_more_names_it_in_its_error(case):
     found = two_views(case)
-    assert isinstance(found, Refused)
+    assert isinstance(found, Fails)
     assert ("targets=" if case.targets else "sample=" if case.sample else "extra=") in found.sentence
     assert "\n" not in found.sentence
 
 
 if __name__ == "__main__":
-    PAGE.write_text(written())
+    PAGE.write_text(page())
