@@ -145,7 +145,7 @@ def test_a_file_above_the_losses_names_none(path):
     "source",
     [
         "from contrast.losses import BadPairs",
-        "from contrast.losses.bad_pairs import SHOWN",
+        "from contrast.losses.bad_pairs import MAX_REPORTED",
         "import contrast.losses.siglip as one",
         "isinstance(loss, losses.CACR)",
         "if config.loss == 'info_nce': pass",

@@ -19,9 +19,9 @@ UNIT = 2.0**24
 """Losses are stored as whole numbers of 1 / UNIT: their sums do not depend on the order, so every process stores the
 same, and casting the module to half precision does not change them."""
 LARGEST = 2.0**20
-"""Larger losses are stored as this."""
-SHOWN = 6
-"""Noisy and faulty samples among the findings, each."""
+"""Losses are clamped to [-LARGEST, LARGEST] where they are stored."""
+MAX_REPORTED = 6
+"""At most this many noisy and this many faulty samples are reported as findings."""
 
 NORMAL, NOISY, FAULTY = 0, 1, 2
 
@@ -37,21 +37,21 @@ class BadPairs(LossWrapper):
 
     L_i is the loss of sample i in this batch, the mean of its rows (its views, both directions), and is multiplied by
     the constant w_i; m_i is the mean of its losses in the epochs before this one, mu and sigma are mean and standard
-    deviation of m over the samples that have a history. sigma = 0 flags no sample. The mean over the batch is not
-    divided by the weights.
+    deviation of m over the samples that have a history. sigma = 0 flags no sample. The batch's loss is the plain mean
+    of w_i L_i, not divided by the sum of the weights.
 
-    The memory stores every loss before weighting, of all processes, also during the warm-up; a sample that is twice in
-    a batch is stored twice. Calls in training mode are stored, calls in `eval()`, under `no_grad` or in
-    `contrast.local()` are not. The losses of a call enter the memory with the next call in training mode, with
-    `update()`, which belongs after the optimiser's step where checkpoints are written within an epoch, or with
-    `end_epoch()`, which also finds the bad pairs of the next epoch: within an epoch the weights depend only on the
-    epochs before it. The memory is part of the state dict.
+    The loss history contains every loss before weighting, of all processes, also during the warm-up; a sample that is
+    twice in a batch is stored twice. Calls in training mode are stored, calls in `eval()`, under `no_grad` or in
+    `contrast.local()` are not. The losses of a call are stored by `update()`, or else by the next call in training mode
+    or `end_epoch()`. Call `update()` after the optimiser's step where checkpoints are written within an epoch.
+    `end_epoch()` also finds the bad pairs of the next epoch, so within an epoch the weights depend only on the epochs
+    before it. The loss history is part of the state dict.
 
     Args:
-        loss: the inner loss, any with rows.
-        samples: the size of the data set; sample indices are below it. On CUDA, where checking would wait for the
-            device, a sample with another index has weight 1 and is not stored.
-        warmup_epochs: epochs without weights, in which the memory fills; 50 of 80 in the paper.
+        loss: the inner loss, any with a value per anchor (`reduction="none"`).
+        samples: number of sample indices; all indices are below it. On CUDA, where checking would wait for the device,
+            a sample with another index has weight 1 and is not stored.
+        warmup_epochs: epochs without weights, in which losses are only stored; 50 of 80 in the paper.
         noisy_width: beta_np > 0, in standard deviations below the mean; inf for none.
         faulty_width: beta_fp > 0, in standard deviations above the mean; inf for none.
         statistics: "paper": as above. "published_code": m multiplies the loss of epoch e = 0, 1, ... by
@@ -62,11 +62,18 @@ class BadPairs(LossWrapper):
         epochs: the length of the training, for "published_code".
 
     Attributes:
-        epoch: number of epochs that have ended.
+        epoch: () int64, number of epochs that have ended.
+        sums: (samples,) int64, each sample's losses in those epochs in units of 2^-24, added up.
+        counts: (samples,) int64, number of losses in `sums`.
+        epoch_sums: as `sums`, of the epoch that has not ended.
+        epoch_counts: number of losses in `epoch_sums`.
+        kind: (samples,) uint8, NORMAL (0), NOISY (1) or FAULTY (2).
+        center: (), mu.
+        spread: (), sigma.
 
     Raises:
-        ValueError: for a loss without rows, impossible numbers, and a call without `sample` or with indices outside
-            [0, samples).
+        ValueError: for a loss that is one number per batch, impossible numbers, and a call without `sample` or with
+            indices outside [0, samples).
 
     Example:
         >>> criterion = BadPairs(InfoNCE(0.2), samples=100, warmup_epochs=1)
@@ -78,7 +85,7 @@ class BadPairs(LossWrapper):
     ICLR 2024, arXiv:2302.03357; the authors' repository lanxiang1017/DynamicBadPairMining_ICLR24.
     """
 
-    purpose = "weighs the rows of a PairLoss"
+    purpose = "weighs the values per anchor of a PairLoss"
 
     sums: Tensor
     counts: Tensor
@@ -155,7 +162,7 @@ class BadPairs(LossWrapper):
         return prepared
 
     def combine(self, rows: Sequence[Tensor], prepared: Sequence[Pairs]) -> Sequence[Tensor]:
-        """Return the rows times their samples' weights, and store the losses."""
+        """Return the (n,) rows of each direction times their samples' weights, and store the losses."""
         rows = super().combine(rows, prepared)
         sample = prepared[0].anchor_parts[0].sample
         stored = self.training and torch.is_grad_enabled() and not distributed.is_local()
@@ -168,7 +175,7 @@ class BadPairs(LossWrapper):
         return [row * weight.repeat(len(row) // max(len(sample), 1)) for row in rows]
 
     def update(self) -> None:
-        """Write the last call's losses into the memory; the next call in training mode and `end_epoch` do so too."""
+        """Add the last call's losses to the loss history; the next call in training mode and `end_epoch` do so too."""
         super().update()
         if self._pending is None:
             return
@@ -181,8 +188,8 @@ class BadPairs(LossWrapper):
     def end_epoch(self) -> None:
         """End the epoch: its losses become history, from which the samples to weigh in the next epoch are found."""
         self.update()
-        age = self.epoch + 1 if self.statistics == "published_code" else 1
-        self.sums += self.epoch_sums * age
+        epoch_factor = self.epoch + 1 if self.statistics == "published_code" else 1
+        self.sums += self.epoch_sums * epoch_factor
         self.counts += self.epoch_counts
         self.epoch_sums.zero_()
         self.epoch_counts.zero_()
@@ -210,9 +217,9 @@ class BadPairs(LossWrapper):
         return self.kind == FAULTY
 
     def findings(self, names: Sequence[str]) -> dict[str, list[Row]]:
-        """Return the shares of flagged samples after each epoch, and the SHOWN samples furthest from the mean.
+        """Return the shares of flagged samples after each epoch, and the MAX_REPORTED samples furthest from the mean.
 
-        "weights applied" is 1 if the flagged samples have smaller weights in the next epoch.
+        "weights applied" is 1 once the warm-up is over.
         """
         epochs: list[Row] = [
             {"epoch": epoch, "noisy": noisy, "faulty": faulty, "weights applied": int(applied)}
@@ -225,7 +232,7 @@ class BadPairs(LossWrapper):
             ("Faulty pairs: mean loss far above the others'", self.faulty, True),
         ):
             samples = flagged.nonzero().flatten()
-            furthest = samples[history[samples].argsort(descending=descending, stable=True)][:SHOWN]
+            furthest = samples[history[samples].argsort(descending=descending, stable=True)][:MAX_REPORTED]
             tables[title] = [
                 {"sample": sample, "name": names[sample], "mean loss": float(history[sample])}
                 for sample in furthest.tolist()
@@ -233,11 +240,11 @@ class BadPairs(LossWrapper):
         return {title: rows for title, rows in tables.items() if rows}
 
     def get_extra_state(self) -> Tensor:
-        """Return the shares of noisy and faulty samples and 'weights applied' of each epoch, (epochs, 3)."""
+        """Return (epochs, 3) float64: the shares of noisy and faulty samples, and 1 once the warm-up is over."""
         return self._shares
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Restore the shares of each epoch."""
+        """Restore what `get_extra_state` returned."""
         self._shares = state
 
     def measure(self, pairs: Pairs) -> dict[str, Tensor]:

@@ -142,7 +142,7 @@ class CACRRBF(PairLoss):
         return mean.mean()
 
 
-_NO_ROWS = "CACRRBF has no rows: its logarithm is outside the mean over the batch; use CACR where rows are needed."
+_NO_ROWS = "CACRRBF has no value per anchor: its logarithm is outside the mean over the batch; use CACR to get it."
 
 
 def _masked_logsumexp(x: Tensor, included: Tensor) -> Tensor:

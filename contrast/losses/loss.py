@@ -72,7 +72,8 @@ class Loss(nn.Module):
     def findings(self, names: Sequence[str]) -> dict[str, list[Row]]:  # noqa: ARG002
         """Return what the loss found in the data set, for the page of a run: title -> rows; {} for nothing.
 
-        Rows with the key "sample" are about single items; rows with the key "epoch" and no "sample" are a course.
+        Rows with "sample" are drawn as pictures of the items with captions, rows with "epoch" as curves, and others as
+        a table.
 
         Args:
             names: the name of each item by sample index.

@@ -20,13 +20,13 @@ class LossWrapper(PairLoss):
         loss: the inner loss.
 
     Attributes:
-        purpose: what a subclass does, for the message that refuses a loss without rows.
+        purpose: what a subclass does, for the message that refuses a loss that is one number per batch.
 
     Raises:
-        ValueError: for a loss without rows.
+        ValueError: for a loss that is one number per batch.
     """
 
-    purpose: ClassVar[str] = "needs the rows of a PairLoss"
+    purpose: ClassVar[str] = "needs the values per anchor of a PairLoss"
 
     def __init__(self, loss: PairLoss) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""BadPairs: its memory and weights against a plain dictionary of lists, and the loss that it wraps, bit for bit."""
+"""BadPairs: its loss history and weights against a dictionary of lists, and the loss that it wraps, bit for bit."""
 
 import copy
 import io
@@ -122,23 +122,23 @@ def test_the_warm_up_ends_after_its_epochs():
         assert min(weighted) == first
 
 
-def remembered(criterion):
+def stored(criterion):
     criterion.update()
     return criterion.epoch_sums + criterion.sums, criterion.epoch_counts + criterion.counts
 
 
-def test_the_order_of_a_batch_does_not_change_the_memory():
+def test_the_order_of_a_batch_does_not_change_the_loss_history():
     first, second = bad_pairs(), bad_pairs()
     a, b, sample = batch(0, [5, 0, 3, 2])
     order = torch.tensor([2, 0, 3, 1])
     first(a, b, sample=sample)
     second(a[order], b[order], sample=sample[order])
-    for one, other in zip(remembered(first), remembered(second), strict=True):
+    for one, other in zip(stored(first), stored(second), strict=True):
         assert (one - other).abs().max() <= 1  # one unit of rounding, for a sum in another order
     assert first.epoch_counts.tolist() == [1, 0, 1, 1, 0, 1]
 
 
-def test_a_sample_twice_in_a_batch_is_remembered_twice():
+def test_a_sample_twice_in_a_batch_is_stored_twice():
     criterion = bad_pairs()
     a, b, sample = batch(0, [4, 4, 1])
     rows = InfoNCE(0.3)(a, b, sample=sample, reduction="none").view(2, 3).mean(dim=0)
@@ -208,7 +208,7 @@ def test_the_density_may_exceed_one_and_the_peak_may_not():
         assert float(criterion.metrics["weight"]) == pytest.approx(expected, rel=1e-5)
 
 
-def test_only_a_call_in_training_updates_the_memory():
+def test_only_a_call_in_training_is_stored():
     criterion = bad_pairs()
     a, b, sample = batch(0, [0, 1])
     with contrast.local():
@@ -217,7 +217,7 @@ def test_only_a_call_in_training_updates_the_memory():
         criterion(a, b, sample=sample)
     criterion.eval()
     criterion(a, b, sample=sample)
-    assert not remembered(criterion)[1].any()
+    assert not stored(criterion)[1].any()
     criterion.train()
     criterion(a, b, sample=sample)
     assert not criterion.epoch_counts.any()
@@ -241,7 +241,7 @@ def test_within_an_epoch_the_weights_do_not_move():
     assert not torch.equal(values[0], InfoNCE(0.3)(a, b))
 
 
-def test_a_checkpoint_has_all_of_the_memory():
+def test_a_checkpoint_contains_the_complete_loss_history():
     uninterrupted = epochs(bad_pairs(), 4, step=BadPairs.update)
     criterion = bad_pairs()
     epochs(criterion, 2, step=BadPairs.update)
@@ -261,7 +261,7 @@ def test_a_checkpoint_has_all_of_the_memory():
     assert resumed.epoch == 4
 
 
-def test_a_cast_of_the_module_does_not_change_the_memory():
+def test_a_cast_of_the_module_does_not_change_the_loss_history():
     criterion = bad_pairs()
     epochs(criterion, 2)
     cast = copy.deepcopy(criterion).bfloat16()
@@ -269,7 +269,7 @@ def test_a_cast_of_the_module_does_not_change_the_memory():
     assert torch.equal(cast.noisy, criterion.noisy)
 
 
-def test_invalid_rows_do_not_update_the_memory():
+def test_invalid_rows_are_not_stored():
     """The only target is view 1's, so view 1's anchors have no positive, and a sample's loss is that of view 0."""
     criterion = bad_pairs()
     a, b, sample = batch(0, [3, 1])
@@ -282,7 +282,7 @@ def test_invalid_rows_do_not_update_the_memory():
 
 @pytest.mark.parametrize("loss", [InfoNCE(0.2, candidates="across"), CACR(), InfoNCE(positives="alone")], ids=str)
 @pytest.mark.parametrize("targets", [False, True])
-def test_any_loss_with_rows_can_be_weighted(loss, targets):
+def test_any_loss_with_a_value_per_anchor_can_be_weighted(loss, targets):
     criterion = bad_pairs(loss)
     given = {"targets": tuple(random(3, 6, 3, seed=9))} if targets else {}
     sample = torch.arange(6)
@@ -313,7 +313,7 @@ def test_the_needs_and_parameters_are_those_of_the_inner_loss():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"loss": nn.Identity()}, "BadPairs weighs the rows of a PairLoss; Identity has none"),
+        ({"loss": nn.Identity()}, "BadPairs weighs the values per anchor of a PairLoss; Identity has none"),
         ({"samples": 0}, "samples must be 1 or more, the size of the data set; got 0"),
         ({"warmup_epochs": -1}, "warmup_epochs must be 0 or more; got -1"),
         ({"noisy_width": 0.0}, "noisy_width must be a positive number, or inf; got 0.0"),
@@ -345,7 +345,7 @@ def test_aliases_name_it():
 
 
 def train_on_part(rank, world, sizes):
-    """Train three epochs on one process's part of every batch; return values, gradients and the memory."""
+    """Train three epochs on one process's part of every batch; return values, gradients and the state."""
     criterion = BadPairs(InfoNCE(0.3), samples=9, warmup_epochs=0, noisy_width=0.8, faulty_width=0.9)
     values = []
     for epoch in range(3):
@@ -367,17 +367,17 @@ def train_on_part(rank, world, sizes):
 
 
 @pytest.mark.parametrize("sizes", [(4, 3, 0, 0), (5, 2, 0, 0), (7, 0, 0, 0)])
-def test_processes_have_one_memory_and_equal_one_process(processes, sizes):
+def test_processes_have_the_same_state_and_equal_one_process(processes, sizes):
     sizes = sizes[: processes.world]
-    values, memory = train_on_part(None, 1, sizes)
+    values, expected = train_on_part(None, 1, sizes)
     answers = processes.run(train_on_part, sizes)
-    for found, its_memory in answers:
+    for found, state in answers:
         for (value, gradient), (one, its_gradient) in zip(found, values, strict=True):
             torch.testing.assert_close(value, one, rtol=1e-6, atol=1e-9)
             torch.testing.assert_close(gradient, its_gradient, rtol=1e-6, atol=1e-9)
-        for key, entry in its_memory.items():
+        for key, entry in state.items():
             assert torch.equal(entry, answers[0][1][key])
             units = 3 if key in ("sums", "epoch_sums") else 1e-7  # rounding of a sum in another order
-            torch.testing.assert_close(entry.double(), memory[key].double(), rtol=1e-6, atol=units)
-    assert memory["counts"].tolist() == [3, 6, 3, 3, 3, 0, 0, 0, 3]
-    assert memory["kind"].any()
+            torch.testing.assert_close(entry.double(), expected[key].double(), rtol=1e-6, atol=units)
+    assert expected["counts"].tolist() == [3, 6, 3, 3, 3, 0, 0, 0, 3]
+    assert expected["kind"].any()

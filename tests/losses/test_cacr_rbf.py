@@ -107,9 +107,9 @@ def test_its_gradient_is_the_derivative():
     assert torch.autograd.gradcheck(lambda z: CACRRBF(1.7, 0.9)(*z), tensors)
 
 
-def test_it_has_no_rows():
+def test_it_has_no_value_per_anchor():
     loss, z = CACRRBF(), random(4, 3)
-    message = "CACRRBF has no rows: its logarithm is outside the mean over the batch"
+    message = "CACRRBF has no value per anchor: its logarithm is outside the mean over the batch"
     with pytest.raises(ValueError, match=message):
         loss(z, z, reduction="none")
     (pairs,) = loss.pairs(z, z)

@@ -355,7 +355,7 @@ def test_wrong_arguments_raise(arguments, message):
             {"reference": random(2, 6, 3).unbind(), "extra": [random(3, DIMS)]},
             "extra candidates need reference vectors too",
         ),
-        (FalseNegatives(CACRRBF(), top=1), {}, "CACRRBF has no rows"),
+        (FalseNegatives(CACRRBF(), top=1), {}, "CACRRBF has no value per anchor"),
     ],
 )
 def test_wrong_calls_raise(loss, kwargs, message):
