@@ -112,7 +112,7 @@ def _forward(
 
 
 @_forward.register_fake
-def _(
+def _forward_shapes(
     vectors: list[Tensor],
     identities: list[Tensor],  # noqa: ARG001
     references: list[Tensor],  # noqa: ARG001
@@ -158,7 +158,7 @@ def _backward(
 
 
 @_backward.register_fake
-def _(
+def _backward_shapes(
     upstream: list[Tensor],  # noqa: ARG001
     vectors: list[Tensor],
     identities: list[Tensor],  # noqa: ARG001

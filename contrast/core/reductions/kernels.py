@@ -218,16 +218,18 @@ class Kernels:
             for y, swept, part in self._sweeps(candidates):
                 sides = (anchors, swept, *sums)
                 if part is None:
-                    self._add(targets.anchor, x, x, sides, code)
+                    self._add_gradient(targets.anchor, x, x, sides, code)
                     continue
                 if targets.anchor is not None or "anchor" in learned:
-                    self._add(targets.anchor, x, y, sides, code._replace(as_candidate=False))
+                    self._add_gradient(targets.anchor, x, y, sides, code._replace(as_candidate=False))
                 if targets.parts[part] is not None or "candidate" in learned:
-                    self._add(targets.parts[part], y, x, sides, code._replace(as_anchor=False))
+                    self._add_gradient(targets.parts[part], y, x, sides, code._replace(as_anchor=False))
             for k, number in enumerate(numbers):
                 self._add_arguments(number, code.reductions[k], [side[:, k] for side in sums], targets)
 
-    def _add(self, to: Tensor | None, own: Vectors, other: Vectors, sides: tuple[Any, ...], code: Code) -> None:
+    def _add_gradient(
+        self, to: Tensor | None, own: Vectors, other: Vectors, sides: tuple[Any, ...], code: Code
+    ) -> None:
         """Add the gradient of own vectors, if it is needed, and those of arguments."""
         # Heads that share a gradient are computed one after the other.
         at_once = 1 if to is not None and to.ndim == 2 else self.heads
@@ -278,7 +280,7 @@ class Kernels:
     def _kernel_reduction(self, number: int) -> KernelReduction:
         reduction = self.reductions[number]
         detached = isinstance(reduction, SoftMean) and reduction.detach
-        (factor, addend), names, learned = _arguments(reduction), _argument_names(reduction), self.call.learned
+        (factor, addend), names, learned = _factor_and_addend(reduction), _argument_names(reduction), self.call.learned
         return KernelReduction(
             kind="SoftMean detached" if detached else type(reduction).__name__,
             over=reduction.over,
@@ -296,7 +298,7 @@ class Kernels:
         present = (layout.anchor.view != PADDING).repeat(count, 1), (layout.candidate.view != PADDING).repeat(count, 1)
         for k, number in enumerate(numbers):
             reduction = self.reductions[number]
-            for which, value in enumerate(_arguments(reduction)):
+            for which, value in enumerate(_factor_and_addend(reduction)):
                 if isinstance(value, Tensor) and _argument_side(value) == "candidate":
                     of_columns[which, k] = value.reshape(*value.shape[:-2], columns)
                 elif isinstance(value, Tensor):
@@ -354,7 +356,7 @@ def _strided(z: Tensor) -> Vectors:
     return Vectors(z, z.stride(0) if z.ndim == 3 and len(z) > 1 else 0, z.stride(-2), z.shape[-2])
 
 
-def _arguments(reduction: Any) -> tuple[Any, Any]:
+def _factor_and_addend(reduction: Any) -> tuple[Any, Any]:
     """Return the factor and the addend of a reduction; a number, (..., N or 1, M or 1), or None for no addend."""
     if isinstance(reduction, Mean):
         return 1.0 if reduction.weight is None else reduction.weight, None

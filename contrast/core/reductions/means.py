@@ -65,7 +65,7 @@ class SummedMean:
         layout, ones = self.layout, [vectors.new_ones(vectors.shape[-2], 1) for vectors in z]
         total, mass = z[0].new_zeros(2, *layout.heads, layout.anchor_count)
         for run in self.anchor_runs:
-            of_y, of_1 = (self._feature_sum(1, self._candidates(run, vectors)) for vectors in (z, ones))
+            of_y, of_1 = (self._feature_sum(1, self._candidate_vectors(run, vectors)) for vectors in (z, ones))
             if of_y is None or of_1 is None:
                 continue
             for block in run.cut(ROWS):
@@ -87,12 +87,12 @@ class SummedMean:
         """Add the gradients of the anchors and of the candidates."""
         z, c = saved.z, (upstream[0] / saved.tensors[0]).unsqueeze(-1)
         for run in self.anchor_runs:
-            collected = self._feature_sum(1, self._candidates(run, z)) if to_z[run.source] is not None else None
+            collected = self._feature_sum(1, self._candidate_vectors(run, z)) if to_z[run.source] is not None else None
             if collected is not None:
                 for block in run.cut(ROWS):
                     add_rows(to_z[block.source], block, c[..., block.all, :] * self._per_row(0, block, collected))
         for run in self.layout.candidate_blocks:
-            collected = self._feature_sum(0, self._anchors(run, z, c)) if to_z[run.source] is not None else None
+            collected = self._feature_sum(0, self._anchor_vectors(run, z, c)) if to_z[run.source] is not None else None
             if collected is not None:
                 for block in run.cut(ROWS):
                     add_rows(to_z[block.source], block, self._among(block, self._per_row(1, block, collected)))
@@ -107,7 +107,7 @@ class SummedMean:
                 groups, total = self.layout.groups[role][block.all], self.layout.groups[2]
                 sums = vectors.new_zeros(*vectors.shape[:-2], total, vectors.shape[-1]).index_add_(-2, groups, vectors)
             else:
-                sums = self._features(block, vectors).mT @ vectors
+                sums = self._row_features(block, vectors).mT @ vectors
             collected = sums if collected is None else collected + sums
         return collected
 
@@ -115,9 +115,9 @@ class SummedMean:
         """Compute <f_i, collected>, (..., n, D), for each row of a block of one role."""
         if self.reduction.over == "positive":
             return collected[..., self.layout.groups[role][block.all], :]
-        return self._features(block, collected) @ collected
+        return self._row_features(block, collected) @ collected
 
-    def _features(self, block: Block, like: Tensor) -> Tensor:
+    def _row_features(self, block: Block, like: Tensor) -> Tensor:
         """Return the features of a block's rows, (n, F), in the type of `like`."""
         ones = like.new_ones(block.stop - block.start, 1)
         if self.reduction.weight is None:
@@ -126,14 +126,14 @@ class SummedMean:
         assert reference is not None
         return torch.cat([reference[block.own].to(like.dtype), ones], dim=1) / math.sqrt(2)
 
-    def _candidates(self, anchors: Block, z: Sequence[Tensor]) -> Iterator[tuple[Block, Tensor]]:
+    def _candidate_vectors(self, anchors: Block, z: Sequence[Tensor]) -> Iterator[tuple[Block, Tensor]]:
         """Iterate over the candidates that a block of anchors may have, with their vectors."""
         for run in self.layout.candidate_blocks:
             if self.layout.may_count(anchors, run, self.reduction.over):
                 for block in run.cut(ROWS):
                     yield block, self._among(block, z[block.source][..., block.own, :])
 
-    def _anchors(self, candidates: Block, z: Sequence[Tensor], c: Tensor) -> Iterator[tuple[Block, Tensor]]:
+    def _anchor_vectors(self, candidates: Block, z: Sequence[Tensor], c: Tensor) -> Iterator[tuple[Block, Tensor]]:
         """Iterate over the anchors that may have a block of candidates, with c_i x_i."""
         for run in self.anchor_runs:
             if self.layout.may_count(run, candidates, self.reduction.over):

@@ -94,13 +94,13 @@ class PairFunctions:
             if isinstance(function, SidedFunction):
                 for role, side in enumerate((function.anchor_side, function.candidate_side)):
                     for source in roles[role]:
-                        self._sides[function, role, source] = self._add(side(layout.vectors[source]))
+                        self._sides[function, role, source] = self._append(side(layout.vectors[source]))
             self._learned[function] = {
-                name: self._add(averaged(parameter)) for name, parameter in function.named_parameters()
+                name: self._append(averaged(parameter)) for name, parameter in function.named_parameters()
             }
-            self._attributes[function] = [self._add(tensor) for tensor in attribute_tensors(function)]
+            self._attributes[function] = [self._append(tensor) for tensor in attribute_tensors(function)]
 
-    def _add(self, tensor: Tensor) -> int:
+    def _append(self, tensor: Tensor) -> int:
         self.tensors.append(tensor)
         return len(self.tensors) - 1
 
@@ -139,7 +139,7 @@ class PairFunctions:
             anchor, candidate = embeddings
             return call(replace(anchor, z=x), replace(candidate, z=y))
 
-        return self._evaluate(function, values, s, read, targets, tensors, to_tensors if gradients else None)
+        return self._values_on_leaves(function, values, s, read, targets, tensors, to_tensors if gradients else None)
 
     def on_listed(
         self,
@@ -174,9 +174,11 @@ class PairFunctions:
             # Each anchor is a tile of one row and its k candidates, (..., N, 1, k).
             return call(s.unsqueeze(-2), a.unsqueeze(-2), b[..., indices.clamp(min=0), :]).squeeze(-2)
 
-        return self._evaluate(function, values, s, [tensors[index] for index in used], targets, tensors, to_tensors)
+        return self._values_on_leaves(
+            function, values, s, [tensors[index] for index in used], targets, tensors, to_tensors
+        )
 
-    def _evaluate(
+    def _values_on_leaves(
         self,
         function: nn.Module,
         values: Callable[..., Tensor],

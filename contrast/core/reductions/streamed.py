@@ -41,7 +41,7 @@ def reduce(layout: Layout, reductions: Sequence[Reduction], size: int, triton: b
     kernels: list[int] = []
     tiled: list[int] = []
     for number, reduction in enumerate(reductions):
-        if (count := _count(layout, reduction)) is not None:
+        if (count := _count_from_identities(layout, reduction)) is not None:
             results[number] = count
         elif isinstance(reduction, Kth):
             (results[number],) = strips.thresholds(layout, [reduction], size)
@@ -72,7 +72,7 @@ def reduce(layout: Layout, reductions: Sequence[Reduction], size: int, triton: b
     return tuple(results[number] for number in range(len(reductions)))
 
 
-def _count(layout: Layout, reduction: Reduction) -> Tensor | None:
+def _count_from_identities(layout: Layout, reduction: Reduction) -> Tensor | None:
     """Count without similarities; None where that is not possible."""
     if not isinstance(reduction, Count) or reduction.above is not None:
         return None

@@ -93,9 +93,9 @@ class Grid:
             layout.symmetric and numbers and not thresholds and not self.masks_cut_blocks
             and height == width and None not in shifts and not layout.rules
         )  # fmt: skip
-        self.steps = list(self._steps(masked))
+        self.steps = list(self._needed_tiles(masked))
 
-    def _steps(self, masked: Sequence[tuple[list[bool | None], list[bool | None]]]) -> Iterator[Step]:
+    def _needed_tiles(self, masked: Sequence[tuple[list[bool | None], list[bool | None]]]) -> Iterator[Step]:
         for i, j in itertools.product(range(len(self.row_blocks)), range(len(self.column_blocks))):
             both = self.symmetric and j < len(self.row_blocks)
             if both and j < i:
@@ -252,7 +252,7 @@ class TiledReductions(ReductionTerm):
     def forward(self, z: Sequence[Tensor], arguments: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """Return the reductions, (N,) or (H, N) each; save normalisers and the weighted sum of candidates."""
         reductions, tensors = self.with_arguments(arguments)
-        longest = self._longest(z)
+        longest = self._length_bound(z)
         shifts = [shift_of(reduction, longest, z[0].dtype) for reduction in reductions]
         formulas, weighted = self._pass(z, reductions, tensors, shifts)
         if any(map(self._lost_terms, formulas)):
@@ -261,7 +261,7 @@ class TiledReductions(ReductionTerm):
         outputs, normalisers = zip(*(sums.finish() for sums in formulas), strict=True)
         return list(outputs), [*normalisers, *weighted]
 
-    def _longest(self, z: Sequence[Tensor]) -> float:
+    def _length_bound(self, z: Sequence[Tensor]) -> float:
         """Return the length of the longest anchor times that of the longest candidate; inf on other devices."""
         if not self.layout.on_host:
             return math.inf
