@@ -1,6 +1,8 @@
 """Batches for training, a function of the seed and the step, so that a run can be resumed exactly.
 
-A sampler is an `Order`: write a class with `positions` and `@SAMPLERS.register(name)` here.
+The config's `sampler` selects an `Order` of the items: a class with `positions`, registered by
+`@SAMPLERS.register(name)`. The sampler that torch's DataLoader calls is `StepSampler`, which divides an order into
+batches. A *sample* is an item's index in the data set, a *position* its row in the training split.
 """
 
 from __future__ import annotations
@@ -18,17 +20,17 @@ from contrast.core.seeding import derived
 from contrast.data.dataset import Batch, Samples
 
 SAMPLERS = Registry("sampler")
-"""The samplers (orders of items) by name."""
+"""The orders of items by name."""
 
 
 class Order(Protocol):
-    """The order of the items in an epoch."""
+    """The order of the items in an epoch, which `sampler` selects."""
 
     def positions(self, count: int, batch_size: int, epoch: int, generator: torch.Generator) -> Tensor:
         """Return (count,) int64, every position once: a function of the epoch and the generator, also after resuming.
 
         Args:
-            count: number of items.
+            count: number of items in the training split.
             batch_size: items per batch, over all processes together; each batch is the next part of the order.
             epoch: from 0.
             generator: in the same state on every process.
@@ -45,18 +47,18 @@ class Shuffled:
     """
 
     def positions(self, count: int, batch_size: int, epoch: int, generator: torch.Generator) -> Tensor:  # noqa: ARG002
-        """Return a random order."""
+        """Return a random order, (count,) int64."""
         return torch.randperm(count, generator=generator)
 
 
 @SAMPLERS.register("neighbours", aliases=("neighbors", "hard_batches", "nearest"))
 class Neighbours:
-    """Nearest neighbours under the encoder are in one batch, so that hard negatives have gradients too.
+    """Nearest neighbours under the encoder are in one batch, so that hard negatives receive gradients.
 
     Every epoch has every item once: in random order, each item that is not in the order yet is followed by its nearest
-    neighbours that are not either, up to the end of the batch. The neighbours are searched repeatedly during training;
-    an epoch uses the table from one epoch before its start, so that prefetching and resuming change nothing. The first
-    two epochs are shuffled. Items of one group, which are not negatives, are not neighbours of each other.
+    neighbours that are not either, up to the end of the batch. Epoch e uses the neighbours known at the start of epoch
+    e - 1 (none for e < 2: random order), so that prefetching and resuming change nothing. Items of one group, which are
+    not negatives, are not neighbours of each other.
 
     Args:
         neighbours: number of nearest neighbours that follow each item, 1 or more.
@@ -64,11 +66,15 @@ class Neighbours:
         index: how they are searched: "auto", "exact" or one of FAISS's factory strings, "IVF256,Flat".
 
     Attributes:
-        table: epoch -> (count, k) int64 positions, nearest first, -1 for none; None before the first search.
+        neighbours_at: epoch -> (count, K) int64, the positions of each item's neighbours, nearest first, -1 for none;
+            None before the first search.
+
+    Raises:
+        ValueError: for fewer than one neighbour.
 
     Example:
         >>> order = Neighbours(neighbours=1)
-        >>> order.table = lambda epoch: torch.tensor([[1], [0], [3], [2]])
+        >>> order.neighbours_at = lambda epoch: torch.tensor([[1], [0], [3], [2]])
         >>> batches = order.positions(4, 2, epoch=2, generator=torch.Generator()).view(2, 2)
         >>> sorted(sorted(batch) for batch in batches.tolist())
         [[0, 1], [2, 3]]
@@ -78,15 +84,15 @@ class Neighbours:
         if neighbours < 1:
             raise ValueError(f"neighbours must be 1 or more; got {neighbours}.")
         self.neighbours, self.refresh, self.index = neighbours, refresh, index
-        self.table: Callable[[int], Tensor | None] = lambda _: None
+        self.neighbours_at: Callable[[int], Tensor | None] = lambda _: None
 
     def positions(self, count: int, batch_size: int, epoch: int, generator: torch.Generator) -> Tensor:
-        """Return a random order in which neighbours follow each other."""
+        """Return a random order in which neighbours follow each other, (count,) int64."""
         shuffled = torch.randperm(count, generator=generator)
-        table = self.table(epoch)
-        if table is None:
+        found = self.neighbours_at(epoch)
+        if found is None:
             return shuffled
-        nearest, used, order = table.tolist(), [False] * count, []
+        nearest, used, order = found.tolist(), [False] * count, []
         for item in shuffled.tolist():
             if used[item]:
                 continue
@@ -114,7 +120,7 @@ class StepSampler(Sampler[list[int]]):
         order: of an epoch's items; None: shuffled.
 
     Raises:
-        InputError: for fewer items than the batch size.
+        InputError: for a batch size below 2 or above the number of items.
 
     Example:
         >>> sampler = StepSampler(count=10, batch_size=4, seed=0)
@@ -135,7 +141,7 @@ class StepSampler(Sampler[list[int]]):
 
     @property
     def steps_per_epoch(self) -> int:
-        """Return the number of complete batches per epoch."""
+        """Number of complete batches per epoch."""
         return self.count // self.batch_size
 
     def __iter__(self) -> Iterator[list[int]]:
@@ -151,7 +157,12 @@ class StepSampler(Sampler[list[int]]):
 
 
 def training_loader(samples: Samples, sampler: StepSampler, *, workers: int = 0) -> DataLoader[Batch]:
-    """Return the loader of complete batches; `workers` processes prefetch, which only lazily read folders need.
+    """Return the loader of complete batches.
+
+    Args:
+        samples: the training split.
+        sampler: the positions of each batch.
+        workers: processes that read batches ahead; useful only where items are read from files when needed. 0: none.
 
     Example:
         >>> from contrast.data import open_data
@@ -164,11 +175,11 @@ def training_loader(samples: Samples, sampler: StepSampler, *, workers: int = 0)
         samples,
         batch_sampler=sampler,
         num_workers=workers,
-        collate_fn=_return_batch,
+        collate_fn=_already_collated,
         pin_memory=torch.cuda.is_available(),
         persistent_workers=workers > 0,
     )
 
 
-def _return_batch(batch: Any) -> Any:
+def _already_collated(batch: Any) -> Any:
     return batch

@@ -190,11 +190,11 @@ def _order(config: Config, data: Data, memory: list[Memory], facts: Mapping[str,
     position = torch.full((facts["samples"] + 1,), -1)  # a neighbour of -1, none, indexes the last entry
     position[sample] = torch.arange(len(sample))
 
-    def neighbours(epoch: int) -> Tensor | None:
+    def neighbours_at(epoch: int) -> Tensor | None:
         table = tables.known_before(epoch - 1)
         return None if table is None else position[table.cpu()[sample]]
 
-    order.table = neighbours
+    order.neighbours_at = neighbours_at
     return order, [tables]
 
 

@@ -57,7 +57,7 @@ def circular_table(count, reach):
 
 def neighbours(count, together=3, from_epoch=0):
     order = Neighbours(together)
-    order.table = lambda epoch: circular_table(count, 2 * together) if epoch >= from_epoch else None
+    order.neighbours_at = lambda epoch: circular_table(count, 2 * together) if epoch >= from_epoch else None
     return order
 
 
@@ -92,7 +92,7 @@ def test_without_a_table_the_order_is_the_shuffled_one():
 
 def test_missing_neighbours_are_skipped():
     order = Neighbours(2)
-    order.table = lambda _: torch.full((9, 4), -1)
+    order.neighbours_at = lambda _: torch.full((9, 4), -1)
     assert sorted(functools.reduce(operator.iadd, first(StepSampler(9, 3, order=order), 3), [])) == list(range(9))
 
 
