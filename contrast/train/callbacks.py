@@ -1,4 +1,4 @@
-"""Callbacks of the trainer: metrics, checkpoints and the stop signal."""
+"""Callbacks of the trainer: metrics, checkpoints and the end of training."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class RunWriter(Protocol):
         ...
 
     def append_metrics(self, row: Mapping[str, float | int]) -> None:
-        """Append one line to the metrics."""
+        """Append one line to the metrics; it must contain "step"."""
         ...
 
     def set_state(self, state: Literal["running"], step: int) -> None:
@@ -46,7 +46,7 @@ class RunWriter(Protocol):
 
 
 HEARTBEAT = 5.0
-"""Seconds between two states that say that the run is running."""
+"""Minimum seconds between two updates of the run's state file."""
 BAR_COLUMNS = {"loss": "loss", "probe_accuracy": "probe"}
 """Metrics of the progress bar, and their names there."""
 
@@ -56,7 +56,7 @@ class MetricsLogger(lightning.Callback):
 
     Args:
         run: the folder to write to.
-        every: steps between two lines of metrics.
+        every: steps between two lines of metrics; below 1 it is 1.
         quiet: show no progress bar.
     """
 
@@ -86,7 +86,11 @@ class MetricsLogger(lightning.Callback):
     def on_train_batch_end(
         self, trainer: lightning.Trainer, module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Log the mean loss since the last line, and the module's measurements, every `every` steps."""
+        """Log the mean loss since the last line, and the module's measurements, every `every` steps.
+
+        Raises:
+            TrainingFailure: if that mean is not finite.
+        """
         assert isinstance(module, Pretraining)
         self._losses.append(outputs["loss"].detach())
         step = module.global_step
@@ -114,7 +118,7 @@ class MetricsLogger(lightning.Callback):
             self.run.set_state("running", step)
 
     def add(self, trainer: lightning.Trainer, row: dict[str, float | int]) -> None:
-        """Write one line of metrics to the file, TensorBoard and the progress bar."""
+        """Write one line of metrics, with its "step", to the file, TensorBoard and the progress bar."""
         if not trainer.is_global_zero:
             return
         self.run.append_metrics(row)
@@ -177,8 +181,8 @@ class Checkpoints(lightning.Callback):
             incomplete.replace(self.run.checkpoint)
 
 
-class StopOnSignal(lightning.Callback):
-    """Ends training after the current step on Ctrl-C and SIGTERM, and at once on a second one; ends budgets in hours.
+class StopTraining(lightning.Callback):
+    """Ends training where a budget in hours is used or a signal (Ctrl-C, SIGTERM) arrives; at once on a second signal.
 
     Attributes:
         stopped: True after the first signal.

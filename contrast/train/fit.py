@@ -18,7 +18,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from contrast.core.registry import InputError
 from contrast.data.dataset import Data
 from contrast.data.loader import StepSampler, training_loader
-from contrast.train.callbacks import Checkpoints, MetricsLogger, RunWriter, StopOnSignal, TrainingFailure
+from contrast.train.callbacks import Checkpoints, MetricsLogger, RunWriter, StopTraining, TrainingFailure
 from contrast.train.module import Pretraining
 from contrast.train.online_probe import OnlineProbe
 
@@ -85,7 +85,7 @@ def fit(
     if probe_items:
         every = probe_every or max(1, steps // 20)
         callbacks.append(OnlineProbe(data, logger, every=every, items=probe_items))
-    callbacks += [Checkpoints(run), StopOnSignal()]
+    callbacks += [Checkpoints(run), StopTraining()]
     events = run.tensorboard
     lightning_trainer = _new_trainer(
         max_steps=budget.steps or -1,

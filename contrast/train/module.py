@@ -46,6 +46,7 @@ class Pretraining(lightning.LightningModule):
     Attributes:
         measure_every: steps between two measurements.
         measured: the last measurements, by name.
+        seconds: of training in the earlier parts of a resumed run.
     """
 
     def __init__(
@@ -78,7 +79,7 @@ class Pretraining(lightning.LightningModule):
         # These buffers are equal on every process already; DistributedDataParallel would broadcast them in each step.
         equal = ("loss.", "memory.", "sampler_memory.")
         self._ddp_params_and_buffers_to_ignore = [name for name, _ in self.named_buffers() if name.startswith(equal)]
-        self._keys: list[Embeddings] = []
+        self._to_store: list[Embeddings] = []
         self.measure_every = 1
         self.measured: dict[str, float] = {}
         self.seconds = 0.0
@@ -109,7 +110,7 @@ class Pretraining(lightning.LightningModule):
         return self.optimizer.build([self.encoder, self.loss])
 
     def on_fit_start(self) -> None:
-        """Start the clock."""
+        """Move the frozen network to the device, and start the clock."""
         if isinstance(self.step.reference, nn.Module):
             self.step.reference.to(self.device)  # not a submodule: it is neither trained nor in checkpoints
         self._start = time.monotonic()
@@ -121,14 +122,14 @@ class Pretraining(lightning.LightningModule):
             group["lr"] = self.optimizer.learning_rate(self.budget.progress(self.global_step + 0.5, self.elapsed))
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:  # noqa: ARG002
-        """Return the loss of one batch."""
+        """Return the loss of one batch, ()."""
         generator = torch.Generator(self.device).manual_seed(self.step_seed("views"))
         output = self.step.compute(batch, generator)
-        self._keys.append(output.keys)
+        self._to_store.append(output.keys)
         return output.loss
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        """Step, then update momentum twin, loss and memories, and end their epoch.
+        """Step, then update momentum twin, loss and memories; after an epoch call `end_epoch` of loss and memories.
 
         Not in `on_train_batch_end`, which Lightning calls after that of the callbacks: a checkpoint that these write
         must contain the complete step.
@@ -140,7 +141,7 @@ class Pretraining(lightning.LightningModule):
         if step % self.measure_every == 0 or step == self.budget.steps:
             # Before the memories are updated, since some metrics read this step's candidates again.
             self.measured = {name: float(value) for name, value in self.measure().items()}
-        keys, self._keys = self._keys, []
+        keys, self._to_store = self._to_store, []
         self.step.update_memories(keys)
         if step % self.steps_per_epoch == 0:
             self.loss.end_epoch()
