@@ -50,33 +50,6 @@ EXAMPLES = {
     if example.examples
 }
 
-ALLOWED_TO_LACK_TODAY = {
-    "contrast.data.dataset.Batch",
-    "contrast.data.dataset.Data",
-    "contrast.data.dataset.Samples",
-    "contrast.data.dataset.duplicates",
-    "contrast.data.dataset.leaks",
-    "contrast.data.source.open_data",
-    "contrast.models.backbones.build_backbone",
-    "contrast.models.backbones.feature_width",
-    "contrast.models.batch_norm.synchronise",
-    "contrast.models.checkpoints.load_weights",
-    "contrast.models.encoder.Encoder",
-    "contrast.models.encoder.Projections",
-    "contrast.models.encoder.build_encoder",
-    "contrast.models.inputs.ImageInputs",
-    "contrast.models.inputs.SeriesInputs",
-    "contrast.models.weights.load_backbone",
-    "contrast.models.weights.read_description",
-    "contrast.models.weights.save_backbone",
-    "contrast.views.views.Compose",
-    "contrast.views.views.Operation",
-    "contrast.views.views.Views",
-    "contrast.views.views.build_views",
-    "contrast.views.views.recipe",
-}
-"""Names whose example is still to be written; add the example, then remove the line."""
-
 
 def public_objects():
     """Return the classes and functions that the package exports, by the name of the module that defines them.
@@ -111,5 +84,4 @@ def test_an_example_prints_what_it_says(name, tmp_path, monkeypatch, request):
 
 @pytest.mark.parametrize("name", PUBLIC)
 def test_a_public_name_has_an_example(name):
-    has_example = bool(doctest.DocTestParser().get_examples(PUBLIC[name].__doc__ or ""))
-    assert has_example or name in ALLOWED_TO_LACK_TODAY
+    assert doctest.DocTestParser().get_examples(PUBLIC[name].__doc__ or "")

@@ -544,7 +544,7 @@ def test_two_sided_and_cross_pairs_exclude_the_anchors_own_view():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda pairs: pairs.count("friends"), "over is 'positive', 'negative', 'remembered' or 'all'; got 'friends'"),
+        (lambda pairs: pairs.count("others"), "over is 'positive', 'negative', 'remembered' or 'all'; got 'others'"),
         (lambda pairs: pairs.mean("all", weight="cosine"), "weight is 'reference', a number.*'cosine'"),
         (lambda pairs: pairs.mean("all", weight="reference"), r"pass reference=\(N, R\) to the loss"),
         (lambda pairs: pairs.logsumexp(torch.ones(2, 2), "all"), r"spans at most one of N and M.*\(2, 2\)"),
