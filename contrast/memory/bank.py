@@ -28,11 +28,11 @@ class Bank(EmbeddingStore):
     contains all embeddings and loads on any number of processes.
 
     Args:
-        samples: how many the data set has; sample indices are below it.
+        samples: number of sample indices; all indices are below it.
         dim: D, the width of the embeddings.
         heads: H for (H, N, D) embeddings.
         bytes_per_process: up to this size every process stores all vectors.
-        reference_dim: R, where a frozen tower's vectors are stored too (CWCL, a guide).
+        reference_dim: R, where a frozen network's vectors are stored too (CWCL, `guide`).
 
     Attributes:
         sharded: whether each process stores its share only; decided when the bank is first used.
@@ -110,21 +110,21 @@ class Bank(EmbeddingStore):
         every_sample = torch.arange(self.samples, device=self.tensors["z"].device)
         return self._embeddings(every_sample, self.tensors["z"], self.tensors.get("reference"))
 
-    def accept(self, everyone: Embeddings) -> Embeddings:
-        """Refuse samples that the data set does not have, and repeated ones."""
+    def check_rows(self, gathered: Embeddings) -> Embeddings:
+        """Return the rows; ValueError for samples that the data set does not have, and for repeated ones."""
         self._shard_if_too_large()
-        if everyone.z.device.type != "cpu":
-            return replace(everyone, sample=self._check(everyone.sample))
-        _check_samples(everyone.sample, self.samples)
-        return everyone
+        if gathered.z.device.type != "cpu":
+            return replace(gathered, sample=self._check(gathered.sample))
+        _check_samples(gathered.sample, self.samples)
+        return gathered
 
-    def write(self, everyone: Embeddings) -> None:
+    def write(self, gathered: Embeddings) -> None:
         """Write the rows of their samples."""
-        self.rows_written += len(everyone)
-        self.tensors["group"][everyone.sample] = everyone.group
-        self.tensors["written"][everyone.sample] = self.updates
+        self.rows_written += len(gathered)
+        self.tensors["group"][gathered.sample] = gathered.group
+        self.tensors["written"][gathered.sample] = self.updates
         rank, world = self.shard
-        own = everyone[everyone.sample % world == rank] if self.sharded else everyone
+        own = gathered[gathered.sample % world == rank] if self.sharded else gathered
         rows = own.sample // world
         self.tensors["z"][..., rows, :] = own.z
         if own.reference is not None:
@@ -152,14 +152,15 @@ class Bank(EmbeddingStore):
         return SearchIndex(stored, build_index(as_vectors(stored), index, seed=seed) if index and len(known) else None)
 
     def search(self, anchor: Embeddings, k: int, *, own_group: bool = True, index: SearchIndex | None = None) -> Found:
-        """Return the k nearest samples that are not the anchor's, nor of its group unless `own_group`; -1 for fewer.
+        """Return the samples of the k nearest embeddings of each of N anchors, (N, k); -1 where there are fewer.
 
-        Where the bank is sharded, every process calls it with its own anchors and searches its shard for all.
+        Excludes the anchor's own sample; with own_group=False also its group. Where the bank is sharded, every process
+        calls it with its own anchors and searches its shard for all.
         """
         self.move_to(anchor.z.device)
         index = index or self.search_index()
-        everyone = anchor.detach().gathered() if self.sharded else anchor
-        found = index.search(everyone, k, own_group=own_group)
+        gathered = anchor.detach().gathered() if self.sharded else anchor
+        found = index.search(gathered, k, own_group=own_group)
         if len(index.stored):
             sample = index.stored.sample[found.position.clamp(min=0)]
             found = found._replace(position=torch.where(found.position < 0, -1, sample))

@@ -27,14 +27,15 @@ class Memory(nn.Module):
     them on the memory's device, or raises a ValueError where tensors differ in shape or type or an attribute named in
     `fixed` differs. The tensors are neither parameters nor buffers: they move with the module from device to device,
     but a cast does not change them and DistributedDataParallel does not broadcast them. A tensor in any other
-    attribute, which no checkpoint would contain, is refused: when it is set, or when the state is read.
+    attribute, which no checkpoint would contain, raises a TypeError on assignment, or in `state_dict()` if it was added
+    to a list or dict later; parameters and buffers are allowed.
 
     Attributes:
         tensors: the tensors of the memory by name.
-        counters: names of attributes that change while training: numbers, texts, and lists or dicts of them. A
-            subclass names its own only; those of its base classes are added.
+        counters: names of attributes that change during training: numbers, texts, and lists or dicts of them. A
+            subclass lists only its own; those of its base classes are added.
         fixed: names of attributes that must be the same in the memory that loads a checkpoint; as `counters`.
-        updates: how often it was updated, in steps; a counter.
+        updates: number of updates so far; a counter.
 
     Example:
         >>> class ClassMeans(contrast.memory.Memory):
@@ -54,11 +55,17 @@ class Memory(nn.Module):
         self.updates = 0
 
     def candidates(self, anchor: Embeddings) -> Embeddings:
-        """Return the candidates for these anchors, of view REMEMBERED, the same on every process; there may be none."""
+        """Return M >= 0 candidates for these anchors, (M, D) or (H, M, D), the same on every process.
+
+        Their view is REMEMBERED.
+        """
         return anchor[:0].detach()
 
     def positives(self, anchor: Embeddings) -> Embeddings | None:  # noqa: ARG002
-        """Return what replaces the anchors, (N, D) with their sample, group and view; None for nothing."""
+        """Return (N, D) stored vectors that become the anchors; None: keep the anchors.
+
+        They have the anchors' sample, group and view; the encoder's own embeddings become their targets.
+        """
         return None
 
     def update(
@@ -75,12 +82,12 @@ class Memory(nn.Module):
             embeddings: (N, D) or (H, N, D), which are scaled to unit length, as losses do; or `Embeddings`, which are
                 stored as they are. N may differ between processes and may be 0.
             sample: (N,) int64 >= 0, indices in the data set; with plain tensors only.
-            group: (N,) int64, labels; negative = unlabelled. Unlabelled rows, and all rows without `group`, are each of
-                their sample's own group, which equals no label.
-            reference: (N, R), a frozen tower's embeddings.
+            group: (N,) int64, labels; negative or no `group` = unlabelled. Unlabelled rows get a group of their own and
+                match no label.
+            reference: (N, R), a frozen network's embeddings.
 
         Raises:
-            ValueError: for another width, or without real sample indices.
+            ValueError: for another width, or without sample indices >= 0.
         """
         for store in self.stores():
             if store is self:
@@ -100,12 +107,17 @@ class Memory(nn.Module):
         return {}
 
     def move_to(self, device: torch.device) -> None:
-        """Move the tensors to the device of the embeddings."""
+        """Move the tensors to this device, that of the embeddings."""
         if any(tensor.device != device for tensor in self.tensors.values()):
             self.tensors = {name: tensor.to(device) for name, tensor in self.tensors.items()}
 
     def get_extra_state(self) -> dict[str, Any]:
-        """Return what a checkpoint contains: tensors, numbers and texts, as `torch.load(weights_only=True)` reads."""
+        """Return what a checkpoint contains: tensors, numbers and texts, as `torch.load(weights_only=True)` reads.
+
+        Raises:
+            TypeError: for a tensor in an attribute that is not saved, and for counters or fixed attributes other than
+                numbers, texts, lists and dicts.
+        """
         for name in self.__dict__.keys() - _OF_MODULES:
             self._refuse_tensor(name)
         values = {kind: {name: getattr(self, name) for name in self._declared(kind)} for kind in ("counters", "fixed")}
@@ -184,7 +196,7 @@ class EmbeddingStore(Memory):
     Args:
         dim: D, the width of the embeddings.
         heads: H for (H, N, D) embeddings; None for (N, D).
-        reference_dim: R, the width of a frozen tower's vectors; None where they are not stored.
+        reference_dim: R, the width of a frozen network's vectors; None where they are not stored.
 
     Raises:
         ValueError: for widths below 1.
@@ -205,7 +217,7 @@ class EmbeddingStore(Memory):
         return 4 * (self.dim * (self.heads or 1) + (self.reference_dim or 0))
 
     def zeros(self, rows: int) -> dict[str, Tensor]:
-        """Return tensors for the vectors of so many embeddings."""
+        """Return "z", (rows, D) or (H, rows, D), and with `reference_dim` "reference", (rows, R), both zero."""
         heads = () if self.heads is None else (self.heads,)
         tensors = {"z": torch.zeros(*heads, rows, self.dim)}
         if self.reference_dim is not None:
@@ -224,20 +236,20 @@ class EmbeddingStore(Memory):
         """Check this process's rows, gather those of every process, and store them, as `Memory.update` describes."""
         own = self._rows_to_store(embeddings, sample, group, reference)
         self.move_to(own.z.device)
-        everyone = self.accept(own.gathered())
+        gathered = self.check_rows(own.gathered())
         self.updates += 1
-        self.write(everyone)
+        self.write(gathered)
 
-    def accept(self, everyone: Embeddings) -> Embeddings:
-        """Return what may be written of every process's rows, or refuse them; nothing has changed yet."""
-        return everyone
+    def check_rows(self, gathered: Embeddings) -> Embeddings:
+        """Return the rows to write, (N, D) or (H, N, D); a subclass raises ValueError before anything is stored."""
+        return gathered
 
-    def write(self, everyone: Embeddings) -> None:
-        """Write every process's rows, in rank order."""
-        raise NotImplementedError(f"{type(self).__name__} must define write(self, everyone).")
+    def write(self, gathered: Embeddings) -> None:
+        """Write the rows of all processes, (N, D) or (H, N, D) in rank order."""
+        raise NotImplementedError(f"{type(self).__name__} must define write(self, gathered).")
 
     def remembered(self, z: Tensor, sample: Tensor, group: Tensor, reference: Tensor | None) -> Embeddings:
-        """Return stored rows as candidates."""
+        """Return stored rows as candidates: z (M, D) or (H, M, D), sample and group (M,), reference (M, R)."""
         return Embeddings(z, sample, group, torch.full_like(sample, REMEMBERED), reference)
 
     def _rows_to_store(
@@ -286,9 +298,10 @@ class SearchIndex:
     index: Index | None = None
 
     def search(self, anchor: Embeddings, k: int, *, own_group: bool = True) -> Found:
-        """Return the k nearest that are not of the anchor's sample, nor of its group unless `own_group`.
+        """Return the k nearest stored embeddings of each of N anchors, (N, k).
 
-        Where there are fewer, similarities are -inf and positions -1.
+        Excludes the anchor's own sample; with own_group=False also its group. Where there are fewer than k,
+        similarities are -inf and positions -1.
         """
         exclude = [(anchor.sample, self.stored.sample)]
         if not own_group:
@@ -312,11 +325,11 @@ def as_vectors(embeddings: Embeddings) -> Tensor:
 
 
 def check_anchors(anchor: Embeddings, *, first: bool) -> None:
-    """Refuse anchors without real sample indices, whose own stored entries would be their negatives.
+    """Check that anchors have sample indices >= 0: otherwise their own entries are negatives.
 
     Args:
         anchor: the anchors.
-        first: whether nothing has been stored yet; later, reading the indices would wait for a GPU in every step.
+        first: True if nothing has been stored yet; later, reading the indices would wait for a GPU in every step.
 
     Raises:
         ValueError: for negative samples.

@@ -83,7 +83,7 @@ class NearestPositives(Memory):
 def nearest_views(
     memory: Memory, views: Sequence[Tensor], sample: Tensor, group: Tensor | None = None
 ) -> list[Tensor] | None:
-    """Return what replaces the views, (N, D) each and without gradient, by `memory.positives`; None for nothing.
+    """Return the `memory.positives` of each view, (N, D) and without gradient; None: keep the views.
 
     Args:
         memory: what gives positives.

@@ -22,7 +22,7 @@ class Queue(EmbeddingStore):
         size: how many embeddings it stores.
         dim: D, their width.
         heads: H for (H, N, D) embeddings.
-        reference_dim: R, where a frozen tower's vectors are stored too (CWCL, a guide).
+        reference_dim: R, where a frozen network's vectors are stored too (CWCL, `guide`).
 
     Attributes:
         filled: how many it contains now.
@@ -59,19 +59,19 @@ class Queue(EmbeddingStore):
         self.move_to(anchor.z.device)
         return self._entries()
 
-    def write(self, everyone: Embeddings) -> None:
+    def write(self, gathered: Embeddings) -> None:
         """Write the rows after the newest entry, over the oldest ones."""
-        newest = everyone[max(len(everyone) - self.size, 0) :]
+        newest = gathered[max(len(gathered) - self.size, 0) :]
         count = len(newest)
-        start = (self.position + len(everyone) - count) % self.size
+        start = (self.position + len(gathered) - count) % self.size
         before_end = min(count, self.size - start)
         for name, tensor in self.tensors.items():
             rows = getattr(newest, name).movedim(-2, 0) if name == "z" else getattr(newest, name)
             stored = tensor.movedim(-2, 0) if name == "z" else tensor
             stored[start : start + before_end] = rows[:before_end]
             stored[: count - before_end] = rows[before_end:]
-        self.position = (self.position + len(everyone)) % self.size
-        self.filled = min(self.filled + len(everyone), self.size)
+        self.position = (self.position + len(gathered)) % self.size
+        self.filled = min(self.filled + len(gathered), self.size)
 
     @property
     def metrics(self) -> dict[str, Tensor | float]:

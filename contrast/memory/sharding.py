@@ -57,9 +57,9 @@ def merge_shards(found: Found, count: int, k: int) -> Found:
         k: how many to return.
     """
     sizes = distributed.sizes_of(count, found.position.device)
-    rank, world, everyone = distributed.rank(), distributed.world_size(), sum(sizes)
-    parts = [distributed.gather(x, [everyone] * world).chunk(world) for x in found]
-    best = merge([Found(*part) for part in zip(*parts, strict=True)], k) if everyone else found
+    rank, world, total = distributed.rank(), distributed.world_size(), sum(sizes)
+    parts = [distributed.gather(x, [total] * world).chunk(world) for x in found]
+    best = merge([Found(*part) for part in zip(*parts, strict=True)], k) if total else found
     own = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
     return Found(best.similarity[own], best.position[own])
 
@@ -71,9 +71,9 @@ def gather_on_first(shard: Tensor, samples: int, rank: int, world: int) -> Tenso
     complete = torch.empty(samples, *shard.shape[1:]) if rank == 0 else None
     for start in range(0, max(sizes), GATHERED_ROWS):
         counts = [min(max(size - start, 0), GATHERED_ROWS) for size in sizes]
-        everyone = distributed.gather(shard[start : start + GATHERED_ROWS], counts)
+        gathered = distributed.gather(shard[start : start + GATHERED_ROWS], counts)
         if complete is not None:
-            for other, rows in enumerate(torch.split(everyone, counts)):
+            for other, rows in enumerate(torch.split(gathered, counts)):
                 first = start * world + other
                 complete[first : first + world * len(rows) : world] = rows.cpu()
     return (shard if complete is None else complete).movedim(0, -2)

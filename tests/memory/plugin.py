@@ -29,16 +29,16 @@ class RunningMeans(Memory):
     @torch.no_grad()
     def update(self, embeddings, *, sample=None, group=None, reference=None):
         """Move the means towards the rows of all processes, one after the other."""
-        everyone = embeddings.gathered()
+        gathered = embeddings.gathered()
         mean = self.tensors["mean"]
         # Created here, not by the constructor: what it is filled with decides its width.
         counts = self.tensors.setdefault("counts", torch.zeros(len(mean), dtype=torch.int64, device=mean.device))
-        for row, place in zip(everyone.z.float(), (everyone.sample % len(mean)).tolist(), strict=True):
+        for row, place in zip(gathered.z.float(), (gathered.sample % len(mean)).tolist(), strict=True):
             mean[place] = self.momentum * mean[place] + (1 - self.momentum) * row
             counts[place] += 1
         self.updates += 1
-        self.rows += len(everyone)
-        self.last = {"samples": everyone.sample.tolist()}
+        self.rows += len(gathered)
+        self.last = {"samples": gathered.sample.tolist()}
 
     def candidates(self, anchor):
         """Return the means, of samples that no data set has."""
