@@ -30,7 +30,7 @@ class Embeddings:
         sample: (N,) int64, the index in the data set; the same sample has the same number on every process.
         group: (N,) int64, equal = positives: the sample index, or the label.
         view: (N,) int64, which view; `REMEMBERED` for an entry of a queue or bank, `PADDING` for an empty row.
-        reference: (N, R), unit vectors of a frozen tower.
+        reference: (N, R), unit vectors of a frozen network.
 
     Raises:
         ValueError: for lengths that differ, or an identity that does not consist of whole numbers.

@@ -1,4 +1,4 @@
-"""Continuously weighted contrast: a frozen tower's similarity of two samples is the weight of the positive pair."""
+"""Continuously weighted contrast: a frozen network's similarity of two samples is the weight of the positive pair."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ CHUNK = 256
 
 @LOSSES.register("cwcl", aliases=("continuously_weighted",))
 class CWCL(InfoNCE):
-    r"""Contrast a frozen tower's embeddings p with a trained tower's q: `CWCL()(p, q, reference=features)`.
+    r"""Contrast a frozen network's embeddings p with a trained one's q (towers): `CWCL()(p, q, reference=features)`.
 
     .. math::
         L = -\frac{1}{N} \sum_i \frac{\sum_j w_{ij} \log \mathrm{softmax}_j(p_i \cdot q_j / \tau)}{\sum_j w_{ij}}
             - \frac{1}{N} \sum_i \log \mathrm{softmax}_j(q_i \cdot p_j / \tau) \big|_{j = i}, \qquad
         w_{ij} = \frac{\langle u_i, u_j \rangle + 1}{2}
 
-    for N samples and the frozen tower's unit vectors u. Only the direction with anchors of the frozen view is weighted;
-    the other is InfoNCE. The loss is the sum of both, so with identity weights it is twice CLIP's. The weights have no
-    gradient. Since unrelated samples have weight 1/2, the first term's minimum is the entropy of the normalised
-    weights, not 0: `metrics` has that "entropy" and the "excess" over it.
+    for N samples and unit vectors u of the frozen network. Only the direction with anchors of the frozen view is
+    weighted; the other is InfoNCE. The loss is the sum of both, so with identity weights it is twice CLIP's. The
+    weights have no gradient. Since unrelated samples have weight 1/2, the first term's minimum is the entropy of the
+    normalised weights, not 0: `metrics` has that "entropy" and the "excess" over it.
 
     The first view is the frozen one. Without `reference` its own embeddings are u (with heads, their mean cosine). With
-    labels the positives of the second direction are the complete class; the weighted one uses the frozen tower only.
+    labels the positives of the second direction are the complete class; the weighted one uses the frozen network only.
     With targets for one view only, the remaining direction counts twice.
 
     Args:
@@ -66,7 +66,7 @@ class CWCL(InfoNCE):
     ) -> Sequence[Pairs]:
         """Return the pairs of each view with the other one, or with its targets."""
         if len(views) != 2:
-            raise ValueError(f"CWCL takes two views, the frozen tower's first: loss(p, q); got {len(views)}.")
+            raise ValueError(f"CWCL takes two views, the frozen network's first: loss(p, q); got {len(views)}.")
         own, twins = self.embed(views, targets, sample, group, reference)
         if reference is None:
             reference = _as_reference(own[0].z.detach())
@@ -76,7 +76,7 @@ class CWCL(InfoNCE):
             width = None if part.reference is None else part.reference.shape[1]
             if width != reference.shape[-1]:
                 raise ValueError(
-                    f"CWCL weights every candidate by the frozen tower: extras are Embeddings with reference "
+                    f"CWCL weights every candidate by the frozen network: extras are Embeddings with reference "
                     f"(K, {reference.shape[-1]}); got {'none' if width is None else f'(K, {width})'}."
                 )
         others = twins or own

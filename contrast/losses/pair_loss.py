@@ -88,7 +88,7 @@ class PairLoss(Loss):
             sample: (N,) int64 >= 0, indices in the data set; without them every row is a new sample.
             group: (N,) int64, equal = positives (labels), negative = unlabelled: only the views of such a sample are
                 its positives. Without it every sample is unlabelled.
-            reference: (N, R), a frozen tower's embeddings of the samples; or one (N, R) per view, which targets share.
+            reference: (N, R), a frozen network's embeddings of the samples; or (N, R) per view, which targets share.
             extra: more candidates, the same on every process: memories, `Embeddings`, or plain (K, D) negatives.
             reduction: "mean", or "none" for the rows of this process's anchors, view after view (a loss with one
                 softmax per target view has as many rows per anchor).
@@ -162,7 +162,7 @@ class PairLoss(Loss):
         sample, group = inputs.identities(views, sample, group)
         if reference is not None:
             reference = normalise(reference.detach()).to(torch.promote_types(views[0].dtype, torch.float32))
-            inputs.check_finite(f"{name}: reference", reference, "the frozen tower")
+            inputs.check_finite(f"{name}: reference", reference, "the frozen network")
 
         def as_view(what: str, number: int, z: Tensor) -> Embeddings:
             z = normalise(z) if self.normalise else z.to(torch.promote_types(z.dtype, torch.float32))

@@ -172,7 +172,7 @@ def cacr(a: Tensor, b: Tensor) -> Tensor:
 
 
 def cwcl(a: Tensor, b: Tensor, temperature: float = 0.07) -> Tensor:
-    """CWCL, where `a` comes from the frozen tower and is its own reference."""
+    """CWCL, where `a` comes from the frozen network and is its own reference."""
     frozen, z = unit(a), unit(b)
     logits, weight = frozen @ z.T / temperature, (frozen @ frozen.T + 1) / 2
     weighted = -((weight * logits.log_softmax(dim=1)).sum(dim=1) / weight.sum(dim=1)).mean()

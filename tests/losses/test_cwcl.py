@@ -143,7 +143,7 @@ def test_the_entropy_is_the_same_in_chunks(monkeypatch, chunk):
     assert loss.metrics["temperature"] == pytest.approx(0.3)
 
 
-def test_no_gradient_reaches_the_frozen_tower_through_the_weights():
+def test_no_gradient_reaches_the_frozen_network_through_the_weights():
     p, q, reference = random(5, 3), random(5, 3, seed=1), random(5, 4, seed=2)
     value = CWCL(0.3)(p, q, reference=reference)
     assert not torch.autograd.grad(value, reference, allow_unused=True, materialize_grads=True, retain_graph=True)[
@@ -190,7 +190,7 @@ def test_unusual_references_give_finite_values(reference, temperature):
 
 
 @pytest.mark.parametrize("samples", [5, 600])
-def test_the_frozen_tower_may_be_of_another_float_type(samples):
+def test_the_frozen_network_may_be_of_another_float_type(samples):
     p, q, u = (random(samples, 3, seed=seed) for seed in range(3))
     exact = CWCL()(p, q, reference=u)
     torch.testing.assert_close(CWCL()(p, q, reference=u.float()), exact, rtol=1e-6, atol=0)
@@ -204,7 +204,7 @@ INDEX = torch.arange(4)
 @pytest.mark.parametrize(
     ("views", "given", "message"),
     [
-        ((Z, Z, Z), {}, r"CWCL takes two views, the frozen tower's first: loss\(p, q\); got 3"),
+        ((Z, Z, Z), {}, r"CWCL takes two views, the frozen network's first: loss\(p, q\); got 3"),
         ((Z,), {"targets": (None, Z)}, r"CWCL takes two views.*got 1"),
         ((Z, Z), {"extra": Z}, r"extras are Embeddings with reference \(K, 3\); got none"),
         ((Z, Z), {"reference": Z[:, :2], "extra": Z}, r"reference \(K, 2\); got none"),

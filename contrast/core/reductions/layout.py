@@ -231,7 +231,7 @@ class Layout:
         """
         if any(part.reference is None for part in (*self.anchors, *self.candidates)):
             raise ValueError(
-                "weight 'reference' needs the vectors of a frozen tower: pass reference=(N, R) to the loss."
+                "weight 'reference' needs the vectors of a frozen network: pass reference=(N, R) to the loss."
             )
 
     @cached_property

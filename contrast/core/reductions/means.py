@@ -6,7 +6,7 @@ Where the weight of a pair is a product of features, w_ij = <f_i, f_j>, the weig
           S_i = \sum_j \langle f_i, f_j \rangle y_j = (\sum_j f_j y_j^T)^T f_i
 
 and the inner sum is the same for all anchors. Features are: 1 for the plain mean over all candidates; the vector
-(u_i, 1) / sqrt 2 for the weights (<u_i, u_j> + 1) / 2 of a frozen tower; the indicator of i's group for the mean over
+(u_i, 1) / sqrt 2 for the weights (<u_i, u_j> + 1) / 2 of a frozen network; the indicator of i's group for the mean over
 positives.
 
 With m_i = sum_j w_ij the mean is <x_i, S_i> / m_i, and with c_i = dL/d(mean_i) / m_i its gradients are c_i S_i for x_i

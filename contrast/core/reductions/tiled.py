@@ -9,7 +9,7 @@ candidates. Memory is O(N + M).
 argument is a number, only the tiles with i <= j are computed: row sums are those of the anchors i, column sums those of
 the anchors j, and the backward pass uses G_ij + G_ji. That halves the products.
 
-**Candidates without gradient** (a queue, momentum keys, a frozen tower). For a single log-sum-exp over such candidates
+**Candidates without gradient** (a queue, momentum keys, a frozen network). For a single log-sum-exp over such ones
 G y = c_i sum_j b_ij y_j, where only c_i depends on the upstream gradient. The sum is computed in the forward pass, so
 that the backward pass needs no tiles.
 """
