@@ -19,7 +19,7 @@ from contrast.retrieval.search import (
     StoredVectors,
     checked_queries,
     completed,
-    concatenate,
+    concatenate_found,
     exact_search,
     exclude_rows,
     is_complete,
@@ -246,7 +246,7 @@ class _FaissIndex(Index):
             part, done = self._search_block(queries[rows], k, exclude_rows(exclude, rows), most)
             parts.append(part)
             complete.append(done)
-        return completed(concatenate(parts), torch.cat(complete), queries, self._stored, k, exclude)
+        return completed(concatenate_found(parts), torch.cat(complete), queries, self._stored, k, exclude)
 
     def _search_block(self, queries: Tensor, k: int, exclude: Exclude, most: int) -> tuple[Found, Tensor]:
         """Return what the index finds, and which rows are complete, (n,) bool: the others must be searched exactly.

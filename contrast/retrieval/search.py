@@ -16,10 +16,10 @@ TILE_COLUMNS = {"cpu": 16_384, "cuda": 65_536}
 """Stored vectors per tile, by device."""
 TILE_PRODUCTS = {"cpu": 2**23, "cuda": 2**27}
 """Products per tile, by device."""
-GROUP_SIZE = 32
-"""Products that share one maximum, by which most of them are passed over on a CPU."""
+BLOCK_SIZE = 32
+"""Products per block on a CPU; a block whose maximum is too small is skipped."""
 MAX_UNMASKED = 64
-"""Up to this many excluded vectors per query are fetched and dropped; where there are more, the products are masked."""
+"""Up to this many excluded vectors per query are removed after the search, more are masked before it."""
 FLOAT64_COLUMNS = 4096
 """Stored vectors per tile of the search in float64."""
 CACHED_NUMBERS = 2**19
@@ -91,15 +91,15 @@ def exact_search(
         products = _Products(vectors, search_dtype)
         most = most_excluded(exclude)
         masked: Exclude = exclude if most > MAX_UNMASKED else ()
-        count = min(products.more_than(k) + (0 if masked else most), len(stored))
+        count = min(products.fetch_count(k) + (0 if masked else most), len(stored))
         parts, complete = [], []
         for rows in slices(len(queries), products.rows):
-            block = queries[rows]
-            product, position = products.largest(block, count, exclude_rows(masked, rows))
-            part = ranked(block, vectors, position, k, exclude_rows(exclude, rows))
+            batch = queries[rows]
+            product, position = products.largest(batch, count, exclude_rows(masked, rows))
+            part = ranked(batch, vectors, position, k, exclude_rows(exclude, rows))
             parts.append(part)
-            complete.append(is_complete(part, product, products.error(block), count >= len(stored)))
-        return completed(concatenate(parts), torch.cat(complete), queries, vectors, k, exclude)
+            complete.append(is_complete(part, product, products.error(batch), count >= len(stored)))
+        return completed(concatenate_found(parts), torch.cat(complete), queries, vectors, k, exclude)
 
 
 def merge(parts: Sequence[Found], k: int) -> Found:
@@ -130,11 +130,11 @@ class StoredVectors(NamedTuple):
 
     Args:
         x: (M, D) float32.
-        longest: () float64, the length of the longest vector, by which rounding errors are bounded.
+        largest_norm: () float64, the largest Euclidean norm of a vector, by which rounding errors are bounded.
     """
 
     x: Tensor
-    longest: Tensor
+    largest_norm: Tensor
 
     @classmethod
     def of(cls, x: Tensor) -> StoredVectors:
@@ -142,11 +142,11 @@ class StoredVectors(NamedTuple):
         if x.ndim != 2:
             raise InputError(f"stored vectors are (M, D); got the shape {tuple(x.shape)}.")
         x = x.detach().to(torch.float32).contiguous()
-        return cls(x, _longest(x, "stored vectors"))
+        return cls(x, _largest_norm(x, "stored vectors"))
 
 
 def checked_queries(queries: Tensor, stored: StoredVectors, k: int, exclude: Exclude) -> Tensor:
-    """Return the queries as float32; InputError for what does not fit together."""
+    """Return the queries, (Q, D) float32; InputError for what does not fit together."""
     shape = stored.x.shape
     if queries.ndim != 2 or queries.shape[1] != shape[1]:
         raise InputError(
@@ -166,15 +166,16 @@ def checked_queries(queries: Tensor, stored: StoredVectors, k: int, exclude: Exc
                 f"vectors; got the shapes {tuple(query_id.shape)} and {tuple(stored_id.shape)}."
             )
     queries = queries.detach().to(torch.float32).contiguous()
-    _longest(queries, "queries")
+    _largest_norm(queries, "queries")
     return queries
 
 
-def _longest(x: Tensor, name: str) -> Tensor:
-    longest = _lengths(x).amax() if len(x) else x.new_zeros((), dtype=torch.float64)
-    if not torch.isfinite(longest):
-        raise InputError(f"some {name} are NaN, infinite or too long to be squared; look where they come from.")
-    return longest
+def _largest_norm(x: Tensor, name: str) -> Tensor:
+    """Return the largest norm of vectors (n, D), () float64; InputError, with their name, where it is not finite."""
+    largest = _norms(x).amax() if len(x) else x.new_zeros((), dtype=torch.float64)
+    if not torch.isfinite(largest):
+        raise InputError(f"some {name} contain NaN or inf, or have a norm whose square overflows.")
+    return largest
 
 
 def most_excluded(exclude: Exclude) -> int:
@@ -189,7 +190,7 @@ def most_excluded(exclude: Exclude) -> int:
 
 
 def exclude_rows(exclude: Exclude, rows: slice | Tensor) -> Exclude:
-    """Return the exclusions of some of the queries."""
+    """Return the exclusions, ids (n,) and (M,), of some of the Q queries."""
     return [(query_id[rows], stored_id) for query_id, stored_id in exclude]
 
 
@@ -220,7 +221,7 @@ class _Products:
         self._operand_error = torch.finfo(self.dtype).eps if self._coarse else rounding
         self._buffer = stored.x.new_empty(0)
 
-    def more_than(self, k: int) -> int:
+    def fetch_count(self, k: int) -> int:
         """Return how many to fetch so that k are complete for nearly every query."""
         return 2 * k + 32 if self._operand_error else k + max(4, k // 8)
 
@@ -237,7 +238,7 @@ class _Products:
             tile = self._tile(converted, self.stored.x[columns])
             for query_id, stored_id in masked:
                 tile.masked_fill_(query_id[:, None] == stored_id[columns], -math.inf)
-            product, column = self._possible(tile, best)
+            product, column = self._largest_of_tile(tile, best)
             if product.shape[1]:
                 best, order = torch.cat([best, product], dim=1).topk(count, dim=1, sorted=False)
                 best_position = torch.cat([best_position, column + columns.start], dim=1).gather(1, order)
@@ -253,26 +254,26 @@ class _Products:
             return torch.mm(queries, stored.to(self.dtype).T, out_dtype=torch.float32)
         return torch.mm(queries, stored.to(self.dtype).T).float()
 
-    def _possible(self, tile: Tensor, best: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the products of a tile that may be among the best, padded with -inf, and their columns.
+    def _largest_of_tile(self, tile: Tensor, best: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the products of a tile (n, m) that may exceed `best` (n, count), and their columns, (n, w).
 
-        After the first tiles they are rare; on a CPU the maxima of groups find them at a fraction of the cost of topk.
+        After the first tiles they are rare; on a CPU the maxima of blocks find them at a fraction of the cost of topk.
         """
-        groups = tile.shape[1] // GROUP_SIZE
-        if tile.device.type == "cpu" and tile.shape[1] % GROUP_SIZE == 0:
+        blocks = tile.shape[1] // BLOCK_SIZE
+        if tile.device.type == "cpu" and tile.shape[1] % BLOCK_SIZE == 0:
             least = best.amin(1)
-            # A group is every groups-th column, so that the maxima are taken over contiguous vectors.
-            grouped = tile.view(len(tile), GROUP_SIZE, groups)
-            row, group = (grouped.amax(1) > least[:, None]).nonzero(as_tuple=True)
-            if 8 * len(row) <= len(tile) * groups:
-                product = grouped[row, :, group]
+            # A block is every blocks-th column, so that the maxima are taken over contiguous vectors.
+            by_block = tile.view(len(tile), BLOCK_SIZE, blocks)
+            row, block = (by_block.amax(1) > least[:, None]).nonzero(as_tuple=True)
+            if 8 * len(row) <= len(tile) * blocks:
+                product = by_block[row, :, block]
                 pair, member = (product > least[row, None]).nonzero(as_tuple=True)
-                return _padded(row[pair], product[pair, member], member * groups + group[pair], len(tile))
+                return _padded(row[pair], product[pair, member], member * blocks + block[pair], len(tile))
         return tile.topk(min(best.shape[1], tile.shape[1]), dim=1, sorted=False)
 
 
 def _padded(row: Tensor, value: Tensor, column: Tensor, rows: int) -> tuple[Tensor, Tensor]:
-    """Arrange a list of values and columns, sorted by row, as (rows, w); padding is -inf."""
+    """Arrange values and columns (P,), sorted by row (P,), as (rows, w) with w the most of one row; padding is -inf."""
     count = torch.bincount(row, minlength=rows)
     place = torch.arange(len(row), device=row.device) - (count.cumsum(0) - count)[row]
     values = value.new_full((rows, int(count.max())), -math.inf)
@@ -291,17 +292,24 @@ def product_error(queries: Tensor, stored: StoredVectors, *, operand_error: floa
     """
     unit, terms = torch.finfo(torch.float32).eps / 2, stored.x.shape[1]
     relative = (terms + 4) * unit / (1 - (terms + 4) * unit) + operand_error * (3 + 3 * operand_error)
-    bound: Tensor = _lengths(queries) * stored.longest * relative + terms * torch.finfo(torch.float32).tiny
+    bound: Tensor = _norms(queries) * stored.largest_norm * relative + terms * torch.finfo(torch.float32).tiny
     return bound
 
 
-def _lengths(x: Tensor) -> Tensor:
-    lengths: Tensor = torch.linalg.vector_norm(x, dim=1).double() * (1 + 2.0**-20)
-    return lengths
+def _norms(x: Tensor) -> Tensor:
+    norms: Tensor = torch.linalg.vector_norm(x, dim=1).double() * (1 + 2.0**-20)
+    return norms
 
 
 def is_complete(part: Found, product: Tensor, error: Tensor, everything: bool) -> Tensor:
-    """Return for each row whether no vector that was not fetched can be among the k nearest, (n,) bool."""
+    """Return for each query whether no vector that was not fetched can be among the k nearest, (n,) bool.
+
+    Args:
+        part: (n, k), the nearest of the fetched vectors.
+        product: (n, count), their products as fetched.
+        error: (n,) float64, from `product_error`.
+        everything: True if all stored vectors were fetched.
+    """
     if everything or not part.position.shape[1]:
         return torch.ones(len(product), dtype=torch.bool, device=product.device)
     least = product.amin(1).double()
@@ -314,7 +322,16 @@ def is_complete(part: Found, product: Tensor, error: Tensor, everything: bool) -
 def completed(
     found: Found, complete: Tensor, queries: Tensor, stored: StoredVectors, k: int, exclude: Exclude
 ) -> Found:
-    """Return `found`, in which the rows that are not complete were searched in float64."""
+    """Return `found` after its incomplete rows were replaced by a search in float64.
+
+    Args:
+        found: (Q, k).
+        complete: (Q,) bool, from `is_complete`.
+        queries: (Q, D).
+        stored: the M vectors.
+        k: how many per query.
+        exclude: as for `exact_search`.
+    """
     unsure = (~complete).nonzero().squeeze(1)
     for rows in torch.split(unsure, max(1, TILE_PRODUCTS["cpu"] // 2 // min(len(stored.x), FLOAT64_COLUMNS))):
         if len(rows):
@@ -324,7 +341,7 @@ def completed(
 
 
 def _search_in_float64(queries: Tensor, stored: StoredVectors, k: int, exclude: Exclude) -> Found:
-    """Search by the similarities of all pairs, a tile at a time: each is correctly rounded, so no bound is needed."""
+    """Return (n, k) by the similarities of all pairs, a tile at a time: correctly rounded, so no bound is needed."""
     converted = queries.double()
     best = queries.new_empty(len(queries), 0)
     best_position = torch.empty(len(queries), 0, dtype=torch.int64, device=queries.device)
@@ -355,7 +372,15 @@ def _largest_in_order(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def ranked(queries: Tensor, stored: StoredVectors, position: Tensor, k: int, exclude: Exclude) -> Found:
-    """Return the k most similar of the stored vectors at (n, count) positions, without what is excluded."""
+    """Return the k most similar of the stored vectors at some positions, without what is excluded, (n, k).
+
+    Args:
+        queries: (n, D).
+        stored: the M vectors.
+        position: (n, count) int64, -1 for none.
+        k: how many per query.
+        exclude: as for `exact_search`.
+    """
     missing, place = position < 0, position.clamp(min=0)
     for query_id, stored_id in exclude:
         missing |= query_id[:, None] == stored_id[place]
@@ -393,7 +418,7 @@ def _rounded(
         position: (m,) or (n, m), of the stored vectors.
         above: (n, 1); similarities up to it need not be correct.
     """
-    error = _lengths(queries)[:, None] * (stored.longest * stored.x.shape[1] * 4 * torch.finfo(torch.float64).eps)
+    error = _norms(queries)[:, None] * (stored.largest_norm * stored.x.shape[1] * 4 * torch.finfo(torch.float64).eps)
     low, high = (product - error).float(), (product + error).float()
     unsure = low != high if above is None else (low != high) & (high > above)
     row, column = unsure.nonzero(as_tuple=True)
@@ -420,11 +445,11 @@ def _defined_similarity(queries: Tensor, stored: Tensor, row: Tensor, position: 
 
 
 def nothing_found(queries: Tensor, k: int) -> Found:
-    """Return an empty result of k columns."""
+    """Return a result without vectors, (Q, k): similarity -inf and position -1."""
     similarity = queries.new_full((len(queries), k), -math.inf)
     return Found(similarity, torch.full_like(similarity, -1, dtype=torch.int64))
 
 
-def concatenate(parts: Sequence[Found]) -> Found:
-    """Return the results of consecutive queries as one."""
+def concatenate_found(parts: Sequence[Found]) -> Found:
+    """Return results (n, k) of consecutive queries as one, (sum of n, k)."""
     return Found(torch.cat([part.similarity for part in parts]), torch.cat([part.position for part in parts]))

@@ -95,7 +95,7 @@ X = torch.randn(5, 4)
     ("call", "message"),
     [
         (lambda: build_index(X).search(X, -1), "from 0 to 5, the number of stored vectors; got -1"),
-        (lambda: build_index(X * math.inf, "Flat"), "some stored vectors are NaN, infinite"),
+        (lambda: build_index(X * math.inf, "Flat"), "some stored vectors contain NaN or inf"),
         (lambda: build_index(X, "Flatt"), "faiss does not take 'Flatt'.*could not parse.*'IVF256,Flat'"),
         (lambda: build_index(X, "PQ3"), "multiple of the number of subquantizers"),
         (lambda: build_index(X, "IVF4096,Flat"), "of 5 vectors: Number of training points.*4096.*Take fewer lists"),

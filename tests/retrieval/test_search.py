@@ -172,8 +172,11 @@ X = torch.randn(5, 4)
         (lambda: exact_search(X, X[:, :3], 1), r"same D; got the shapes \(5, 4\) and \(5, 3\)"),
         (lambda: exact_search(X[0], X, 1), r"got the shapes \(4,\)"),
         (lambda: exact_search(X, X[0], 1), r"stored vectors are \(M, D\); got the shape \(4,\)"),
-        (lambda: exact_search(X, X * math.nan, 1), "some stored vectors are NaN"),
-        (lambda: exact_search(X * 1e30, X, 1), "some queries are NaN, infinite or too long"),
+        (lambda: exact_search(X, X * math.nan, 1), "some stored vectors contain NaN or inf"),
+        (
+            lambda: exact_search(X * 1e30, X, 1),
+            "some queries contain NaN or inf, or have a norm whose square overflows",
+        ),
         (lambda: exact_search(X, X, 1, exclude=[(torch.arange(4), torch.arange(5))]), r"\(5,\) of the queries"),
         (lambda: exact_search(X.to("meta"), X, 1), "on one device; got meta and cpu"),
     ],
