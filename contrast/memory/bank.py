@@ -229,7 +229,7 @@ class Bank(EmbeddingStore):
 
 
 def _check_samples(sample: Tensor, samples: int) -> None:
-    """Refuse samples >= `samples` and repeated ones; reading them waits for their device.
+    """Check that no sample is >= `samples` or repeated; reading them waits for their device.
 
     Args:
         sample: (n,) int64 from 0, of all processes.

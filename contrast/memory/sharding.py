@@ -80,7 +80,7 @@ def gather_on_first(shard: Tensor, samples: int, rank: int, world: int) -> Tenso
 
 
 def check_free_memory(samples: int, bytes_per_row: int, bytes_per_process: int) -> None:
-    """Refuse a bank that is larger than the free memory of the machine.
+    """Check that a bank fits into the free memory of the machine.
 
     Args:
         samples: how many embeddings it stores.

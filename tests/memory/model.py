@@ -21,8 +21,8 @@ class PlainQueue:
         self.size, self.entries = size, []
 
     def update(self, z, sample, group):
-        for row, of_row, its_group in zip(z.movedim(-2, 0), sample.tolist(), group.tolist(), strict=True):
-            self.entries.append((row.tolist(), of_row, its_group))
+        for row, row_sample, row_group in zip(z.movedim(-2, 0), sample.tolist(), group.tolist(), strict=True):
+            self.entries.append((row.tolist(), row_sample, row_group))
             if len(self.entries) > self.size:
                 self.entries.pop(0)
 
@@ -35,8 +35,8 @@ class PlainBank:
 
     def update(self, z, sample, group):
         self.step += 1
-        for row, of_row, its_group in zip(z.movedim(-2, 0), sample.tolist(), group.tolist(), strict=True):
-            self.entries[of_row] = (row.tolist(), its_group, self.step)
+        for row, row_sample, row_group in zip(z.movedim(-2, 0), sample.tolist(), group.tolist(), strict=True):
+            self.entries[row_sample] = (row.tolist(), row_group, self.step)
 
 
 def entries(embeddings):

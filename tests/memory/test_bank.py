@@ -40,17 +40,17 @@ def test_any_updates_leave_what_a_plain_dictionary_contains(updates, heads):
 @example(updates=[[*range(SAMPLES)]], more=[[], [0]])
 @given(updates=samples_of_updates, more=samples_of_updates)
 def test_a_resumed_bank_equals_one_without_interruption_bit_for_bit(updates, more):
-    unbroken, resumed = Bank(SAMPLES, DIM, reference_dim=2), Bank(SAMPLES, DIM, reference_dim=2)
+    uninterrupted, resumed = Bank(SAMPLES, DIM, reference_dim=2), Bank(SAMPLES, DIM, reference_dim=2)
     for seed, sample in enumerate(updates):
-        unbroken.update(rows_of(sample, seed, reference=2))
-    resumed.load_state_dict(saved_and_loaded(unbroken.state_dict()))
+        uninterrupted.update(rows_of(sample, seed, reference=2))
+    resumed.load_state_dict(saved_and_loaded(uninterrupted.state_dict()))
     for seed, sample in enumerate(more):
-        for bank in (unbroken, resumed):
+        for bank in (uninterrupted, resumed):
             bank.update(rows_of(sample, 50 + seed, reference=2))
-    one, other = unbroken.candidates(anchor()), resumed.candidates(anchor())
+    expected, actual = uninterrupted.candidates(anchor()), resumed.candidates(anchor())
     for name in ("z", "sample", "group", "reference"):
-        assert torch.equal(getattr(one, name), getattr(other, name))
-    assert torch.equal(unbroken.age, resumed.age)
+        assert torch.equal(getattr(expected, name), getattr(actual, name))
+    assert torch.equal(uninterrupted.age, resumed.age)
 
 
 def full(seed=0):
@@ -68,7 +68,7 @@ def test_the_own_sample_in_the_bank_is_neither_negative_nor_positive():
 
 @pytest.mark.parametrize("bank", [full(), Bank(SAMPLES, DIM)], ids=["full", "empty"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_an_update_before_the_backward_pass_is_named(bank, dtype):
+def test_an_update_before_the_backward_pass_raises_an_error_that_says_so(bank, dtype):
     index = torch.arange(4)
     loss = InfoNCE(0.2)(*torch.randn(2, 4, DIM, dtype=dtype).requires_grad_(), sample=index, extra=[bank])
     bank.update(torch.randn(4, DIM), sample=index)
@@ -150,6 +150,6 @@ def test_the_free_memory_is_plausible():
 
 
 @pytest.mark.parametrize("alias", ["memory_bank", "instance_discrimination"])
-def test_an_alias_is_answered_with_the_name(alias):
+def test_an_alias_raises_an_error_with_the_right_name(alias):
     with pytest.raises(ValueError, match=f"the memory '{alias}' is called 'bank' here"):
         MEMORIES[alias]

@@ -142,13 +142,13 @@ def test_a_resumed_run_equals_one_without_interruption_bit_for_bit():
 
     for refresh in ("1 epoch", "3 steps"):
         complete = full(refresh)
-        unbroken = train(complete, range(20))
+        uninterrupted = train(complete, range(20))
         first = full(refresh)
         train(first, range(10))
         resumed = HardNegatives(Bank(SAMPLES, DIM), 3, refresh)
         resumed.load_state_dict(saved_and_loaded(first.state_dict()))
-        for one, other in zip(train(resumed, range(10, 20)), unbroken[10:], strict=True):
-            assert torch.equal(one, other)
+        for actual, expected in zip(train(resumed, range(10, 20)), uninterrupted[10:], strict=True):
+            assert torch.equal(actual, expected)
         assert torch.equal(resumed.table, complete.table)
 
 

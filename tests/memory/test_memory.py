@@ -56,16 +56,16 @@ class Model(nn.Module):
 @pytest.mark.parametrize("interrupted_at", [0, 1, 5, 7])
 def test_a_resumed_run_equals_one_without_interruption_bit_for_bit(name, interrupted_at):
     torch.manual_seed(0)
-    unbroken = Model(new_memory(name))
-    start = copy.deepcopy(unbroken.state_dict())
-    expected = unbroken.train_steps(range(12))
+    uninterrupted = Model(new_memory(name))
+    start = copy.deepcopy(uninterrupted.state_dict())
+    expected = uninterrupted.train_steps(range(12))
     interrupted, resumed = Model(new_memory(name)), Model(new_memory(name))
     interrupted.load_state_dict(start)
     interrupted.train_steps(range(interrupted_at))
     resumed.load_state_dict(saved_and_loaded(interrupted.state_dict()))
     resumed.optimizer.load_state_dict(saved_and_loaded(interrupted.optimizer.state_dict()))
     assert resumed.train_steps(range(interrupted_at, 12)) == expected[interrupted_at:]
-    assert_same_state(resumed.state_dict(), unbroken.state_dict())
+    assert_same_state(resumed.state_dict(), uninterrupted.state_dict())
 
 
 def assert_same_state(one, other):

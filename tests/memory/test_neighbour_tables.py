@@ -58,13 +58,13 @@ def test_it_gives_no_candidates_and_stores_in_the_bank():
 
 @pytest.mark.parametrize("epochs", range(4))
 def test_a_checkpoint_contains_both_tables(epochs):
-    unbroken, resumed = new_tables(), new_tables()
+    uninterrupted, resumed = new_tables(), new_tables()
     for epoch in range(epochs):
-        run_epoch(unbroken, epoch)
-    resumed.load_state_dict(saved_and_loaded(copy.deepcopy(unbroken.state_dict())))
-    for tables in (unbroken, resumed):
+        run_epoch(uninterrupted, epoch)
+    resumed.load_state_dict(saved_and_loaded(copy.deepcopy(uninterrupted.state_dict())))
+    for tables in (uninterrupted, resumed):
         run_epoch(tables, epochs)
     for epoch in range(epochs + 3):
-        one, other = unbroken.known_before(epoch), resumed.known_before(epoch)
-        assert (one is None) == (other is None)
-        assert one is None or torch.equal(one, other)
+        expected, actual = uninterrupted.known_before(epoch), resumed.known_before(epoch)
+        assert (expected is None) == (actual is None)
+        assert expected is None or torch.equal(expected, actual)

@@ -31,8 +31,8 @@ def batches(world, *, heads=None, reference=None):
 
 def updated(memory, rank, world, **options):
     """Return the memory after an update per step, with one process's rows or, without a rank, with all."""
-    for everyone, rows in batches(world, **options):
-        memory.update(everyone if rank is None else everyone[rows[rank]])
+    for complete, rows in batches(world, **options):
+        memory.update(complete if rank is None else complete[rows[rank]])
     return memory
 
 
@@ -119,8 +119,8 @@ def train(rank, world, kind, sharded):
     }[kind]()
     criterion = FalseNegatives(InfoNCE(0.4), relative_margin=0.1) if kind == "hard_negatives" else InfoNCE(0.4)
     steps = []
-    for everyone, rows in batches(world):
-        own = everyone if rank is None else everyone[rows[rank]]
+    for complete, rows in batches(world):
+        own = complete if rank is None else complete[rows[rank]]
         views = [own.z.double() @ weight, (own.z.double() + 0.3) @ weight]
         anchors = nearest_views(memory, views, own.sample)
         if anchors:

@@ -7,7 +7,7 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from contrast.core.embeddings import REMEMBERED, normalise
+from contrast.core.embeddings import REMEMBERED, UNLABELLED, normalise
 from contrast.losses import InfoNCE
 from contrast.memory import MEMORIES, Queue
 from tests.memory.model import DIM, PlainQueue, anchor, entries, rows_of, samples_of_updates, saved_and_loaded
@@ -37,17 +37,17 @@ def test_any_updates_leave_what_a_plain_list_contains(updates, size, heads):
 @example(updates=[], more=[[0, 1, 2]], size=2)
 @given(updates=samples_of_updates, more=samples_of_updates, size=st.integers(1, 14))
 def test_a_resumed_queue_equals_one_without_interruption_bit_for_bit(updates, more, size):
-    unbroken, resumed = Queue(size, DIM, reference_dim=2), Queue(size, DIM, reference_dim=2)
+    uninterrupted, resumed = Queue(size, DIM, reference_dim=2), Queue(size, DIM, reference_dim=2)
     for seed, sample in enumerate(updates):
-        unbroken.update(rows_of(sample, seed, reference=2))
-    resumed.load_state_dict(saved_and_loaded(unbroken.state_dict()))
+        uninterrupted.update(rows_of(sample, seed, reference=2))
+    resumed.load_state_dict(saved_and_loaded(uninterrupted.state_dict()))
     for seed, sample in enumerate(more):
-        for queue in (unbroken, resumed):
+        for queue in (uninterrupted, resumed):
             queue.update(rows_of(sample, 50 + seed, reference=2))
-    one, other = unbroken.candidates(anchor()), resumed.candidates(anchor())
+    expected, actual = uninterrupted.candidates(anchor()), resumed.candidates(anchor())
     for name in ("z", "sample", "group", "reference"):
-        assert torch.equal(getattr(one, name), getattr(other, name))
-    assert (unbroken.position, unbroken.updates) == (resumed.position, resumed.updates)
+        assert torch.equal(getattr(expected, name), getattr(actual, name))
+    assert (uninterrupted.position, uninterrupted.updates) == (resumed.position, resumed.updates)
 
 
 def test_a_checkpoint_is_a_copy():
@@ -66,9 +66,9 @@ def test_plain_tensors_are_scaled_to_unit_length_and_are_unlabelled_without_a_gr
     assert torch.equal(found.z, normalise(z.detach()))
     assert not found.z.requires_grad
     assert found.sample.tolist() == [5, 3]
-    assert found.group.tolist() == [-(2**62) - 5, -(2**62) - 3]
+    assert found.group.tolist() == [UNLABELLED - 5, UNLABELLED - 3]
     queue.update(z, sample=index, group=torch.tensor([0, -1]))
-    assert queue.candidates(anchor()).group[2:].tolist() == [0, -(2**62) - 3]
+    assert queue.candidates(anchor()).group[2:].tolist() == [0, UNLABELLED - 3]
 
 
 def test_the_own_sample_in_the_queue_is_neither_negative_nor_positive():
@@ -77,7 +77,8 @@ def test_the_own_sample_in_the_queue_is_neither_negative_nor_positive():
     z_a, z_b = torch.randn(2, 4, DIM)
     queue.update(torch.randn(3, DIM), sample=torch.tensor([2, 9, 2]))
     criterion(z_a, z_b, sample=index, extra=[queue])
-    assert criterion.metrics["negatives"] == 6 + 3 - 2 / 4
+    # Two views of 3 other samples, and 3 entries; 2 entries are of sample 2, one of the 4 anchors' samples.
+    assert criterion.metrics["negatives"] == 3 * 2 + 3 - 2 / 4
     assert criterion.metrics["positives"] == 1
 
 
@@ -90,7 +91,7 @@ def a_step(queue, dtype=torch.float32):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("wrap", [lambda loss: loss, lambda loss: 2 * loss + 1])
-def test_an_update_before_the_backward_pass_is_named(dtype, wrap):
+def test_an_update_before_the_backward_pass_raises_an_error_that_says_so(dtype, wrap):
     queue = Queue(6, DIM)
     loss, index = a_step(queue, dtype)
     queue.update(torch.randn(4, DIM), sample=index)
@@ -98,7 +99,7 @@ def test_an_update_before_the_backward_pass_is_named(dtype, wrap):
         wrap(loss).backward()
 
 
-def test_an_update_is_named_also_where_the_loss_got_embeddings():
+def test_an_update_before_the_backward_pass_raises_an_error_where_the_loss_got_embeddings():
     queue, index = Queue(6, DIM), torch.arange(4)
     queue.update(torch.randn(4, DIM), sample=index + 10)
     z = torch.randn(2, 4, DIM).requires_grad_()
@@ -193,12 +194,12 @@ def test_wrong_calls_raise_one_sentence(call, message):
     assert "\n" not in str(caught.value)
 
 
-def test_a_missing_reference_is_named():
+def test_a_missing_reference_raises_an_error_that_says_so():
     with pytest.raises(ValueError, match=r"stores reference vectors \(N, 2\); got none"):
         Queue(4, DIM, reference_dim=2).update(rows_of([1], 0))
 
 
 @pytest.mark.parametrize("alias", ["moco", "FIFO", "xbm", "cross_batch_memory", "memory_queue"])
-def test_an_alias_is_answered_with_the_name(alias):
+def test_an_alias_raises_an_error_with_the_right_name(alias):
     with pytest.raises(ValueError, match=f"the memory '{alias}' is called 'queue' here"):
         MEMORIES[alias]
