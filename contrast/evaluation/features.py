@@ -83,7 +83,7 @@ def _check_vectors(vectors: Any, items: int) -> None:
 
 @dataclass(frozen=True)
 class Health:
-    """Whether features can be evaluated.
+    """The state of a set of features: whether they can be evaluated, and if not, why.
 
     Args:
         name: whose features, as the subject of a sentence ("the pretrained encoder").

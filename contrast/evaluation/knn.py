@@ -12,7 +12,7 @@ from contrast.retrieval import exact_search
 
 
 @dataclass(frozen=True)
-class Neighbours:
+class StoredNeighbours:
     r"""A fitted k-NN classifier: the weighted vote of InstDisc.
 
     .. math:: p(c) \propto \sum_{i \in \text{k nearest}} e^{s_i / \tau} \, [y_i = c]
@@ -46,10 +46,10 @@ class Neighbours:
 
 def fit_neighbours(
     features: Tensor, target: Tensor, classes: int, neighbours: int, temperature: float = 0.1
-) -> Neighbours:
+) -> StoredNeighbours:
     """Return the classifier of labelled features (M, F); k is at most the mean number of labels per class.
 
     With fewer than k labels per class, most of the k nearest items are of wrong classes, however good the features are.
     """
     k = max(1, min(neighbours, len(target) // len(torch.unique(target))))
-    return Neighbours(F.normalize(features.float()), target, classes, k, temperature)
+    return StoredNeighbours(F.normalize(features.float()), target, classes, k, temperature)

@@ -286,13 +286,13 @@ def _measure(experiment: Experiment, folder: RunFolder, outcome: TrainingResult)
 
     config, data = experiment.config, experiment.data
     encoder = experiment.encoder.eval()
-    about = {
+    description = {
         "backbone": config.encoder.backbone,
         "kind": data.kind,
         "shape": list(experiment.views.output_shapes(data.shape)[0]),
         "classes": list(data.classes),
     }
-    save_backbone(encoder, folder.path, about)
+    save_backbone(encoder, folder.path, description)
     pretrained = encode_with(encoder)
     start = time.monotonic()
     evaluation = None
@@ -321,8 +321,8 @@ def _measure(experiment: Experiment, folder: RunFolder, outcome: TrainingResult)
         found=found,
     )
     folder.write_arrays(SAMPLES, arrays)
-    facts = _facts(config, folder, outcome, time.monotonic() - start)
-    write_results(folder, facts, data, evaluation, findings=findings, names=config.report.samples)
+    about_run = _about_run(config, folder, outcome, time.monotonic() - start)
+    write_results(folder, about_run, data, evaluation, findings=findings, names=config.report.samples)
     folder.set_state("done", outcome.step)
     log.info("writing the report")
     return Run(folder.path, evaluation, write_report(folder, samples=config.report.samples))
@@ -345,7 +345,7 @@ def _findings(loss: Loss, train: Samples, *, samples: bool) -> tuple[Findings, S
     return found, train.subset(np.flatnonzero(np.isin(train.sample, items)))
 
 
-def _facts(config: Config, folder: RunFolder, outcome: TrainingResult, evaluation_seconds: float) -> dict[str, Any]:
+def _about_run(config: Config, folder: RunFolder, outcome: TrainingResult, evaluation_seconds: float) -> dict[str, Any]:
     environment = folder.read_json(ENVIRONMENT)
     return {
         "command": folder.read_text(COMMAND).strip(),

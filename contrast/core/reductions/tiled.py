@@ -47,7 +47,7 @@ ROWS = 4096
 """Vectors per copy."""
 
 
-class Step(NamedTuple):
+class TileStep(NamedTuple):
     """A tile to be computed: its block of anchors, its block of candidates, and the reductions that it serves.
 
     Args:
@@ -95,7 +95,7 @@ class Grid:
         )  # fmt: skip
         self.steps = list(self._needed_tiles(masked))
 
-    def _needed_tiles(self, masked: Sequence[tuple[list[bool | None], list[bool | None]]]) -> Iterator[Step]:
+    def _needed_tiles(self, masked: Sequence[tuple[list[bool | None], list[bool | None]]]) -> Iterator[TileStep]:
         for i, j in itertools.product(range(len(self.row_blocks)), range(len(self.column_blocks))):
             both = self.symmetric and j < len(self.row_blocks)
             if both and j < i:
@@ -108,7 +108,7 @@ class Grid:
                 if to_rows or to_columns:
                     serves.append((number, to_rows, to_columns))
             if serves:
-                yield Step(i, j, serves)
+                yield TileStep(i, j, serves)
 
     def _may_count(self, i: int, j: int, over: Relation) -> bool:
         if not self.layout.may_count(self.row_blocks[i], self.column_blocks[j], over):
@@ -155,7 +155,7 @@ class BlockTile(Tile):
     def __init__(
         self,
         grid: Grid,
-        step: Step,
+        step: TileStep,
         z: Sequence[Tensor],
         s: Tensor,
         functions: PairFunctions | None = None,
@@ -290,7 +290,7 @@ class TiledReductions(ReductionTerm):
                 self.weighted.add(tile, base, zeros)
         return formulas, [] if self.weighted is None else self.weighted.release()
 
-    def _product(self, step: Step, z: Sequence[Tensor], buffers: Buffers) -> Tensor:
+    def _product(self, step: TileStep, z: Sequence[Tensor], buffers: Buffers) -> Tensor:
         rows, columns = self.grid.row_blocks[step.i], self.grid.column_blocks[step.j]
         return buffers.product(z[rows.source][..., rows.own, :], z[columns.source][..., columns.own, :])
 
