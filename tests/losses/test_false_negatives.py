@@ -51,7 +51,7 @@ def removed(anchors, candidates, group, *, above=None, margin=None, relative_mar
         if top is not None:
             out |= {(a, b) for b in sorted(negative, key=lambda b: -s[b])[:top]}
         if guide:
-            g = [float(i[3] @ j[3]) for j in candidates]
+            g = [float(i[3].detach() @ j[3].detach()) for j in candidates]
             positive = [g[b] for b, kind in enumerate(kinds) if kind == "positive"]
             if positive:
                 out |= {(a, b) for b in negative if g[b] > sum(positive) / len(positive)}
