@@ -39,13 +39,13 @@ def test_before_the_process_group_exists_rank_and_world_size_come_from_the_envir
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     assert distributed.is_first_process() is first
-    assert distributed.announced_world_size() == world
+    assert distributed.expected_world_size() == world
 
 
 def first_and_announced(rank, world):
     """Return the results for an existing group and an environment that contradicts it."""
     with mock.patch.dict(os.environ, {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "9"}):
-        return distributed.is_first_process(), distributed.announced_world_size()
+        return distributed.is_first_process(), distributed.expected_world_size()
 
 
 def test_an_existing_process_group_overrides_the_environment(processes):

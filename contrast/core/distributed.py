@@ -150,7 +150,7 @@ def rank() -> int:
     return dist.get_rank() if group is None else group.rank
 
 
-def announced_world_size() -> int:
+def expected_world_size() -> int:
     """Return the world size; before the process group exists, the one that torchrun announces in WORLD_SIZE."""
     if _AVAILABLE and dist.is_initialized():
         return world_size()
@@ -158,7 +158,7 @@ def announced_world_size() -> int:
 
 
 def is_first_process() -> bool:
-    """True in process 0 of all; before the process group exists, by RANK and LOCAL_RANK as launchers set them."""
+    """True in process 0 of all; before the process group exists, by the launcher's RANK and LOCAL_RANK."""
     if _AVAILABLE and dist.is_initialized():
         return dist.get_rank() == 0
     return os.environ.get("RANK", "0") == "0" and os.environ.get("LOCAL_RANK", "0") == "0"

@@ -91,7 +91,7 @@ def check_free_memory(samples: int, bytes_per_row: int, bytes_per_process: int) 
         ValueError: with the bytes that it needs and those that are free.
     """
     needed = samples * bytes_per_row
-    processes = distributed.announced_world_size()
+    processes = distributed.expected_world_size()
     share = needed // processes if needed > bytes_per_process else needed
     free = free_bytes()
     if free is not None and share > free:
