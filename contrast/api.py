@@ -102,7 +102,7 @@ def evaluate(
     found = measure({"raw": raw_input(opened), name: encode}, opened, **runs.evaluation_settings(config))
     target = Path(out) if out is not None else (Path(model) if own.is_file() else None)
     if target is not None:
-        for folder in write_evaluations(RunFolder(target), opened, found):
+        for folder in write_evaluations(RunFolder(target), opened, found, names=config.report.samples):
             log.info("written: %s", folder)
     return found
 
