@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
+import logging
+import sys
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from contrast.data.dataset import Data
 from contrast.evaluation.protocols import Evaluation
 from contrast.experiment.folder import EVALUATIONS, PREDICTIONS, RESULT, RESULTS, RunFolder
+from contrast.losses.loss import Loss
 
 SCHEMA = 1
+
+log = logging.getLogger("contrast")
 
 
 def write_results(
@@ -32,7 +37,7 @@ def write_results(
         about: the run: command, config hash, commit, seed, status, device, seconds and the like.
         data: what was read.
         evaluation: what was measured; None where there was nothing to measure.
-        findings: what the loss found, title -> rows.
+        findings: what the loss found, as `clean_findings` returns it.
         names: False leaves the items' names out of the predictions.
     """
     results = [] if evaluation is None else [result.row() for result in evaluation.results]
@@ -45,15 +50,57 @@ def write_results(
             "run": dict(about),
             "data": describe(data),
             "results": results,
-            "findings": {title: [_finite(row) for row in rows] for title, rows in findings.items()},
+            "findings": dict(findings),
             "warnings": [] if evaluation is None else evaluation.warnings,
         },
     )
 
 
-def _finite(row: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a row with None for what JSON cannot contain: a loss's NaN must not cost the results of a run."""
-    return {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()}
+def clean_findings(loss: Loss, names: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
+    """Return what the loss found as JSON can contain it: an error in it must not cost the results of a run.
+
+    Numbers that are not finite become None. A table that does not consist of rows, or all of them where `findings`
+    raises, are left out with a warning.
+    """
+    clean: dict[str, list[dict[str, Any]]] = {}
+    try:
+        findings: object = loss.findings(names)
+        if not isinstance(findings, Mapping):
+            raise TypeError(f"expected a mapping from title to rows; got {type(findings).__name__}")
+        tables = list(findings.items())
+    except Exception as error:
+        _warn_of_findings(loss, "all findings", error)
+        return clean
+    for title, rows in tables:
+        try:
+            clean[str(title)] = _clean_rows(rows)
+        except Exception as error:
+            _warn_of_findings(loss, f"{title!r}", error)
+    return clean
+
+
+def _clean_rows(rows: object) -> list[dict[str, Any]]:
+    if not isinstance(rows, Iterable):
+        raise TypeError(f"expected a list of rows; got {type(rows).__name__}")
+    clean = []
+    for row in rows:
+        if not isinstance(row, Mapping):
+            raise TypeError(f"expected a mapping from column to value in each row; got {type(row).__name__}")
+        clean.append({str(column): _clean_value(value) for column, value in row.items()})
+    return clean
+
+
+def _clean_value(value: Any) -> str | int | float | bool | None:
+    if isinstance(value, np.generic) or (isinstance(value, np.ndarray | Tensor) and value.ndim == 0):
+        value = value.item()
+    if isinstance(value, int | float):
+        return value if abs(value) <= sys.float_info.max else None
+    return value if value is None or isinstance(value, str) else str(value)
+
+
+def _warn_of_findings(loss: Loss, what: str, error: Exception) -> None:
+    reason = " ".join(f"{type(error).__name__}: {error}".split())
+    log.warning("%s.findings: %s left out (%s)", type(loss).__name__, what, reason)
 
 
 def describe(data: Data) -> dict[str, Any]:

@@ -44,7 +44,7 @@ from contrast.experiment.folder import (
     RunFolder,
 )
 from contrast.experiment.named_models import Encode, encode_with, reference_of
-from contrast.experiment.results import write_results
+from contrast.experiment.results import clean_findings, write_results
 from contrast.losses.loss import Loss
 from contrast.models import save_backbone
 from contrast.train.budget import Budget
@@ -336,12 +336,13 @@ def _findings(loss: Loss, train: Samples, *, samples: bool) -> tuple[Findings, S
     if samples:
         for sample, name in zip(train.sample.tolist(), train.names, strict=True):
             names[sample] = str(name)
-    found: Findings = loss.findings(names)
+    found: Findings = clean_findings(loss, names)
     if not samples:
         found = without_items(found)
     for title, rows in found.items():
         log.info("the loss found: %s (%s rows)", title, f"{len(rows):,}")
-    items = [row["sample"] for rows in found.values() for row in rows if "sample" in row]
+    samples_found = [row.get("sample") for rows in found.values() for row in rows]
+    items = [sample for sample in samples_found if isinstance(sample, int)]
     return found, train.subset(np.flatnonzero(np.isin(train.sample, items)))
 
 
@@ -403,7 +404,7 @@ def _log_into(folder: RunFolder) -> Iterator[None]:
     if not distributed.is_first_process():
         yield
         return
-    handler = logging.FileHandler(folder.path / LOG)
+    handler = logging.FileHandler(folder.path / LOG, encoding="utf-8", errors="replace")
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
     log.addHandler(handler)
     try:

@@ -16,6 +16,7 @@ from contrast.report.record import RunRecord, is_number
 
 LARGEST_PICTURE = 800_000
 """Bytes; a larger picture of the views is reduced, so that the page stays below 3 MB."""
+LARGEST_DRAWN = 1e300
 
 
 def training_curves(record: RunRecord) -> dict[str, Any]:
@@ -43,8 +44,9 @@ def findings_sections(record: RunRecord, *, samples: bool) -> list[dict[str, Any
 
 def _findings_section(record: RunRecord, name: str, title: str, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     items = [row for row in rows if "sample" in row]
-    course = [row for row in rows if "epoch" in row and "sample" not in row]
-    others = [row for row in rows if "epoch" not in row and "sample" not in row]
+    without_sample = [row for row in rows if "sample" not in row]
+    course = [row for row in without_sample if _columns_to_draw(row)]
+    others = [row for row in without_sample if not _columns_to_draw(row)]
     columns = list(dict.fromkeys(key for row in others for key in row))
     return {
         "id": name,
@@ -71,15 +73,21 @@ def _finding_item(record: RunRecord, row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _course_curves(name: str, title: str, course: Sequence[Mapping[str, Any]]) -> list[Markup]:
-    columns = dict.fromkeys(key for row in course for key, value in row.items() if is_number(value) and key != "epoch")
+    columns = dict.fromkeys(column for row in course for column in _columns_to_draw(row))
     curves = []
     for number, column in enumerate(columns, start=1):
-        rows = [row for row in course if is_number(row.get(column))]
+        rows = [row for row in course if column in _columns_to_draw(row)]
         epoch, value = (np.array([float(row[key]) for row in rows]) for key in ("epoch", column))
         label = f"{title}: {column} over the epochs, {value[-1]:.3g} at the end"
         svg = curve(epoch, value, name=f"{name}-{number}", label=label, x_label="epoch", y_label=column)
         curves.append(Markup(svg))
     return curves
+
+
+def _columns_to_draw(row: Mapping[str, Any]) -> list[str]:
+    """Return the columns of a row that are points over its epoch; larger numbers would overflow in the drawing."""
+    columns = [key for key, value in row.items() if is_number(value) and abs(value) < LARGEST_DRAWN]
+    return [key for key in columns if key != "epoch"] if "epoch" in columns else []
 
 
 def _finding_text(value: object) -> str:

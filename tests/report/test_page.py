@@ -176,6 +176,19 @@ def test_an_item_of_the_findings_without_a_picture_has_its_name():
     assert "<img" not in text and "<svg" not in text
 
 
+def test_findings_that_cannot_be_drawn_are_a_table(tmp_path):
+    drawn = [{"epoch": epoch, "share": share} for epoch, share in enumerate((1e299, -1e299, 0.5, None, 1e308))]
+    odd = [{"epoch": epoch, "share": 0.25} for epoch in ("first", None, 1e308, 10**400, float("nan"), "\ud800")]
+    findings = {"mixed": [*drawn, *odd], "large": [{"epoch": 1e299, "share": 10**400}, {"epoch": 1e299, "share": 1}]}
+    (tmp_path / CONFIG).write_text("name: mine\n")
+    (tmp_path / RESULTS).write_text(json.dumps({"findings": findings}))
+    text = text_of(tmp_path)
+    mixed, large = (text.split(f'<section id="finding-{number}"')[1].split("</section>")[0] for number in (1, 2))
+    assert mixed.count("<svg") == large.count("<svg") == 1
+    assert mixed.count("<td>0.25</td>") == len(odd)
+    assert large.count("<td>") == 2
+
+
 @pytest.mark.parametrize(
     ("state", "said"),
     [
