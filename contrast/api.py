@@ -110,7 +110,8 @@ def evaluate(
 def _overrides(settings: Mapping[str, Any]) -> list[tuple[str, Any]]:
     """Return (key, value) for each setting, a section's keys with dots; keys of `data` may have been given directly."""
     of_data = {field.name for field in dataclasses.fields(DataSettings)}
-    return [(f"data.{key}" if key in of_data else key, value) for key, value in _dotted(settings)]
+    direct = [(f"data.{key}", value) for key, value in settings.items() if key in of_data]
+    return direct + list(_dotted({key: value for key, value in settings.items() if key not in of_data}))
 
 
 def _dotted(settings: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:

@@ -202,7 +202,7 @@ def _show(parsed: argparse.Namespace) -> None:
     first, *rest = parsed.arguments or [""]
     if not first and parsed.explain is None:
         raise InputError("contrast show: name a CONFIG, a RUN or a MODEL, or give --explain KEY.")
-    if is_run(first):
+    if not configuration.is_override(first) and is_run(first):
         loaded = configuration.load(str(RunFolder(Path(first)).config), rest)
     elif _is_model(first):
         return _show_model(first)

@@ -534,6 +534,18 @@ def test_python_does_what_the_command_does(tmp_path):
         "pretrain data.source=bars.npz 'loss={name: cacr, repulsion_scale: 2.0}'"
         in (run.path / "command.txt").read_text()
     )
+    again = contrast.pretrain(
+        "bars.npz",
+        splits={"test": 0.5},
+        budget="2 steps",
+        batch_size=8,
+        probe={"items": 0},
+        evaluate={"protocols": []},
+        report={"samples": False},
+        logger="none",
+        encoder={"backbone": {"name": "small_conv", "width": 4, "blocks": [1]}},
+    )
+    assert "data.splits={test: 0.5}" in (again.path / "command.txt").read_text()
     model = contrast.load(run.path)
     features = model.features(torch.from_numpy(np.load("bars.npz")["x"][:, None]))
     assert features.shape == (60, 4)
@@ -762,6 +774,10 @@ def supervised_without_labels(tmp_path):
 
 
 WRONG = [
+    lambda _: (
+        ["pretrain", "digits", "loss={name: bad_pairs, loss: amcl_barlow}", *QUICK],
+        ["loss 'bad_pairs'", "AMCLBarlow has none"],
+    ),
     folder_with_a_truncated_image,
     folder_with_a_table_of_files_that_do_not_exist,
     empty_folder,

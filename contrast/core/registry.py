@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import typing
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union
 
@@ -114,14 +114,7 @@ class Registry(Mapping[str, Callable[..., Any]]):
                 ]
         known = schema(build)
         filled = {key: value for key, value in facts.items() if key in known and key not in arguments} | arguments
-        for key, (annotation, default) in known.items():
-            if default is inspect.Parameter.empty and key not in filled:
-                expected = describe(annotation)
-                if self.takes_part(name, key):
-                    expected = f"a {self.kind}"
-                elif self.takes_parts(name, key):
-                    expected = f"a list, each a {self.kind}"
-                raise InputError(f"{where} '{name}': {key} is missing; give {where}.{key}, {expected}.")
+        self.check_complete(name, filled, where=where)
         try:
             return build(**filled)
         except InputError:
@@ -154,6 +147,17 @@ class Registry(Mapping[str, Callable[..., Any]]):
             else:
                 checked |= check_arguments(build, {key: value}, where=where, owner=owner)
         return name, checked
+
+    def check_complete(self, name: str, given: Collection[str], *, where: str) -> None:
+        """Raise an InputError where the part called `name` has an argument without default that is not given."""
+        for key, (annotation, default) in schema(self[name]).items():
+            if default is inspect.Parameter.empty and key not in given:
+                expected = describe(annotation)
+                if self.takes_part(name, key):
+                    expected = f"a {self.kind}"
+                elif self.takes_parts(name, key):
+                    expected = f"a list, each a {self.kind}"
+                raise InputError(f"{where} '{name}': {key} is missing; give {where}.{key}, {expected}.")
 
     def check_list(self, parts: Any, *, where: str) -> list[Any]:
         """Return a list of parts, each checked and as {"name": ..., its arguments}; objects stay as they are.

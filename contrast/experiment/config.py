@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ import numpy as np
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from torch import Tensor
 
 from contrast.core.registry import InputError, Registry, check_arguments, did_you_mean, schema
 from contrast.experiment.parts import KINDS, Kind, Part, import_plugins
@@ -220,7 +222,8 @@ def load(config: str | None = None, overrides: Sequence[Override] = (), *, by: s
     if config is not None:
         file = find(config)
         content = _read_yaml(file)
-        content["plugins"] = [_next_to(file, plugin) for plugin in _plugins(content)]
+        if "plugins" in content:
+            content["plugins"] = [_next_to(file, plugin) for plugin in _plugins(content)]
         for key, value in content.items():
             _override(tree, [key], value, origins, str(config))
         try:
@@ -229,6 +232,9 @@ def load(config: str | None = None, overrides: Sequence[Override] = (), *, by: s
             raise InputError(with_origin(str(error), origins)) from None
     for override in overrides:
         key, value = _parsed(override, by) if isinstance(override, str) else override
+        if "[" in key:
+            outer = key.partition("[")[0]
+            raise InputError(f"{_ORIGINS[by]}: {key}: {outer} is a list; write all of it, {outer}=[...].")
         _override(tree, key.split("."), _plain_values(value), origins, by)
     try:
         return Loaded(check(tree), origins)
@@ -277,7 +283,8 @@ def is_config(text: str) -> bool:
 
 def is_override(text: str) -> bool:
     """True if an argument of the command line is `key=value`."""
-    return re.match(r"[A-Za-z_][\w.]*=", text) is not None and not Path(text).exists()
+    # os.path.exists, unlike Path.exists, answers for text that is too long to be a path.
+    return re.match(r"[A-Za-z_][\w.\[\]]*=", text) is not None and not os.path.exists(text)  # noqa: PTH110
 
 
 def _read_yaml(file: Path) -> dict[str, Any]:
@@ -405,13 +412,29 @@ def check(tree: Mapping[str, Any]) -> Config:
             raise InputError(f"{key} must be {least} or more; got {values[key]}.")
     _check_trainer(config.trainer)
     for kind in KINDS.values():
-        if kind.trial is not None:  # for the values that its constructor refuses
+        if kind.constructed_early:
             for where, part in parts_of(config, kind):
-                kind.build(part, where=where, **kind.trial)
+                _construct(kind, part, where)
     names = [part["name"] if isinstance(part, Mapping) else part for part in config.evaluate.protocols]
     if twice := [name for name in names if names.count(name) > 1]:
         raise InputError(f"evaluate.protocols: '{twice[0]}' is given twice; give each protocol once.")
     return config
+
+
+def _construct(kind: Kind, part: Part, where: str) -> None:
+    """Construct a part, and the parts inside it, for the values that a constructor refuses; not what needs a fact."""
+    name, arguments = kind.registry.check(part, where=where)
+    kind.registry.check_complete(name, {*arguments, *kind.facts}, where=where)
+    needs_fact = any(fact in schema(kind.registry[name]) and fact not in arguments for fact in kind.facts)
+    has_inner = False
+    for key, value in arguments.items():
+        inner = value if kind.registry.takes_parts(name, key) and isinstance(value, list) else [value]
+        for number, one in enumerate(inner):
+            if isinstance(one, Mapping) and "name" in one:
+                has_inner = True
+                _construct(kind, one, f"{where}.{key}[{number}]" if inner is value else f"{where}.{key}")
+    if not (needs_fact or has_inner):
+        kind.build(part, where=where)
 
 
 def parts_of(config: Config, kind: Kind) -> Iterator[tuple[str, Part]]:
@@ -504,6 +527,13 @@ def _check_trainer(trainer: Mapping[str, Any]) -> None:
         check_arguments(lightning.Trainer, trainer, where="trainer", owner="Lightning's Trainer")
 
 
+def trainer_arguments() -> list[str]:
+    """Return the arguments of Lightning's Trainer that a config may give."""
+    import lightning
+
+    return [name for name in schema(lightning.Trainer) if name not in (*_BUDGET_DECIDES, *_SET_BY_CONTRAST)]
+
+
 def with_origin(message: str, origins: Mapping[str, str]) -> str:
     """Return the message of an error, preceded by where its key was written: a file or the command line.
 
@@ -524,7 +554,7 @@ def with_origin(message: str, origins: Mapping[str, str]) -> str:
 
 def to_yaml(config: Config) -> str:
     """Return the complete config as YAML that `load` reads back."""
-    return OmegaConf.to_yaml(OmegaConf.create(_plain_values(dataclasses.asdict(config))))
+    return OmegaConf.to_yaml(OmegaConf.create(_escaped(_plain_values(dataclasses.asdict(config)))))
 
 
 def to_text(value: Any) -> str:
@@ -532,10 +562,32 @@ def to_text(value: Any) -> str:
     value = _plain_values(value)
     if isinstance(value, dict) and set(value) == {"name"}:
         value = value["name"]
-    if not isinstance(value, str | int | float | dict | list | None):
-        return str(value)
-    text: str = yaml.safe_dump(value, default_flow_style=True, width=float("inf"), sort_keys=False, allow_unicode=True)
+    text: str = yaml.dump(
+        value, Dumper=_Dumper, default_flow_style=True, width=float("inf"), sort_keys=False, allow_unicode=True
+    )
     return text.removesuffix("...\n").strip()
+
+
+class _Dumper(yaml.SafeDumper):  # type: ignore[misc]
+    """Writes anything that YAML does not know as its text."""
+
+
+_Dumper.add_multi_representer(object, lambda dumper, value: dumper.represent_str(str(value)))
+# OmegaConf, unlike PyYAML, reads 1e5 as a number: a text like that is written in quotes.
+_Dumper.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d[\d_]*)?\.?\d[\d_]*([eE][-+]?\d+)$"), list("-+0123456789.")
+)
+
+
+def _escaped(value: Any) -> Any:
+    """Return a value whose texts contain no interpolation: `${x}` in them is not a reference to the key x."""
+    if isinstance(value, dict):
+        return {key: _escaped(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_escaped(inner) for inner in value]
+    if isinstance(value, str):
+        return re.sub(r"(\\*)\$\{", lambda found: f"{found[1] * 2}\\${{", value)
+    return value
 
 
 def flat(config: Config) -> dict[str, Any]:
@@ -573,7 +625,7 @@ def with_defaults(kind: Kind, part: Any) -> Any:
             complete.setdefault(argument, default)
         if kind.registry.takes_part(name, argument) and isinstance(complete.get(argument), Mapping | str):
             complete[argument] = with_defaults(kind, complete[argument])
-        elif kind.registry.takes_parts(name, argument) and argument in complete:
+        elif kind.registry.takes_parts(name, argument) and isinstance(complete.get(argument), list | tuple):
             complete[argument] = [with_defaults(kind, one) for one in complete[argument]]
     return complete
 
@@ -592,6 +644,6 @@ def _plain_values(value: Any) -> Any:
         return {str(key): _plain_values(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
         return [_plain_values(inner) for inner in value]
-    if isinstance(value, np.generic):
-        return value.item()
+    if isinstance(value, np.generic | np.ndarray | Tensor):
+        return value.tolist()
     return str(value) if isinstance(value, Path) else value

@@ -6,12 +6,22 @@ import inspect
 import re
 import typing
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import NoneType
 from typing import Any
 
 from contrast.core.registry import InputError, describe, did_you_mean, schema
-from contrast.experiment.config import SECTIONS, Config, Loaded, parts_of, resolved, to_text, with_defaults
+from contrast.experiment.config import (
+    SECTIONS,
+    Config,
+    Loaded,
+    flat,
+    parts_of,
+    resolved,
+    to_text,
+    trainer_arguments,
+    with_defaults,
+)
 from contrast.experiment.parts import KINDS, Kind, described
 
 FIELD = re.compile(r"^    (\w+): (.*)$")
@@ -57,18 +67,44 @@ def explain(loaded: Loaded, key: str) -> str:
     Raises:
         InputError: for a key that the config does not have.
     """
-    values = resolved(loaded.config)
-    for kind in KINDS.values():
-        for where, part in parts_of(loaded.config, kind) if kind.many else ():
-            values |= {f"{where}.{name}": value for name, value in with_defaults(kind, part).items()}
-    shown = []
-    for one in _explanations(loaded.config, key):
-        value = to_text(values[one.key]) if one.key in values else ""
-        shown.append(one.text(value, origin_of(one.key, loaded.origins)))
+    values = dict(_with_lists(loaded.config, complete=True))
+    written = dict(_with_lists(loaded.config, complete=False))
+
+    def origin(of: str) -> str:
+        return origin_of(of, loaded.origins) if of in written else "default"
+
+    shown = [
+        one.text(to_text(values[one.key]) if one.key in values else "", origin(one.key))
+        for one in _explanations(loaded.config, key)
+    ]
+    if not shown and key in values:
+        unknown = Explanation(key, "", "", "An argument of a part whose signature is not known here.")
+        shown = [unknown.text(to_text(values[key]), origin(key)).rstrip()]
     if not shown:
         known = [*_keys(), *values]
+        if key.startswith("trainer."):
+            known = [f"trainer.{name}" for name in trainer_arguments()]
         raise InputError(f"--explain: the config has no key {key!r}.{did_you_mean(key, known)}")
     return "\n".join(shown)
+
+
+def _with_lists(config: Config, *, complete: bool) -> Iterator[tuple[str, Any]]:
+    """Iterate over (key, value), also of the parts in lists, `memory[0].size`; `complete`: with the defaults too."""
+    yield from (resolved(config) if complete else flat(config)).items()
+    for kind in KINDS.values():
+        for where, part in parts_of(config, kind):
+            given = {"name": part} if isinstance(part, str) else part
+            yield from _inside(where, with_defaults(kind, given) if complete else given)
+
+
+def _inside(key: str, value: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, Mapping):
+        for name, one in value.items():
+            yield f"{key}.{name}", one
+            yield from _inside(f"{key}.{name}", one)
+    elif isinstance(value, list | tuple):
+        for number, one in enumerate(value):
+            yield from _inside(f"{key}[{number}]", one)
 
 
 def origin_of(key: str, origins: Mapping[str, str]) -> str:
@@ -76,7 +112,7 @@ def origin_of(key: str, origins: Mapping[str, str]) -> str:
     while key:
         if key in origins:
             return origins[key]
-        key = key.rpartition(".")[0]
+        key, _, _ = key.rpartition("[") if key.endswith("]") else key.rpartition(".")
     return "default"
 
 
@@ -130,12 +166,10 @@ def _explanations(config: Config, key: str) -> Iterator[Explanation]:
     """Iterate over what the key may mean: one thing, or for a key inside a list of parts one per part that has it."""
     kind = next((kind for kind in KINDS.values() if key.startswith((f"{kind.key}.", f"{kind.key}["))), None)
     if kind is not None:
-        rest = key.removeprefix(kind.key)
-        place = re.match(r"\[\d+\]", rest)
-        for where, part in parts_of(config, kind):
-            if not kind.many or place is None or where == f"{kind.key}{place[0]}":
-                inner = rest[place.end() :] if place else rest
-                yield from _inside_part(kind, part, where, inner.lstrip(".").split("."))
+        inside = re.fullmatch(r"(\[\d+\])?\.(.+)", key.removeprefix(kind.key))
+        for where, part in parts_of(config, kind) if inside else ():
+            if inside is not None and inside[1] in (None, where.removeprefix(kind.key)):
+                yield from _inside_part(kind, part, where, inside[2].split("."))
     elif key in _keys():
         section, _, name = key.rpartition(".")
         owner = SECTIONS[section] if section else Config
@@ -145,20 +179,27 @@ def _explanations(config: Config, key: str) -> Iterator[Explanation]:
         import lightning
 
         name = key.removeprefix("trainer.")
-        if name in schema(lightning.Trainer):
-            yield _of_argument(lightning.Trainer, key, name, "Lightning's Trainer")
+        if name in trainer_arguments():
+            one = _of_argument(lightning.Trainer, key, name, "Lightning's Trainer")
+            yield replace(one, default="")  # contrast sets defaults of its own
 
 
 def _inside_part(kind: Kind, part: Any, where: str, path: list[str]) -> Iterator[Explanation]:
     name = str(part.get("name") if isinstance(part, Mapping) else part)
-    argument, *further = path
+    first, *further = path
+    index = re.fullmatch(r"(\w+)\[(\d+)\]", first)
+    argument = index[1] if index else first
     if argument == "name" and not further:
         choices = described(kind.registry)
-        yield Explanation(f"{where}.name", "text", "", f"which {kind.registry.kind}.", choices=choices)
+        yield Explanation(f"{where}.name", "text", "", f"Which {kind.registry.kind}.", choices=choices)
     elif name in kind.registry and argument in schema(kind.registry[name]):
         if further and isinstance(part, Mapping) and kind.registry.takes_part(name, argument):
             yield from _inside_part(kind, part.get(argument), f"{where}.{argument}", further)
-        elif not further:
+        elif further and isinstance(part, Mapping) and kind.registry.takes_parts(name, argument):
+            for number, one in enumerate(part.get(argument) or ()):
+                if index is None or int(index[2]) == number:
+                    yield from _inside_part(kind, one, f"{where}.{argument}[{number}]", further)
+        elif not (further or index):
             owner = f"the {kind.registry.kind} '{name}'"
             if argument in kind.facts:
                 owner += "; filled in from the data and the run where it is not given"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
+import traceback
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -40,8 +41,8 @@ class Kind:
         many: whether the key has a list of parts.
         facts: names of values that are known only when the run is built. A constructor that has a parameter of such a
             name gets the value, unless the config gives one.
-        trial: placeholder values of the facts. With them each part is constructed once when the config is checked, so
-            that a value that its constructor refuses is found before any data is read; None: it is not constructed.
+        constructed_early: True to construct the parts that need no fact when the config is checked, so that a value
+            that a constructor refuses is found before any data is read.
     """
 
     key: str
@@ -49,7 +50,7 @@ class Kind:
     registry: Registry
     many: bool = False
     facts: Sequence[str] = ()
-    trial: Mapping[str, Any] | None = None
+    constructed_early: bool = False
 
     def build(self, part: Part, *, where: str = "", **facts: Any) -> Any:
         """Construct a part; of the facts, it gets those of its kind that its constructor has a parameter for.
@@ -67,8 +68,6 @@ class Kind:
 
 
 _OF_DATA = ("samples", "classes")
-_LARGE = {"samples": 65_536, "classes": 100}
-"""Large, so that a number of neighbours or clusters that the data set allows is not refused before it is read."""
 
 KINDS = {
     kind.key: kind
@@ -82,7 +81,7 @@ KINDS = {
             "losses",
             LOSSES,
             facts=(*_OF_DATA, "dim", "epochs"),
-            trial=_LARGE | {"dim": 128, "epochs": 100},
+            constructed_early=True,
         ),
         Kind(
             "memory",
@@ -91,15 +90,15 @@ KINDS = {
             many=True,
             facts=(*_OF_DATA, "dim", "heads", "reference_dim", "bank", "store", "seed"),
         ),
-        Kind("sampler", "samplers", SAMPLERS, facts=_OF_DATA, trial=_LARGE),
-        Kind("optimizer", "optimizers", OPTIMIZERS, facts=("epochs",), trial={"epochs": 100}),
+        Kind("sampler", "samplers", SAMPLERS, facts=_OF_DATA, constructed_early=True),
+        Kind("optimizer", "optimizers", OPTIMIZERS, facts=("epochs",), constructed_early=True),
         Kind(
             "evaluate.protocols",
             "protocols",
             PROTOCOLS,
             many=True,
             facts=("classes", "draws", "labels_per_class"),
-            trial={"classes": 100, "draws": 1, "labels_per_class": 1},
+            constructed_early=True,
         ),
     )
 }
@@ -145,6 +144,11 @@ def import_plugins(files: Sequence[Any]) -> None:
                 importlib.import_module(file)
         except (FileNotFoundError, ModuleNotFoundError) as error:
             raise InputError(f"plugins: {file} cannot be imported: {error}.") from None
+        except Exception as error:
+            line = traceback.extract_tb(error.__traceback__)[-1]
+            place = "" if isinstance(error, SyntaxError) else f" in {Path(line.filename).name}, line {line.lineno}"
+            reason = f"{type(error).__name__}{place}: {error}"
+            raise InputError(f"plugins: {file} cannot be imported ({reason}).") from error
 
 
 def _import_file(path: Path) -> None:

@@ -70,6 +70,34 @@ def test_an_argument_of_lightning_s_trainer_is_explained():
     assert "of Lightning's Trainer" in explain(configuration.load(), "trainer.precision")
 
 
+def test_every_key_that_show_prints_is_explained():
+    for config in ("moco_v2", "nnclr", "cacr", "neighbour_batches"):
+        loaded = configuration.load(config)
+        for key in configuration.resolved(loaded.config):
+            assert explain(loaded, key).startswith(f"{key} = ")
+
+
+@pytest.mark.parametrize(
+    ("config", "key", "origin"),
+    [
+        ("moco_v2", "loss.learn_temperature", "default"),
+        ("moco_v2", "loss.temperature", "moco_v2"),
+        ("moco_v2", "memory[0].size", "moco_v2"),
+        ("moco_v2", "plugins", "default"),
+        ("nnclr", "encoder.predictor.layers", "nnclr"),
+        ("nnclr", "encoder.predictor.batch_norm", "default"),
+    ],
+)
+def test_the_origin_is_where_the_value_is_written(config, key, origin):
+    assert explain(configuration.load(config), key).splitlines()[0].endswith(f"({origin})")
+
+
+@pytest.mark.parametrize("key", ["memory[0]size", "loss[0].temperature", "loss..temperature", "trainer.max_epochs"])
+def test_a_key_that_no_config_may_have_is_refused(key):
+    with pytest.raises(InputError, match="--explain: the config has no key"):
+        explain(configuration.load("moco_v2"), key)
+
+
 @pytest.mark.parametrize(
     ("key", "meant"), [("buget", "budget"), ("data.sorce", "data.source"), ("loss.temprature", "loss.temperature")]
 )
