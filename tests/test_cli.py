@@ -637,7 +637,7 @@ def test_show_explains_a_key_with_and_without_a_config(run_command):
     assert status == 0, err
     assert out.startswith("loss.repulsion_scale = 2.0  (cacr)\n  ")
     assert run_command("show", "--explain", "batch_size")[1].startswith(
-        "batch_size = auto  (default)\n  Items per step"
+        "batch_size = auto  (default)\n  items per step"
     )
     status, _, err = run_command("show", "--explain", "bach_size")
     assert (status, "Did you mean 'batch_size'?" in err) == (2, True)

@@ -78,7 +78,7 @@ def explain(loaded: Loaded, key: str) -> str:
         for one in _explanations(loaded.config, key)
     ]
     if not shown and key in values:
-        unknown = Explanation(key, "", "", "An argument of a part whose signature is not known here.")
+        unknown = Explanation(key, "", "", "an argument of a part whose signature is not known here.")
         shown = [unknown.text(to_text(values[key]), origin(key)).rstrip()]
     if not shown:
         known = [*_keys(), *values]
@@ -191,7 +191,7 @@ def _inside_part(kind: Kind, part: Any, where: str, path: list[str]) -> Iterator
     argument = index[1] if index else first
     if argument == "name" and not further:
         choices = described(kind.registry)
-        yield Explanation(f"{where}.name", "text", "", f"Which {kind.registry.kind}.", choices=choices)
+        yield Explanation(f"{where}.name", "text", "", f"which {kind.registry.kind}.", choices=choices)
     elif name in kind.registry and argument in schema(kind.registry[name]):
         if further and isinstance(part, Mapping) and kind.registry.takes_part(name, argument):
             yield from _inside_part(kind, part.get(argument), f"{where}.{argument}", further)
@@ -213,4 +213,4 @@ def _of_argument(
     factory = not isinstance(default, str | int | float | bool | list | tuple | dict | None)
     sentence = fields_of(build).get(name, "")
     text = "" if default is inspect.Parameter.empty or factory else to_text(default)
-    return Explanation(key, type_of(key, annotation), text, sentence[:1].upper() + sentence[1:], owner, choices)
+    return Explanation(key, type_of(key, annotation), text, sentence, owner, choices)

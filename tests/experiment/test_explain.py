@@ -32,7 +32,7 @@ def test_a_key_is_explained_with_its_type_default_value_and_origin(tmp_path):
     text = explain(configuration.load(str(file)), "loss.temperature")
     assert text.splitlines() == [
         f"loss.temperature = 0.3  ({file})",
-        "  Tau > 0, divides the cosine similarity.",
+        "  tau > 0, divides the cosine similarity.",
         "  a number; default: 0.1; of the loss 'info_nce'",
     ]
 
@@ -40,11 +40,11 @@ def test_a_key_is_explained_with_its_type_default_value_and_origin(tmp_path):
 @pytest.mark.parametrize(
     ("key", "overrides", "expected"),
     [
-        ("budget", [], ["budget = auto  (default)", "How long to train"]),
-        ("data", [], ["What to read and how to split it", "a section"]),
+        ("budget", [], ["budget = auto  (default)", "how long to train"]),
+        ("data", [], ["what to read and how to split it", "a section"]),
         ("data.split_by", [], ["never on two sides of a split", "text or nothing"]),
         ("encoder.momentum", [], ["encoder.momentum = null", "in [0, 1]"]),
-        ("loss", [], ["What is minimised", "  info_nce ", "  cacr "]),
+        ("loss", [], ["what is minimised", "  info_nce ", "  cacr "]),
         ("loss.name", [], ["loss.name = info_nce", "  cacr "]),
         (
             "loss.loss.temperature",
