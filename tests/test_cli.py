@@ -16,6 +16,7 @@ from PIL import Image
 import contrast
 from contrast import LOSSES, cli
 from contrast.experiment.parts import KINDS
+from contrast.memory import MEMORIES as REGISTERED_MEMORIES
 from contrast.train.callbacks import Checkpoints, MetricsLogger
 from contrast.train.online_probe import OnlineProbe
 from tests.tiny import QUICK, QUICK_SERIES, images, series
@@ -296,6 +297,34 @@ def test_a_run_counts_false_negatives_by_labels_it_never_uses(tmp_path, run_comm
         np.savez(tmp_path / "unnamed.npz", x=arrays["x"])
     assert run_command("pretrain", "unnamed.npz", *words[1:], loss, "--out", "blind")[0] == 0
     assert "false_negatives" not in (tmp_path / "blind/metrics.jsonl").read_text()
+
+
+FILLED_MEMORY = """
+from contrast.memory import MEMORIES, Memory
+
+
+@MEMORIES.register("filled")
+class Filled(Memory):
+    def __init__(self):
+        super().__init__()
+        self.history = []
+
+    def update(self, embeddings, **_):
+        self.history.append(embeddings)
+"""
+
+
+def test_a_memory_that_no_checkpoint_can_contain_is_refused_before_training(tmp_path, run_command):
+    images(tmp_path / "bars.npz")
+    (tmp_path / "filled.py").write_text(FILLED_MEMORY)
+    try:
+        words = ["bars.npz", "plugins=[filled.py]", "memory=filled", "budget=2 steps", *QUICK]
+        status, _, err = run_command("pretrain", *words, "--out", "run")
+    finally:
+        REGISTERED_MEMORIES._parts.pop("filled", None)
+    assert (status, len(err.strip().splitlines())) == (2, 1), err
+    assert "memory: Filled.history contains a tensor" in err
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_frozen_network_weighs_the_pairs(tmp_path, run_command):

@@ -7,6 +7,7 @@ import resource
 import statistics
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -16,6 +17,7 @@ from contrast.core.registry import InputError
 from contrast.core.seeding import derived
 from contrast.data.dataset import Batch, Data
 from contrast.data.loader import StepSampler
+from contrast.memory import Memory
 from contrast.train.optimizers import Optimizer
 from contrast.train.step import Step
 
@@ -63,7 +65,8 @@ def dry_run(
         device: the accelerator where there is one, if not given.
 
     Raises:
-        InputError: where views, encoder, loss and memories do not fit together, or the loss is not finite.
+        InputError: where views, encoder, loss and memories do not fit together, the loss is not finite, or no
+            checkpoint can contain a memory.
     """
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     copied = _copied(step, device)
@@ -95,6 +98,7 @@ def dry_run(
             copied.update_memories([output.keys])
             value = output.loss.item()
             seconds.append(time.perf_counter() - start)
+    _check_states(copied.memories)
     if value != value:
         raise InputError("the loss is NaN on the first batches of this data; check it for extreme values.")
     return DryRun(
@@ -105,6 +109,15 @@ def dry_run(
         [view[:shown].cpu() for view in drawn],
         [data.train.names[position] for position in positions[:shown]],
     )
+
+
+def _check_states(memories: Sequence[Memory]) -> None:
+    """Refuse before training what the first checkpoint would refuse, when training is lost."""
+    for memory in memories:
+        try:
+            memory.state_dict()
+        except TypeError as error:
+            raise InputError(f"memory: {error}") from error
 
 
 def _copied(step: Step, device: torch.device) -> Step:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, ClassVar, Self
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -25,10 +27,11 @@ class Memory(nn.Module):
     A subclass defines `candidates` or `positives`, and `update`. What a checkpoint has to contain of it are the tensors
     in `tensors` and the attributes named in `counters`; `state_dict()` contains them, and `load_state_dict()` restores
     them on the memory's device, or raises a ValueError where tensors differ in shape or type or an attribute named in
-    `fixed` differs. The tensors are neither parameters nor buffers: they move with the module from device to device,
-    but a cast does not change them and DistributedDataParallel does not broadcast them. A tensor in any other
-    attribute, which no checkpoint would contain, raises a TypeError on assignment, or in `state_dict()` if it was added
-    to a list or dict later; parameters and buffers are allowed.
+    `fixed` differs; a tensor without rows takes those of the checkpoint. The tensors are neither parameters nor
+    buffers: they move with the module from device to device, but a cast does not change them and
+    DistributedDataParallel does not broadcast them. A tensor or array in any other attribute, or a module in a
+    container, which no checkpoint would contain, raises a TypeError on assignment, or in `state_dict()` if it was added
+    to a container later; parameters and buffers are allowed.
 
     Attributes:
         tensors: the tensors of the memory by name.
@@ -115,8 +118,8 @@ class Memory(nn.Module):
         """Return what a checkpoint contains: tensors, numbers and texts, as `torch.load(weights_only=True)` reads.
 
         Raises:
-            TypeError: for a tensor in an attribute that is not saved, and for counters or fixed attributes other than
-                numbers, texts, lists and dicts.
+            TypeError: for a tensor, array or module in an attribute that is not saved, and for counters or fixed
+                attributes other than numbers, texts, lists and dicts.
         """
         for name in self.__dict__.keys() - _OF_MODULES:
             self._refuse_tensor(name)
@@ -142,7 +145,8 @@ class Memory(nn.Module):
         self._refuse_other("counters", counters, list(state.get("counters", {})))
         tensors = {name: self._restored(name, tensor) for name, tensor in state["tensors"].items()}
         for name, tensor in self.tensors.items():
-            self._refuse_other(name, _type_and_shape(tensor), _type_and_shape(tensors.get(name)))
+            if not _has_grown(tensor, tensors.get(name)):
+                self._refuse_other(name, _type_and_shape(tensor), _type_and_shape(tensors.get(name)))
         for name in counters:
             setattr(self, name, copy.deepcopy(state["counters"][name]))
         device = next((tensor.device for tensor in self.tensors.values()), None)
@@ -178,9 +182,9 @@ class Memory(nn.Module):
     def _refuse_tensor(self, name: str) -> None:
         if name != "tensors" and _contains_tensor(self.__dict__.get(name)):
             raise TypeError(
-                f"{type(self).__name__}.{name} contains a tensor, which no checkpoint would contain: write "
-                f"self.tensors[{name!r}] = ..., or register_buffer({name!r}, ..., persistent=False) for one that a "
-                "resumed run does not need."
+                f"{type(self).__name__}.{name} contains a tensor, an array, or a module in a container, which no "
+                f"checkpoint would contain: write self.tensors[{name!r}] = ..., nn.ModuleList for modules, or "
+                f"register_buffer({name!r}, ..., persistent=False) for what a resumed run does not need."
             )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
@@ -363,8 +367,21 @@ _OF_MODULES = nn.Module().__dict__.keys()
 
 
 def _contains_tensor(value: object) -> bool:
-    values = list(value.values()) if isinstance(value, dict) else value
-    return isinstance(values, Tensor) or (isinstance(values, list | tuple) and any(map(_contains_tensor, values)))
+    """True for tensors, and for arrays and modules in containers: a module registers only those in attributes."""
+    if isinstance(value, Tensor | np.ndarray | nn.Module):
+        return True
+    if is_dataclass(value) and not isinstance(value, type):
+        return any(_contains_tensor(getattr(value, field.name, None)) for field in fields(value))
+    if isinstance(value, Mapping):
+        value = [*value.keys(), *value.values()]
+    return isinstance(value, list | tuple | set | frozenset | deque) and any(map(_contains_tensor, value))
+
+
+def _has_grown(own: Tensor, saved: Tensor | None) -> bool:
+    """True if `own` has no rows and `saved` is the same with rows: a memory that stores more with every step."""
+    if saved is None or own.shape[:1] != (0,):
+        return False
+    return (own.dtype, own.ndim, own.shape[1:]) == (saved.dtype, saved.ndim, saved.shape[1:])
 
 
 def _is_savable(value: object) -> bool:

@@ -1,6 +1,7 @@
 """What every memory can do: its state in a checkpoint, and its tensors under casts and moves."""
 
 import copy
+from collections import deque
 
 import numpy as np
 import pytest
@@ -156,6 +157,25 @@ def test_a_checkpoint_of_a_memory_made_with_other_arguments_is_refused_and_chang
     assert_same_state(memory.state_dict(), before)
 
 
+class Growing(Memory):
+    """A memory that stores the embeddings of all steps."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.tensors["z"] = torch.zeros(0, dim)
+
+
+def test_a_tensor_without_rows_takes_those_of_the_checkpoint():
+    saved, memory = Growing(DIM), Growing(DIM)
+    saved.tensors["z"] = torch.randn(5, DIM)
+    memory.load_state_dict(saved_and_loaded(saved.state_dict()))
+    assert torch.equal(memory.tensors["z"], saved.tensors["z"])
+    for other in (torch.zeros(0, DIM + 1), torch.zeros(0, DIM, 1), torch.zeros(0), torch.zeros(0, DIM).double()):
+        memory.tensors["z"] = other
+        with pytest.raises(ValueError, match=r"has z .* and the checkpoint's has torch.float32 of shape \(5, 3\)"):
+            memory.load_state_dict(saved.state_dict())
+
+
 def test_the_state_of_an_earlier_version_is_refused():
     with pytest.raises(ValueError, match="this Queue has dim 3 and the checkpoint's has None; make it with the same"):
         Queue(4, DIM).set_extra_state({"size": 4, "width": (3, None, None), "position": 0, "updates": 0})
@@ -180,7 +200,22 @@ def test_a_counter_that_could_not_be_read_back_is_refused_when_saving(value):
 
 def test_a_tensor_that_no_checkpoint_would_contain_is_refused():
     memory = Memory()
-    for value in (torch.zeros(3), {"z": torch.zeros(3)}, [(torch.zeros(3), 1)]):
+    z, index = torch.zeros(3, DIM), torch.arange(3)
+    for value in (
+        z,
+        {"z": z},
+        {z: 1},
+        [(z, 1)],
+        deque([z]),
+        {z},
+        frozenset([z]),
+        np.zeros(3),
+        [np.zeros(3)],
+        Embeddings(z, index, index, index),
+        {"found": [Embeddings(z, index, index, index)]},
+        [Queue(4, DIM)],
+        {"network": nn.Linear(DIM, DIM)},
+    ):
         for name in ("z", "_z"):
             with pytest.raises(
                 TypeError, match=rf"\.{name} contains a tensor, .* write self.tensors\['{name}'\]"
@@ -193,6 +228,9 @@ def test_a_tensor_that_no_checkpoint_would_contain_is_refused():
     with pytest.raises(TypeError, match=r"Memory\.history contains a tensor"):
         memory.state_dict()
     memory.history.clear()
+    memory.networks, memory.part, memory.type = nn.ModuleList([nn.Linear(DIM, 1)]), Memory(), Embeddings
+    assert "networks.0.weight" in memory.state_dict()
+    del memory.networks, memory.part, memory.type
     memory.weight = nn.Parameter(torch.zeros(3))
     memory.register_buffer("share", torch.zeros(()), persistent=False)
     memory.share = torch.ones(())
