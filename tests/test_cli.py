@@ -355,6 +355,12 @@ def test_resume_goes_beyond_a_finished_budget_and_changes_nothing_else(tmp_path,
     status, _, err = run_command("resume", "run", "budget=2 steps")
     assert status == 2
     assert "run has taken 3 steps" in err
+    whole = (tmp_path / "run/config.yaml").read_text()
+    (tmp_path / "run/config.yaml").write_text(whole.partition("evaluate:")[0])
+    status, _, err = run_command("resume", "run", "budget=5 steps")
+    assert (status, len(err.strip().splitlines())) == (2, 1)
+    assert "config.yaml is damaged (it has no evaluate, " in err
+    (tmp_path / "run/config.yaml").write_text(whole)
     monkeypatch.chdir("/")  # data and plugins are found from any folder
     assert run_command("resume", tmp_path / "run", "budget=5 steps")[0] == 0
     assert json.loads((tmp_path / "run/state.json").read_text())["step"] == 5

@@ -218,12 +218,27 @@ class RunFolder:
 
     def drop_metrics_after(self, step: int) -> None:
         """Remove the metrics of steps that a resumed run repeats."""
-        rows = [row for row in self.metrics() if row.get("step", 0) <= step]
+        given = ((row.get("step", 0), row) for row in self.metrics())
+        rows = [row for at, row in given if isinstance(at, int | float) and at <= step]
         self.write(METRICS, "".join(json.dumps(row) + "\n" for row in rows))
 
     def checkpoint_step(self) -> int:
-        """Return the step of the newest checkpoint."""
-        return int(torch.load(self.checkpoint, map_location="cpu", weights_only=True, mmap=True)["global_step"])
+        """Return the step of the newest checkpoint.
+
+        Raises:
+            InputError: where the file is damaged or not the checkpoint of a run.
+        """
+        try:
+            content = torch.load(self.checkpoint, map_location="cpu", weights_only=True, mmap=True)
+            if missing := {"global_step", "state_dict", "optimizer_states", "loops"} - set(content):
+                raise ValueError(f"it has no {', '.join(sorted(missing))}")
+            return int(content["global_step"])
+        except Exception as error:
+            # torch.load raises almost any type, depending on where the file is damaged.
+            reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
+            raise InputError(
+                f"{self.checkpoint} is damaged ({reason}); restore it, or start again with `contrast pretrain`."
+            ) from error
 
 
 def is_run(path: str | Path) -> bool:

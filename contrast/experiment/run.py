@@ -14,7 +14,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -138,7 +138,8 @@ def resume(path: str | Path, overrides: Sequence[str] = ()) -> Run:
         overrides: `key=value` each.
 
     Raises:
-        InputError: where there is no run or no checkpoint, the data has changed, or another key is given.
+        InputError: where there is no run or no checkpoint, a file of it is damaged, the data has changed, or another
+            key is given.
         Stopped: where a signal ended the run again.
     """
     folder = RunFolder.open(path)
@@ -150,6 +151,10 @@ def resume(path: str | Path, overrides: Sequence[str] = ()) -> Run:
             )
     if not folder.checkpoint.is_file():
         raise InputError(f"{folder.path} has no checkpoint to continue from; start it again with `contrast pretrain`.")
+    step = folder.checkpoint_step()
+    written = folder.read_config()
+    if missing := [field.name for field in fields(Config) if field.name not in written]:
+        raise InputError(f"{folder.config} is damaged (it has no {', '.join(missing)}); restore it.")
     config = configuration.load(str(folder.config), overrides).config
     from contrast.train.fit import check_trainer
 
@@ -161,7 +166,6 @@ def resume(path: str | Path, overrides: Sequence[str] = ()) -> Run:
         )
     experiment = build(config, data, reference_of(config, data))
     budget = Budget.parse(config.budget, steps_per_epoch=experiment.sampler().steps_per_epoch)
-    step = folder.checkpoint_step()
     if budget.steps and budget.steps < step:
         raise InputError(f"budget is {budget}, and {folder.path} has taken {step:,} steps; give that or more.")
     log.info("%s: continuing from step %s of %s", folder.path, f"{step:,}", budget)

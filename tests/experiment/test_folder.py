@@ -1,14 +1,16 @@
 import ast
+import io
 import json
 from pathlib import Path
 from unittest import mock
 
 import numpy as np
 import pytest
+import torch
 
 from contrast.core.registry import InputError
 from contrast.experiment import folder as names
-from contrast.experiment.folder import CONFIG, METRICS, RESULTS, SAMPLES, RunFolder, is_run
+from contrast.experiment.folder import CHECKPOINT, CONFIG, METRICS, REPORT, RESULTS, SAMPLES, RunFolder, is_run
 from contrast.experiment.record import read_record
 from contrast.models.checkpoints import WEIGHTS
 from contrast.models.weights import DESCRIPTION
@@ -113,13 +115,36 @@ def test_pickled_objects_are_not_loaded(tmp_path):
         RunFolder(tmp_path).read_arrays(SAMPLES)
 
 
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (lambda whole: b"", "."),
+        (lambda whole: whole[:-100], "PytorchStreamReader"),
+        (lambda whole: b"text", "."),
+        (lambda whole: whole, "it has no loops, optimizer_states, state_dict"),
+    ],
+)
+def test_a_damaged_checkpoint_is_one_sentence(tmp_path, content, reason):
+    run = RunFolder(tmp_path)
+    file = io.BytesIO()
+    torch.save({"global_step": 3, "weights": torch.zeros(100)}, file)
+    run.write(CHECKPOINT, content(file.getvalue()))
+    with pytest.raises(InputError, match=rf"last\.ckpt is damaged \(.*{reason}.*\); restore it, or start") as caught:
+        run.checkpoint_step()
+    assert "\n" not in str(caught.value)
+
+
+def test_text_that_is_no_unicode_can_be_written(tmp_path):
+    assert RunFolder(tmp_path).write(REPORT, "a\ud800b").read_bytes() == b"a?b"
+
+
 def test_metrics_skip_an_unfinished_line_and_drop_repeated_steps(tmp_path):
     run = RunFolder(tmp_path)
     for step in range(1, 5):
         run.append_metrics({"step": step, "loss": 0.5 * step})
     with (tmp_path / METRICS).open("a") as file:
-        file.write('{"step": 5, "lo')
-    assert [row["step"] for row in run.metrics()] == [1, 2, 3, 4]
+        file.write('{"step": "2"}\n{"step": null}\n{"step": NaN}\n{"step": 5, "lo')
+    assert [row["step"] for row in run.metrics()][:6] == [1, 2, 3, 4, "2", None]
     run.drop_metrics_after(2)
     assert [json.loads(line) for line in (tmp_path / METRICS).read_text().splitlines()] == [
         {"step": 1, "loss": 0.5}, {"step": 2, "loss": 1.0},
