@@ -229,6 +229,8 @@ class RunFolder:
             InputError: where the file is damaged or not the checkpoint of a run.
         """
         try:
+            if not zipfile.is_zipfile(self.checkpoint):
+                raise ValueError("it is empty, truncated or not a file of torch.save")
             content = torch.load(self.checkpoint, map_location="cpu", weights_only=True, mmap=True)
             if missing := {"global_step", "state_dict", "optimizer_states", "loops"} - set(content):
                 raise ValueError(f"it has no {', '.join(sorted(missing))}")

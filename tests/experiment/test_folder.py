@@ -118,9 +118,9 @@ def test_pickled_objects_are_not_loaded(tmp_path):
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        (lambda whole: b"", "."),
-        (lambda whole: whole[:-100], "PytorchStreamReader"),
-        (lambda whole: b"text", "."),
+        (lambda whole: b"", "it is empty, truncated or not"),
+        (lambda whole: whole[:-100], "it is empty, truncated or not"),
+        (lambda whole: b"text", "it is empty, truncated or not"),
         (lambda whole: whole, "it has no loops, optimizer_states, state_dict"),
     ],
 )
