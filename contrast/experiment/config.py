@@ -421,20 +421,24 @@ def check(tree: Mapping[str, Any]) -> Config:
     return config
 
 
-def _construct(kind: Kind, part: Part, where: str) -> None:
-    """Construct a part, and the parts inside it, for the values that a constructor refuses; not what needs a fact."""
+def _construct(kind: Kind, part: Part, where: str) -> bool:
+    """Construct a part for the values that its constructor refuses; return False where it, or a part inside, needs a
+    fact of the run. The parts inside are constructed first.
+    """
     name, arguments = kind.registry.check(part, where=where)
     kind.registry.check_complete(name, {*arguments, *kind.facts}, where=where)
-    needs_fact = any(fact in schema(kind.registry[name]) and fact not in arguments for fact in kind.facts)
-    has_inner = False
+    ready = not any(fact in schema(kind.registry[name]) and fact not in arguments for fact in kind.facts)
     for key, value in arguments.items():
-        inner = value if kind.registry.takes_parts(name, key) and isinstance(value, list) else [value]
-        for number, one in enumerate(inner):
-            if isinstance(one, Mapping) and "name" in one:
-                has_inner = True
-                _construct(kind, one, f"{where}.{key}[{number}]" if inner is value else f"{where}.{key}")
-    if not (needs_fact or has_inner):
+        inner = {f"{where}.{key}": value}
+        if kind.registry.takes_parts(name, key) and isinstance(value, list):
+            inner = {f"{where}.{key}[{number}]": one for number, one in enumerate(value)}
+        elif not kind.registry.takes_part(name, key):
+            inner = {}
+        for place, one in inner.items():
+            ready &= not isinstance(one, Mapping) or _construct(kind, one, place)
+    if ready:
         kind.build(part, where=where)
+    return ready
 
 
 def parts_of(config: Config, kind: Kind) -> Iterator[tuple[str, Part]]:

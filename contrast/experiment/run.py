@@ -117,8 +117,8 @@ def start(loaded: Loaded, *, out: Path | None = None, name: str | None = None, c
         log.info("data: %s", note)
     for key, value in experiment.chosen.items():
         log.info("chosen %s: %s", key, configuration.to_text(value))
-    expected = f"about {format_duration(trial.seconds_per_step * budget.steps)} here" if budget.steps else "as given"
-    log.info("training for %s in batches of %s, %s", budget, config.batch_size, expected)
+    expected = f", about {format_duration(trial.seconds_per_step * budget.steps)} here" if budget.steps else ""
+    log.info("training for %s in batches of %s%s", budget, config.batch_size, expected)
     folder = _new_folder(config, data, out, name)
     if distributed.is_first_process():
         folder.describe(command)

@@ -285,6 +285,11 @@ MISTAKES = {
         "loss.loss 'info_nce': temperature must be a positive number",
         "-1",
     ),
+    "outer value": (
+        ["loss={name: false_negatives, top: -1, loss: info_nce}"],
+        "on the command line: loss 'false_negatives': top",
+        "-1",
+    ),
     "no inner loss": (["loss=bad_pairs"], "loss 'bad_pairs': loss is missing; give loss.loss, a loss", ""),
     "nameless inner loss": (["loss=bad_pairs", "loss.loss.temperature=1"], "loss.loss must be a name", "1"),
     "alias": (["loss=simclr"], "loss", "is called 'info_nce' here"),
